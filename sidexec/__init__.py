@@ -1,0 +1,42 @@
+"""Run Python on the side, and be able to stop it.
+
+    from sidexec import ExecutionManager
+
+    with ExecutionManager() as manager:
+        started = manager.start_with_code("while True: print('working')")
+        stopped = manager.stop(started.data.side_execution_id)
+        print(stopped.data.status, len(stopped.data.output))
+
+An `ExecutionManager` runs snippets in child processes and stops them: gracefully,
+then by force, with everything that they have spawned. Importing starts nothing.
+"""
+
+from .manager import DEFAULT, ExecutionManager, Limits
+from .output import OutputChunk
+from .responses import (
+    ActionBlock,
+    ExecutionSummary,
+    GetSideExecutionStatusResponse,
+    ListActionBlocksResponse,
+    ListSideExecutionsResponse,
+    SideExecutionError,
+    StartSideExecutionResponse,
+    StopSideExecutionResponse,
+)
+
+__all__ = [
+    "DEFAULT",
+    "ActionBlock",
+    "ExecutionManager",
+    "ExecutionSummary",
+    "GetSideExecutionStatusResponse",
+    "Limits",
+    "ListActionBlocksResponse",
+    "ListSideExecutionsResponse",
+    "OutputChunk",
+    "SideExecutionError",
+    "StartSideExecutionResponse",
+    "StopSideExecutionResponse",
+]
+
+__version__ = "0.1.0"

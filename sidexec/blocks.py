@@ -1,0 +1,141 @@
+"""Finding action blocks, and reading what they say of themselves.
+
+Reads files and parses them; never runs or imports any of their code.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import tokenize
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any, Optional
+
+from .responses import ActionBlock, ListActionBlocksData, ListActionBlocksResponse
+
+MAIN = "__main__.py"
+
+# As PEP 723 has it.
+_SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
+_DEPENDENCIES = re.compile(r"(?ms)^dependencies\s*=\s*(\[.*?\])[ \t]*(?:#[^\n]*)?$")
+
+
+def why_not_runnable(path: str) -> Optional[str]:
+    """What keeps `path` from being an action block, in words; None if nothing does."""
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, MAIN)):
+            return f"no such action block: {path!r} is a directory without a {MAIN}"
+    elif not os.path.isfile(path):
+        return f"no such action block: {path!r}; pass a .py file or a directory with a {MAIN}"
+    elif not path.endswith(".py"):
+        return f"no such action block: {path!r} is not a .py file"
+    return None
+
+
+def find(path: str) -> ListActionBlocksResponse:
+    """The action blocks below `path`, by path."""
+    root = os.path.abspath(path)
+    if not os.path.isdir(root):
+        error = f"no such directory: {root!r}; pass one that exists"
+        return ListActionBlocksResponse(ListActionBlocksData((), 0, root), False, None, error)
+    found = tuple(sorted(_walk(root), key=lambda block: block.path))
+    return ListActionBlocksResponse(ListActionBlocksData(found, len(found), root))
+
+
+def _walk(root: str) -> Iterator[ActionBlock]:
+    seen = {os.path.realpath(root)}
+    for directory, names, files in os.walk(root, followlinks=True):
+        if directory != root and MAIN in files:
+            yield _describe(directory)
+        visible = []
+        for name in sorted(names):
+            real = os.path.realpath(os.path.join(directory, name))
+            if not name.startswith(".") and real not in seen:  # a link may lead back
+                seen.add(real)
+                visible.append(name)
+        names[:] = visible
+
+
+def _describe(directory: str) -> ActionBlock:
+    file = os.path.join(directory, MAIN)
+    source = _read(file)
+    said = _constants(source)
+    try:
+        status = os.stat(file)
+    except OSError:
+        status = None
+    return ActionBlock(
+        name=os.path.basename(directory),
+        path=directory,
+        description=said.get("__doc__"),
+        version=said.get("__version__"),
+        author=said.get("__author__"),
+        dependencies=_dependencies(source),
+        created_at=None if status is None else _time(_birth(status)),
+        updated_at=None if status is None else _time(status.st_mtime),
+    )
+
+
+def _read(file: str) -> str:
+    try:
+        with tokenize.open(file) as stream:  # by its own encoding, as Python reads it
+            return stream.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def _constants(source: str) -> dict[str, str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    said: dict[str, str] = {}
+    docstring = ast.get_docstring(tree)
+    if docstring:
+        said["__doc__"] = docstring
+    for node in tree.body:
+        value: Any = getattr(node, "value", None)
+        targets: list[Any] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            said.update({each.id: value.value for each in targets if isinstance(each, ast.Name)})
+    return said
+
+
+def _dependencies(source: str) -> tuple[str, ...]:
+    matches = list(_SCRIPT_BLOCK.finditer(source))
+    if len(matches) != 1:
+        return ()
+    lines = matches[0].group("content").splitlines()
+    content = "\n".join(line[2:] if line.startswith("# ") else line[1:] for line in lines)
+    try:
+        listed = _load_dependencies(content)
+    except (ValueError, SyntaxError):
+        return ()
+    if not isinstance(listed, list):
+        return ()
+    return tuple(each for each in listed if isinstance(each, str))
+
+
+def _load_dependencies(content: str) -> object:
+    try:
+        import tomllib
+    except ImportError:  # before Python 3.11: an array of strings is a list in Python, too
+        found = _DEPENDENCIES.search(content)
+        return ast.literal_eval(found.group(1)) if found else []
+    return tomllib.loads(content).get("dependencies", [])
+
+
+def _birth(status: os.stat_result) -> float:
+    """When the file was made, where the system tells, else when it last became another."""
+    birth: float = getattr(status, "st_birthtime", min(status.st_ctime, status.st_mtime))
+    return birth
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)

@@ -1,0 +1,78 @@
+"""What keeper and launcher ask of the kernel beyond the `os` module.
+
+Each function says whether it could; where the platform has no such thing, the
+callers fall back on the process group. Nothing here keeps state or decides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+try:
+    _libc = ctypes.CDLL(None, use_errno=True)
+except OSError:
+    _libc = None  # type: ignore[assignment]
+
+
+def become_subreaper() -> bool:
+    """Adopt the orphans among this process's descendants, instead of init."""
+    try:
+        return _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    except (AttributeError, OSError):
+        return False
+
+
+def children() -> set[int] | None:
+    """The pids of this process's children, zombies too; None where /proc can't tell.
+
+    The list may miss a child while another one ends: that nothing is left, only
+    `waitpid` knows.
+    """
+    pid = os.getpid()
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb", buffering=0) as file:
+            data = b""
+            while True:
+                part = file.read(65536)
+                if not part:
+                    return set(map(int, data.split()))
+                data += part
+    except OSError:
+        return None
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that turns readable when the process ends, whoever reaps it."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def flush_c() -> None:
+    """Write out what C code of this process has printed and still buffers."""
+    if _libc is not None:
+        _libc.fflush(None)
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
+def signal_process(pid: int, signum: int) -> None:
+    """Signal a child, or with a negative pid its group; one that is gone is fine."""
+    try:
+        os.kill(pid, signum)
+    except (ProcessLookupError, PermissionError):
+        pass  # a process of another user stays, and is reported as stuck

@@ -1,0 +1,258 @@
+"""The launcher: started once by the host, forks a keeper whenever it is told to.
+
+Responsible for what all executions share (an interpreter that is up, modules that
+are loaded) and for the orphans of a keeper that was killed. It is single-threaded,
+runs no user code but the modules to preload, and never looks at what a snippet
+sends: the descriptors of each keeper and snippet go to the host at once.
+
+It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED and
+LOST. When its host is gone it closes the lifeline, which tells every keeper, waits
+for them, and ends.
+"""
+
+from __future__ import annotations
+
+import _signal
+import _socket
+import gc
+import os
+import select
+import sys
+import time
+
+from ..protocol import FORK, FORK_AHEAD, FROM_HOST, KILL, LOADED, LOST, PAIR, REFUSED, Inbox, pack
+from . import kernel
+from .keeper import Keeper
+from .snippet import Snippet
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+# What every snippet may need of the standard library: loaded once the first snippet
+# is on its way, so that later ones share it.
+WARM = ("json", "traceback", "linecache", "ast", "warnings")
+
+# How long a fork ahead leaves the processors to the snippet that has just started.
+AHEAD_AFTER = 0.003
+SWEEP_LIMIT = 5.0
+
+
+class Launcher:
+    def __init__(self, socket: _socket.socket, config: dict[str, Any], path: list[str]) -> None:
+        self._socket = socket
+        self._config = config
+        self._path = path
+        self._inbox = Inbox(FROM_HOST)
+        self._keepers: set[int] = set()
+        self._bystanders: set[int] = set()  # what the preloaded modules have started
+        self._lifeline, self._lifeline_end = os.pipe()
+        self._wake, self._wake_end = os.pipe()
+        self._host: int | None = None
+        self._warm = False
+        self._ahead = 0
+        self._ahead_at: float | None = None
+        self._poll = select.poll()
+
+    def run(self) -> None:
+        """Serve until the host is gone and the last keeper has ended."""
+        self._set_signals()
+        kernel.become_subreaper()
+        self._host = kernel.open_pidfd(self._config["host"])
+        if os.getppid() != self._config["host"] or not self._preload():
+            return  # had the host ended before, the pidfd could be somebody else's
+        for fd in (self._wake, self._socket.fileno(), self._host):
+            if fd is not None:
+                self._poll.register(fd, select.POLLIN)
+        while self._lifeline_end >= 0 or self._keepers:
+            self._step()
+
+    def _step(self) -> None:
+        timeout: float | None = None
+        if self._ahead_at is not None:
+            timeout = max(0.0, self._ahead_at - time.monotonic())
+        elif self._host is None:
+            timeout = 1.0
+        events = self._poll.poll(None if timeout is None else timeout * 1000)
+        for fd, _ in events:
+            if fd == self._wake:
+                os.read(fd, 65536)
+                self._reap()
+            elif fd == self._host:
+                self._let_go()
+            else:
+                self._hear_host()
+        if self._host is None and os.getppid() != self._config["host"]:
+            self._let_go()
+        if not events and self._ahead_at is not None:
+            self._fork_ahead()
+
+    def _set_signals(self) -> None:
+        """Be deaf to what is meant for others, and pass on a clean slate.
+
+        A host's ignored and blocked signals would be the snippets' as well.
+        """
+        for signum in _signal.valid_signals():
+            inherited = _signal.getsignal(signum) == _signal.SIG_IGN
+            if inherited and signum not in (_signal.SIGPIPE, _signal.SIGXFSZ):
+                interrupt = signum == _signal.SIGINT
+                _signal.signal(
+                    signum, _signal.default_int_handler if interrupt else _signal.SIG_DFL
+                )
+        everything = _signal.valid_signals() - {_signal.SIGCHLD}
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, everything)
+        os.set_blocking(self._wake, False)
+        os.set_blocking(self._wake_end, False)
+        _signal.set_wakeup_fd(self._wake_end, warn_on_full_buffer=False)
+        _signal.signal(_signal.SIGCHLD, lambda signum, frame: None)
+
+    def _preload(self) -> bool:
+        own_path = sys.path[:]
+        sys.path[:] = self._path
+        name = ""
+        try:
+            for name in self._config["preload"]:
+                __import__(name)
+        except BaseException as error:
+            text = f"could not preload {name!r}: {type(error).__name__}: {error}"
+            self._send(LOADED, text.encode("utf-8", "replace")[:65536])
+            return False
+        finally:
+            sys.path[:] = own_path
+        self._bystanders = kernel.children() or set()
+        # Until here it went to the host, for the error of a start that failed.
+        os.dup2(0, 2)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        self._send(LOADED)
+        return True
+
+    def _hear_host(self) -> None:
+        try:
+            data = self._socket.recv(65536)
+        except OSError:
+            data = b""
+        for kind, payload in self._inbox.feed(data):
+            if kind == FORK:
+                self._fork()
+            elif kind == FORK_AHEAD:
+                self._ahead += 1
+                self._ahead_at = time.monotonic() + AHEAD_AFTER
+            elif kind == KILL and int(payload) in self._keepers:
+                kernel.signal_process(int(payload), _signal.SIGKILL)
+        if not data:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """The host is gone: so will be every keeper, by the end of the lifeline."""
+        if self._lifeline_end >= 0:
+            self._poll.unregister(self._socket.fileno())
+            if self._host is not None:
+                self._poll.unregister(self._host)
+            os.close(self._lifeline_end)
+            self._lifeline_end = -1
+            self._ahead_at = None
+
+    # -- forking
+
+    def _fork_ahead(self) -> None:
+        self._ahead_at = None
+        if not self._warm:
+            self._warm = True
+            for name in WARM:
+                __import__(name)
+            exec(compile("pass", "<warm>", "exec"), {})
+            gc.collect()
+        for _ in range(self._ahead):
+            self._fork()
+        self._ahead = 0
+
+    def _fork(self) -> None:
+        fds: list[int] = []
+        gc.freeze()  # a collection in the child would touch, and so copy, every page
+        try:
+            for make in (_socket.socketpair, _socket.socketpair, os.pipe, os.pipe):
+                fds += [end if isinstance(end, int) else end.detach() for end in make()]
+            pid = os.fork()
+        except OSError as error:
+            kernel.close_all(fds)
+            self._send(REFUSED, f"could not fork a keeper: {error.strerror}".encode())
+            return
+        control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
+        for_host = [control, channel, out, err]
+        for_snippet = [snippet_channel, snippet_out, snippet_err]
+        if pid == 0:
+            launchers = [self._wake, self._wake_end, self._lifeline_end, self._socket.detach()]
+            kernel.close_all([*launchers, control, channel])
+            keeper = Keeper(
+                keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
+            )
+            keeper.run(lambda: self._run_snippet(*for_snippet), for_snippet)
+        self._keepers.add(pid)
+        rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
+        try:
+            self._socket.sendmsg(
+                [pack(PAIR, str(pid).encode())], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)]
+            )
+        except OSError as error:
+            self._send(REFUSED, f"could not send descriptors: {error.strerror}".encode())
+        kernel.close_all(fds)  # with the host's ends gone, an unsent keeper ends by itself
+
+    def _run_snippet(self, channel: int, out: int, err: int) -> NoReturn:
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        kernel.close_all([out, err])
+        snippet = Snippet(channel, self._path, kernel.flush_c)
+        snippet.prepare()
+        snippet.run(snippet.receive())
+
+    # -- reaping
+
+    def _reap(self) -> None:
+        lost = {}
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            if pid in self._keepers:
+                self._keepers.discard(pid)
+                if status != 0:
+                    lost[pid] = os.waitstatus_to_exitcode(status)
+        if lost:
+            stuck = self._sweep()
+            for pid, code in lost.items():
+                self._send(LOST, " ".join(map(str, (pid, code, *stuck))).encode())
+
+    def _sweep(self) -> list[int]:
+        """Kill what keepers that were killed have left; returns what can't be killed."""
+        until = time.monotonic() + SWEEP_LIMIT
+        quiet_rounds = 0
+        orphans: set[int] = set()
+        # Twice nothing: the list may miss a child while another one ends.
+        while quiet_rounds < 2 and time.monotonic() < until:
+            orphans = (kernel.children() or set()) - self._keepers - self._bystanders
+            for pid in orphans:
+                kernel.signal_process(pid, _signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            quiet_rounds = 0 if orphans else quiet_rounds + 1
+            if orphans:
+                time.sleep(0.001)
+        return sorted(orphans)
+
+    def _send(self, kind: bytes, payload: bytes = b"") -> None:
+        try:
+            self._socket.sendall(pack(kind, payload))
+        except OSError:
+            pass  # the host is gone, which the next step finds out
+
+
+def main(config: dict[str, Any], path: list[str]) -> None:
+    """Run the launcher on the socket that is its standard input."""
+    socket = _socket.socket(fileno=os.dup(0))
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, 0)
+    os.close(devnull)
+    Launcher(socket, config, path).run()

@@ -1,0 +1,423 @@
+"""The snippet: runs the user's code in a process of its own, and ends as asked.
+
+Responsible for what the code finds (a clean `__main__`, its parameters, the
+functions to report with), for the ask (one exception in the main thread), for
+what is sent to the host (progress, results, the text of an error), and for an
+end that loses nothing. It never looks after processes: the keeper does that, and
+goes by how this process ends, not by what it says.
+"""
+
+from __future__ import annotations
+
+import _signal  # the `signal` module costs a cold start 5 ms, for its enums
+import _thread
+import atexit
+import gc
+import marshal
+import os
+import sys
+
+from ..protocol import ERROR, HEADER, MAX_ERROR, MAX_RESULT, PROGRESS, RESULT, pack
+from . import source
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import CodeType, FrameType, ModuleType, TracebackType
+    from typing import Any, NoReturn
+
+FILENAME = "<snippet>"
+ASKED_EXIT_CODE = 128 + _signal.SIGTERM
+
+# What the ask does depends on how far the snippet is.
+WAITING = 0  # for its code: it leaves at once
+RUNNING = 1  # the user's code, exit handlers and joined threads included: it raises
+SETTLING = 2  # our own code, on the way out anyway: nothing
+
+
+class StopRequested(SystemExit):
+    """Raised once in the main thread of a snippet that is asked to stop.
+
+    A `SystemExit`, since asyncio swallows every other exception raised in a
+    callback, and since code that cleans up on its way out knows it already.
+    """
+
+
+class Snippet:
+    def __init__(self, channel: int, path: list[str], flush_c: Callable[[], object]) -> None:
+        self._channel = channel
+        self._path = path
+        self._flush_c = flush_c
+        self._pid = os.getpid()
+        self._main_thread = _thread.get_ident()
+        self._phase = WAITING
+        self._asked = False
+        self._sending = False
+        self._ask_deferred = False
+        self._send_lock = _thread.allocate_lock()
+        self._filename = FILENAME
+        self._text: str | None = None
+        self._namespace: dict[str, Any] = {}
+        self._partial: CodeType | None = None
+        self._value: object = None
+        self._reported: object = None
+        self._progress: float | None = None
+        self._lifted: list[tuple[int, tuple[int, int]]] = []
+
+    def prepare(self) -> None:
+        """Do ahead of the request whatever does not depend on it."""
+        _forget_launcher()
+        _signal.signal(_signal.SIGTERM, self._on_ask)
+        # Blocked since before the fork: a SIGTERM in between would have killed the
+        # snippet without its cleanup.
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+        os.register_at_fork(after_in_child=self._after_fork)
+        exec(compile("pass", FILENAME, "exec", dont_inherit=True), {})
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the request; a host that is gone ends the wait and the process."""
+        length = int.from_bytes(self._read(HEADER)[1:], "big")
+        request: dict[str, Any] = marshal.loads(self._read(length))
+        return request
+
+    def run(self, request: dict[str, Any]) -> NoReturn:
+        """Run the user's code, send what came of it, and leave."""
+        failure: BaseException | None = None
+        exit_code = 0
+        try:
+            code = self._load(request)
+            try:
+                self._phase = RUNNING
+                self._execute(code)
+            finally:
+                self._phase = SETTLING
+        except StopRequested:
+            exit_code = ASKED_EXIT_CODE
+        except SystemExit as error:
+            exit_code = _exit_code(error)
+        except BaseException as error:
+            failure = error
+        self._lift_limits()
+        # Before threads are waited for: one that is no daemon may take for ever.
+        if os.getpid() == self._pid:
+            failure = self._send_result(failure)
+        if failure is not None:
+            self._report_failure(failure)
+            exit_code = 130 if isinstance(failure, KeyboardInterrupt) else 1
+        self._leave(exit_code)
+
+    # -- what the user's code finds
+
+    def _load(self, request: dict[str, Any]) -> CodeType:
+        if request["cwd"] is not None:
+            os.chdir(request["cwd"])
+        main: ModuleType = type(sys)("__main__")
+        sys.modules["__main__"] = main
+        self._namespace = namespace = vars(main)
+        namespace["__builtins__"] = sys.modules["builtins"]
+        namespace["__annotations__"] = {}
+        namespace["params"] = request["params"]
+        namespace["report_progress"] = self._report_progress
+        namespace["report_result"] = self._report_result
+        block: str | None = request["block"]
+        code: str | bytes
+        if block is None:
+            path = self._path
+            self._text = code = request["code"]
+            sys.argv[:] = ["-c"]
+        else:
+            file = os.path.join(block, "__main__.py") if os.path.isdir(block) else block
+            path = [os.path.dirname(file), *(each for each in self._path if each)]
+            with open(file, "rb") as stream:
+                code = stream.read()
+            self._filename = namespace["__file__"] = file
+            sys.argv[:] = [block]
+        program, self._partial = source.prepare(code, self._filename, namespace)
+        if self._text is not None and ("linecache" in sys.modules or "import" in self._text):
+            self._show_source()
+        sys.path[:] = path  # last, so that no file of the user's shadows our imports
+        self._set_limits(request["limits"])
+        return program
+
+    def _show_source(self) -> None:
+        """Let tracebacks, wherever they are made, find the snippet's lines."""
+        if self._text is not None:
+            linecache = self._import("linecache")
+            lines = self._text.splitlines(keepends=True)
+            linecache.cache[FILENAME] = (len(self._text), None, lines, FILENAME)
+
+    def _report_progress(self, percent: float) -> None:
+        """Set the execution's progress, from 0 to 100."""
+        if isinstance(percent, bool) or not isinstance(percent, (int, float)):
+            raise TypeError(f"percent must be a number, not {type(percent).__name__}")
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent must be between 0 and 100, not {percent!r}")
+        if percent != self._progress:
+            self._progress = percent
+            self._send(PROGRESS, repr(percent).encode())
+
+    def _report_result(self, value: object) -> None:
+        """Keep `value` as the partial result, and again as it is when asked to stop."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("report_result works in the snippet's own process only")
+        self._send(RESULT, self._to_json(value, "the reported value"))
+        self._reported = value
+
+    # -- running and asking
+
+    def _execute(self, code: CodeType) -> None:
+        value = eval(code, self._namespace)
+        if code.co_flags & source.CO_COROUTINE:
+            asyncio = self._import("asyncio")
+            self._show_source()
+
+            async def main() -> None:
+                self._value = await value
+
+            # Asked to stop, it cancels the snippet's tasks, and what the snippet
+            # returns while it unwinds is kept although `run` raises.
+            asyncio.run(main())
+        else:
+            self._value = value
+
+    def _on_ask(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked:
+            return  # a second one would abort the cleanup
+        self._asked = True
+        if self._phase == WAITING:
+            os._exit(ASKED_EXIT_CODE)
+        if self._sending:
+            self._ask_deferred = True  # an exception here would cut a frame in two
+        elif self._phase == RUNNING:
+            self._interrupt(frame)
+
+    def _interrupt(self, frame: FrameType | None) -> None:
+        events = sys.modules.get("asyncio.events")
+        loop = events._get_running_loop() if events is not None else None
+        while frame is not None and frame.f_globals.get("__name__") == "selectors":
+            frame = frame.f_back
+        if loop is not None and frame is not None:
+            module = str(frame.f_globals.get("__name__"))
+            if module.partition(".")[0] == "asyncio":
+                # Raised between two steps of the loop, the exception would take the
+                # wakeup of a task with it, and that task's cleanup would never run.
+                loop.call_soon_threadsafe(self._raise)
+                return
+        self._raise()
+
+    def _raise(self) -> NoReturn:
+        raise StopRequested(ASKED_EXIT_CODE)
+
+    def _after_fork(self) -> None:
+        """What the snippet forks is ended by SIGTERM, as children of any program are."""
+        self._send_lock = _thread.allocate_lock()
+        if _signal.getsignal(_signal.SIGTERM) == self._on_ask:
+            _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
+
+    # -- the channel
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = os.read(self._channel, size - len(data))
+            if not part:
+                os._exit(0)
+            data = data + part if data else part
+        return data
+
+    def _send(self, kind: bytes, payload: bytes) -> None:
+        in_main_thread = _thread.get_ident() == self._main_thread
+        if in_main_thread:
+            self._sending = True
+        try:
+            with self._send_lock:
+                view = memoryview(pack(kind, payload))
+                while view:
+                    view = view[os.write(self._channel, view) :]
+        finally:
+            if in_main_thread:
+                self._sending = False
+        if self._ask_deferred and in_main_thread and self._phase == RUNNING:
+            self._ask_deferred = False
+            self._raise()
+
+    def _to_json(self, value: object, what: str) -> bytes:
+        json = self._import("json")
+        try:
+            data: bytes = json.dumps(value, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"{what} must be JSON: {error}") from None
+        if len(data) > MAX_RESULT:
+            raise ValueError(
+                f"{what} takes {len(data)} bytes as JSON, more than {MAX_RESULT}:"
+                " write it to a file and report the file's path"
+            )
+        return data
+
+    def _send_result(self, failure: BaseException | None) -> BaseException | None:
+        """Send the result there is; returns the failure that there is afterwards."""
+        candidates: list[tuple[str, Callable[[], object]]] = []
+        if self._value is not None:
+            candidates.append(("the returned value", lambda: self._value))
+        if self._asked and self._reported is not None:
+            candidates.append(("the reported value", lambda: self._reported))
+        if self._asked and self._partial is not None and self._reported is None:
+            partial = self._partial
+            candidates.append(("the partial result", lambda: eval(partial, self._namespace)))
+        for what, candidate in candidates:
+            try:
+                self._send(RESULT, self._to_json(candidate(), what))
+                break
+            except BaseException as error:
+                if not self._asked and failure is None:
+                    failure = error.with_traceback(None)
+        return failure
+
+    def _report_failure(self, error: BaseException) -> None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != self._filename:
+            trace = trace.tb_next
+        error.__traceback__ = trace
+        text = type(error).__name__
+        try:
+            self._show_source()
+            headline, formatted = self._describe(error)
+            text = f"{headline}\n\n{formatted}"
+            if sys.excepthook is sys.__excepthook__:
+                sys.stderr.write(formatted)
+            else:
+                sys.excepthook(type(error), error, trace)
+        except BaseException as another:
+            try:
+                sys.__excepthook__(type(another), another, another.__traceback__)
+            except BaseException:
+                pass  # its standard error is gone; the exit code still tells
+        if os.getpid() == self._pid:
+            try:
+                self._send(ERROR, text.encode("utf-8", "replace")[:MAX_ERROR])
+            except OSError:
+                pass  # the snippet closed the channel; the exit code still tells
+
+    def _describe(self, error: BaseException) -> tuple[str, str]:
+        traceback = self._import("traceback")
+        kind = type(error)
+        details = traceback.TracebackException(kind, error, error.__traceback__)
+        ours = {__file__ for __file__ in (_FILE, source.prepare.__code__.co_filename)}
+        details.stack[:] = [each for each in details.stack if each.filename not in ours]
+        lines = list(details.format_exception_only())
+        name = kind.__qualname__
+        if kind.__module__ not in ("builtins", "__main__"):
+            name = f"{kind.__module__}.{name}"
+        headline = next((line for line in lines if line.startswith(name)), lines[-1])
+        return headline.strip(), "".join(details.format())
+
+    # -- leaving
+
+    def _leave(self, exit_code: int) -> NoReturn:
+        """What an interpreter does at its end, less the 4 ms that it takes for it."""
+        try:
+            self._phase = RUNNING
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()
+            atexit._run_exitfuncs()
+            self._phase = SETTLING
+        except StopRequested:
+            atexit._run_exitfuncs()
+        except BaseException as error:
+            self._phase = SETTLING
+            sys.excepthook(type(error), error, error.__traceback__)
+        self._phase = SETTLING
+        if _thread._count() or os.getpid() != self._pid:
+            # Threads would see their globals vanish: the interpreter knows how to
+            # silence them. A child that the snippet forked is not ours to hurry.
+            raise SystemExit(exit_code)
+        _clear(self._namespace)
+        gc.collect()
+        self._flush()
+        os._exit(exit_code)
+
+    def _flush(self) -> None:
+        """Write out every file that the code left open, and what C code printed."""
+        io = sys.modules["io"]
+        for kind in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+            for each in [*gc.get_objects(), sys.stdout, sys.stderr]:
+                try:
+                    if isinstance(each, kind) and not each.closed:
+                        each.flush()
+                except Exception:
+                    pass  # an interpreter's own end would pass over it, too
+        self._flush_c()
+
+    # -- the rest of the surroundings
+
+    def _import(self, name: str) -> Any:
+        """A module of the standard library, whatever the user's code did to the path."""
+        path = sys.path[:]
+        sys.path[:] = [each for each in self._path if each]
+        try:
+            __import__(name)
+        finally:
+            sys.path[:] = path
+        return sys.modules[name]
+
+    def _set_limits(self, limits: dict[str, int]) -> None:
+        if not limits:
+            return
+        resource = self._import("resource")
+        for name, value in limits.items():
+            kind = getattr(resource, name)
+            soft, hard = resource.getrlimit(kind)
+            # The soft limit only: reporting that it was hit takes memory and files.
+            # For processor time the hard one follows, in case SIGXCPU is ignored.
+            ceiling = value + 5 if name == "RLIMIT_CPU" else hard
+            if hard != resource.RLIM_INFINITY:
+                value, ceiling = min(value, hard), min(ceiling, hard)
+            resource.setrlimit(kind, (value, ceiling))
+            if name != "RLIMIT_CPU":
+                self._lifted.append((kind, (soft, hard)))
+
+    def _lift_limits(self) -> None:
+        for kind, limit in self._lifted:
+            sys.modules["resource"].setrlimit(kind, limit)
+
+
+_FILE = Snippet.run.__code__.co_filename
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    try:
+        print(error.code, file=sys.stderr)
+    except Exception:
+        pass  # its standard error is gone; the exit code still tells
+    return 1
+
+
+def _forget_launcher() -> None:
+    """Undo what would make this process act as the one it was forked from."""
+    modules = sys.modules
+    # Exit handlers belong to the process in which they were registered: a module
+    # loaded ahead would have every snippet remove the launcher's temporary files.
+    atexit._clear()
+    if "weakref" in modules:
+        modules["weakref"].finalize._registry.clear()
+        modules["weakref"].finalize._registered_with_atexit = False
+    if "logging" in modules:
+        atexit.register(modules["logging"].shutdown)
+    if "multiprocessing.util" in modules:
+        atexit.register(modules["multiprocessing.util"]._exit_function)
+    # `random` sees to itself after a fork; NumPy's generator does not.
+    if "numpy.random" in modules:
+        modules["numpy.random"].seed()
+
+
+def _clear(namespace: dict[str, Any]) -> None:
+    """Let go of the globals in the order in which an interpreter does."""
+    for private in (True, False):
+        for name in list(namespace):
+            is_private = name[:1] == "_" and name[1:2] != "_"
+            if name != "__builtins__" and (is_private or not private):
+                namespace[name] = None

@@ -1,0 +1,224 @@
+"""Compiles a snippet, with `return` and `await` allowed at its top level.
+
+The code keeps module semantics: what it binds are globals, `locals()` is
+`globals()`, qualified names and line numbers are those of a plain module. This
+module only compiles; nothing of the snippet's runs here but its `__future__`
+imports.
+
+`await` is the compiler's own top-level await. The compiler has no top-level
+`return`; code that uses one is put into a function whose every name is declared
+global, and the flags that make a code object a function's are then taken off it.
+What a function may not hold is rewritten: annotated globals and star imports.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ast
+    from collections.abc import Callable, Iterator
+    from types import CodeType
+    from typing import Any
+
+ALLOW_TOP_LEVEL_AWAIT = 0x2000
+CO_OPTIMIZED = 0x1
+CO_NEWLOCALS = 0x2
+CO_COROUTINE = 0x80
+
+_MODULE = "<module>"
+_LOCAL_PREFIX = _MODULE + ".<locals>."
+_STAR_IMPORT = "<import *>"
+
+
+def prepare(
+    source: str | bytes, filename: str, namespace: dict[str, Any]
+) -> tuple[CodeType, CodeType | None]:
+    """Compile `source` for `namespace`: the code, and its last `return` expression.
+
+    The expression is there only where it is built from names, constants and
+    displays. Raises what `compile` raises.
+    """
+    try:
+        return _compile(source, filename), None
+    except SyntaxError as error:
+        if error.msg != "'return' outside function":
+            raise
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first attempt has given them
+        return _with_top_level_return(source, filename, namespace)
+
+
+def _compile(source: Any, filename: str) -> CodeType:
+    code: CodeType = compile(
+        source, filename, "exec", flags=ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+    )
+    return code
+
+
+def _with_top_level_return(
+    source: str | bytes, filename: str, namespace: dict[str, Any]
+) -> tuple[CodeType, CodeType | None]:
+    import ast
+
+    def parse() -> ast.Module:
+        flags = ast.PyCF_ONLY_AST | ALLOW_TOP_LEVEL_AWAIT
+        tree: ast.Module = compile(source, filename, "exec", flags=flags, dont_inherit=True)
+        return tree
+
+    # The same code less its returns is a plain module. It shows every other syntax
+    # error as the compiler words it, which names are bound, and whether it awaits.
+    expressions: list[ast.expr | None] = []
+
+    def without_return(node: ast.stmt) -> list[ast.stmt] | None:
+        if not isinstance(node, ast.Return):
+            return None
+        expressions.append(node.value)
+        value = node.value or ast.copy_location(ast.Constant(None), node)
+        return [ast.copy_location(ast.Expr(value), node)]
+
+    plain = _compile(_rewrite(parse(), without_return), filename)
+    names = [name for name in plain.co_names if name.isidentifier()]
+
+    future = False
+
+    def for_function(node: ast.stmt) -> list[ast.stmt] | None:
+        if isinstance(node, ast.AnnAssign) and node.simple:
+            assert isinstance(node.target, ast.Name)
+            note = ast.Constant(ast.unparse(node.annotation)) if future else node.annotation
+            notes = ast.Name("__annotations__", ast.Load())
+            slot = ast.Subscript(notes, ast.Constant(node.target.id), ast.Store())
+            made: list[ast.stmt] = [ast.Assign([slot], note)]
+            if node.value is not None:
+                made.insert(0, ast.Assign([node.target], node.value))
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            origin = [ast.Constant(node.module or ""), ast.Constant(node.level)]
+            made = [ast.Expr(ast.Call(ast.Name(_STAR_IMPORT, ast.Load()), [*origin], []))]
+            namespace[_STAR_IMPORT] = _star_importer(namespace)
+        else:
+            return None
+        return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
+
+    tree = parse()
+    namespace["__doc__"] = ast.get_docstring(tree, clean=False)
+    prelude: list[ast.stmt] = []
+    while tree.body and (_is_docstring(tree.body[0]) or _is_future_import(tree.body[0])):
+        prelude.append(tree.body.pop(0))
+    future = any(
+        alias.name == "annotations"
+        for node in prelude
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    )
+    body = _rewrite(tree, for_function).body
+    header = "async def" if plain.co_flags & CO_COROUTINE else "def"
+    shell = ast.parse(f"{header} f(): pass")
+    function = shell.body[0]
+    assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+    function.name = _MODULE
+    function.body = [ast.Global(names), *body] if names else body
+    shell.body = [*prelude, function]
+    exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
+    code = _as_module(namespace.pop(_MODULE).__code__)
+
+    last = expressions[-1]
+    partial = None
+    if last is not None and all(_is_display(node) for node in ast.walk(last)):
+        expression = ast.Expression(last)
+        partial = compile(expression, filename, "eval", dont_inherit=True)
+    return code, partial
+
+
+def _rewrite(
+    tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | None]
+) -> ast.Module:
+    """Replace statements of the module's own scope, however deep they stand in it."""
+    pending: list[Any] = [tree]
+    while pending:
+        block = pending.pop()
+        for field, value in _statement_lists(block):
+            statements: list[ast.stmt] = []
+            for statement in value:
+                replacement = replace(statement)
+                if replacement is not None:
+                    statements += replacement
+                    continue
+                statements.append(statement)
+                if type(statement).__name__ not in _SCOPES:
+                    pending.append(statement)
+            setattr(block, field, statements)
+        for field in ("handlers", "cases"):
+            pending += getattr(block, field, ())
+    return tree
+
+
+_SCOPES = ("FunctionDef", "AsyncFunctionDef", "ClassDef")
+
+
+def _statement_lists(block: Any) -> Iterator[tuple[str, list[ast.stmt]]]:
+    for field in ("body", "orelse", "finalbody"):
+        value = getattr(block, field, None)
+        if isinstance(value, list) and value:
+            yield field, value
+
+
+def _star_importer(namespace: dict[str, Any]) -> Callable[[str, int], None]:
+    def import_star(name: str, level: int) -> None:
+        module = __import__(name, namespace, None, ("*",), level)
+        public = [each for each in vars(module) if not each.startswith("_")]
+        for each in getattr(module, "__all__", public):
+            namespace[each] = getattr(module, each)
+
+    return import_star
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    import ast
+
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _is_future_import(node: ast.stmt) -> bool:
+    import ast
+
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__" and not node.level
+
+
+def _is_display(node: ast.AST) -> bool:
+    import ast
+
+    return isinstance(
+        node,
+        (ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.expr_context)
+        + (ast.UnaryOp, ast.USub),
+    )
+
+
+def _as_module(code: CodeType) -> CodeType:
+    """Make a function's code object run as a module's does."""
+    code = _qualified(code)
+    return code.replace(co_flags=code.co_flags & ~(CO_OPTIMIZED | CO_NEWLOCALS))
+
+
+def _qualified(code: CodeType) -> CodeType:
+    """Take the function's name off the qualified names of what stands in it."""
+    # Before 3.11 the qualified name is a constant beside the code, not part of it.
+    constants = tuple(
+        _qualified(each)
+        if isinstance(each, type(code))
+        else each[len(_LOCAL_PREFIX) :]
+        if isinstance(each, str) and each.startswith(_LOCAL_PREFIX)
+        else each
+        for each in code.co_consts
+    )
+    code = code.replace(co_consts=constants)
+    name: str = getattr(code, "co_qualname", "")
+    if name.startswith(_LOCAL_PREFIX):
+        replace: Any = code.replace
+        code = replace(co_qualname=name[len(_LOCAL_PREFIX) :])
+    return code

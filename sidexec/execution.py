@@ -1,0 +1,95 @@
+"""One execution as the host knows it: what came of it so far, and how it ended.
+
+The loop's thread is the only one that changes it; any thread may read it, at any
+time. It neither talks to processes nor decides anything.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Literal, Optional
+
+from .output import Output
+from .waiting import Bell
+
+StopReason = Literal["requested", "timeout", "closed"]
+FinalStatus = Literal["completed", "failed", "stopped"]
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words; a negative one is the signal that killed the process."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+@dataclass(frozen=True)
+class End:
+    """How an execution ended; set once, after which nothing of it changes."""
+
+    status: FinalStatus
+    time: datetime
+    duration: float
+    exit_code: Optional[int]
+    forced: bool
+    error: Optional[str]
+    result: Optional[bytes]  # JSON
+    stuck: tuple[int, ...]  # pids that the kernel does not let go of
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the tree was last seen to use."""
+
+    at: float
+    cpu: float
+    memory: int
+    percent: float
+
+
+class Execution:
+    def __init__(
+        self,
+        id: str,
+        output: Output,
+        *,
+        thread_id: Optional[str],
+        action_block: Optional[str],
+        timeout: Optional[float],
+    ) -> None:
+        self.id = id
+        self.output = output
+        self.thread_id = thread_id
+        self.action_block = action_block
+        self.timeout = timeout
+        self.start_time = now()
+        self.started_at = time.monotonic()
+        self.is_started = False
+        self.refused: Optional[str] = None  # why it could not be started
+        self.keeper_pid: Optional[int] = None
+        self.progress: Optional[float] = None
+        self.reported: Optional[bytes] = None  # JSON
+        self.stop_reason: Optional[StopReason] = None
+        self.end: Optional[End] = None
+        self.usage: Optional[Sample] = None  # readers keep it here, as it serves them alone
+        self.changed = Bell()  # when it is started, refused or ended
+
+    @property
+    def status(self) -> str:
+        return "running" if self.end is None else self.end.status
+
+    @property
+    def bytes_held(self) -> int:
+        """The bytes of output and result that are kept of it."""
+        result = self.reported if self.end is None else self.end.result
+        return self.output.size + len(result or b"")

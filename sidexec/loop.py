@@ -1,0 +1,174 @@
+"""The loop that a manager's one thread runs: descriptors, timers, posted calls.
+
+Everything that changes an execution's state runs here, in one thread, so none of
+it needs a lock. Other threads, and signal handlers, post calls. The loop knows
+nothing about executions, and calls nothing that a user has written.
+"""
+
+from __future__ import annotations
+
+import _thread
+import collections
+import heapq
+import itertools
+import logging
+import selectors
+import signal
+import socket
+import time
+import traceback
+from typing import Callable, Deque, Optional
+
+from .journal import Journal
+from .waiting import Bell
+
+Call = Callable[[], object]
+
+# These are raised by the thread's own fault, and must reach whoever reports them.
+_OWN_FAULT = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"}
+
+
+MAX_TIMEOUT = 86400.0  # for `select`, which does not take just any number
+
+
+class Timer:
+    """A call that is due at a time of `time.monotonic()`, until it is cancelled."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call) -> None:
+        self.call: Call | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Loop:
+    def __init__(self, journal: Journal) -> None:
+        """Raises `OSError` where the system has no descriptors left."""
+        self._journal = journal
+        self._selector = selectors.DefaultSelector()
+        try:
+            self._wake, self._wake_end = socket.socketpair()
+        except OSError:
+            self._selector.close()
+            raise
+        self._wake.setblocking(False)
+        self._wake_end.setblocking(False)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        self._posted: Deque[Call] = collections.deque()
+        self._woken = False
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._purge_at = 64
+        self._sequence = itertools.count()
+        self._unclaimed = [None]
+        self._stopping = False
+        self.ended = False
+        self.ending = Bell()  # rings when the loop has ended
+
+    # -- from any thread
+
+    def post(self, call: Call) -> None:
+        """Have the loop make `call`. Never blocks; after the loop's end it does nothing."""
+        self._posted.append(call)
+        if not self._woken:
+            self._woken = True
+            try:
+                self._wake_end.send(b"\0")
+            except OSError:
+                pass  # full, so it wakes anyway; or closed, so there is nothing to wake
+
+    def start(self) -> None:
+        """Run the loop in a thread of its own; every call but the first does nothing.
+
+        Not by `threading.Thread`, whose start holds a lock that all threads share.
+        """
+        if self._unclaimed:
+            _thread.start_new_thread(self._run, ())
+
+    # -- from the loop's own thread
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def at(self, when: float, call: Call) -> Timer:
+        if len(self._timers) >= self._purge_at:
+            self._timers = [each for each in self._timers if each[2].call is not None]
+            heapq.heapify(self._timers)
+            self._purge_at = 2 * len(self._timers) + 64
+        timer = Timer(call)
+        heapq.heappush(self._timers, (when, next(self._sequence), timer))
+        return timer
+
+    def watch(self, fd: int, call: Call, *, writing: bool = False) -> None:
+        """Make `call` whenever `fd` can be read, or with `writing` written, too."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
+        try:
+            self._selector.modify(fd, events, call)
+        except KeyError:
+            self._selector.register(fd, events, call)
+
+    def unwatch(self, fd: int) -> None:
+        # Before the descriptor is closed: where a process that the host has forked
+        # holds a copy, closing alone would leave it in the selector.
+        try:
+            self._selector.unregister(fd)
+        except KeyError:
+            pass
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            self._unclaimed.pop()
+        except IndexError:
+            return
+        own_fault = {getattr(signal, name) for name in _OWN_FAULT}
+        # A signal meant for the host must not come here, where no handler can run.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own_fault)
+        while not self._stopping:
+            for key, _ in self._selector.select(self._timeout()):
+                self._make(key.data)
+            self._run_posted()
+            self._run_timers()
+        self.ended = True  # before the last look, so that no post can fall in between
+        self._run_posted()
+        self.close()
+        self.ending.ring()
+
+    def close(self) -> None:
+        self._selector.close()
+        self._wake.close()
+        self._wake_end.close()
+
+    def _make(self, call: Call) -> None:
+        try:
+            call()
+        except Exception:
+            # A fault of ours: whatever it was about, the other executions go on.
+            self._journal.log(logging.ERROR, "internal error\n%s", traceback.format_exc())
+
+    def _on_wake(self) -> None:
+        try:
+            self._wake.recv(4096)
+        except BlockingIOError:
+            pass
+        self._woken = False  # before the posts are run: a later post wakes again
+
+    def _run_posted(self) -> None:
+        for _ in range(len(self._posted)):
+            self._make(self._posted.popleft())
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
+            if timer.call is not None:
+                self._make(timer.call)
+
+    def _timeout(self) -> Optional[float]:
+        while self._timers and self._timers[0][2].call is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        return min(max(0.0, self._timers[0][0] - time.monotonic()), MAX_TIMEOUT)

@@ -1,0 +1,650 @@
+"""The public methods: ids, validation, and responses made of what is known.
+
+Nothing here talks to a process or changes an execution: requests are posted to the
+host's loop, and what came of them is read. No method holds a lock, so that a signal
+handler may interrupt any of them and call any other.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import enum
+import functools
+import json
+import logging
+import math
+import marshal
+import os
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Literal, Optional, Union
+
+from . import blocks, checks, protocol, usage
+from .execution import Execution, Sample
+from .host import Host, Settings
+from .output import Output, OutputChunk, Stream
+from .responses import (
+    ExecutionSummary,
+    GetSideExecutionStatusResponse,
+    ListActionBlocksResponse,
+    ListExecutionsData,
+    ListSideExecutionsResponse,
+    SideExecutionError,
+    StartData,
+    StartSideExecutionResponse,
+    StatusData,
+    StopData,
+    StopSideExecutionResponse,
+)
+from .waiting import Bell
+
+logger = logging.getLogger(__package__)
+
+STATUSES = ("running", "completed", "failed", "stopped")
+# How old a figure of memory or processor use may be before it is read anew.
+USAGE_AGE = 0.1
+# How long a method waits for `on_output` to be through with what was written.
+DELIVERY_LIMIT = 1.0
+
+Path = Union[str, "os.PathLike[str]"]
+
+
+class Default(enum.Enum):
+    DEFAULT = "the manager's default_timeout"
+
+
+DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
+"""As a `timeout`: the one that the manager was made with."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one execution's processes may each use, by the system's own limits.
+
+    memory: bytes of address space; more is a `MemoryError`.
+    cpu: seconds of processor time; at the limit, SIGXCPU.
+    processes: how many the user may have when one more is forked (root is exempt).
+    open_files: the number of descriptors.
+
+    Keyword-only. Raises `TypeError` or `ValueError` for what can't be a limit.
+    """
+
+    memory: Optional[int] = None
+    cpu: Optional[float] = None
+    processes: Optional[int] = None
+    open_files: Optional[int] = None
+
+    def __init__(
+        self,
+        *,
+        memory: Optional[int] = None,
+        cpu: Optional[float] = None,
+        processes: Optional[int] = None,
+        open_files: Optional[int] = None,
+    ) -> None:
+        for name, value in (
+            ("memory", memory),
+            ("processes", processes),
+            ("open_files", open_files),
+        ):
+            if value is not None:
+                checks.count(name, value, 1)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "cpu", checks.seconds_or_none("cpu", cpu))
+
+    def _to_request(self) -> dict[str, int]:
+        wanted = {
+            "RLIMIT_AS": self.memory,
+            "RLIMIT_CPU": None if self.cpu is None else max(1, math.ceil(self.cpu)),
+            "RLIMIT_NPROC": self.processes,
+            "RLIMIT_NOFILE": self.open_files,
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
+class _Delivery:
+    """A thread that hands an execution's output to `on_output`."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        call: Callable[[OutputChunk], object],
+        is_over: Callable[[], bool],
+        on_over: Callable[[], object],
+    ) -> None:
+        self._execution = execution
+        self._call = call
+        self._is_ending = is_over
+        self._on_over = on_over
+        self._thread: Optional[int] = None
+        self._is_over = False
+        self._over = Bell()
+
+    def start(self) -> None:
+        _thread.start_new_thread(self._run, ())
+
+    def wait(self) -> None:
+        """Until all of a finished execution's output is handed over, but not for ever."""
+        if self._thread != _thread.get_ident():
+            self._over.wait_for(lambda: self._is_over, DELIVERY_LIMIT)
+
+    def _run(self) -> None:
+        self._thread = _thread.get_ident()
+        try:
+            for chunk in self._execution.output.follow(self._is_ending):
+                try:
+                    self._call(chunk)
+                except Exception:
+                    logger.exception("on_output of %s raised", self._execution.id)
+        finally:
+            self._is_over = True
+            self._on_over()
+            self._over.ring()
+
+
+class ExecutionManager:
+    """Runs Python snippets in processes of their own, and stops them.
+
+    python: the interpreter to run them with.
+    cwd, env: their current directory and environment; by default the host's, as
+        they are at each start.
+    default_timeout: seconds until an execution is stopped, unless its start says
+        otherwise; None for no limit.
+    grace_period: seconds that an execution has, once asked, to clean up.
+    max_output: bytes kept of each stream of each execution, the newest.
+    max_history: how many finished executions are remembered, the newest.
+    preload: names of modules to import once, ahead of all executions.
+    limits: what each execution's processes may use.
+
+    Making a manager starts nothing; its first start does. Every method may be called
+    from any thread, from `on_output`, and from a signal handler. Leaving a `with`
+    block closes it. A manager that is let go of without `close` closes itself, and
+    when the host ends, however it does, its executions are stopped.
+
+    Raises `TypeError` or `ValueError` for arguments that can't be, and
+    `NotImplementedError` where the platform is not POSIX.
+    """
+
+    def __init__(
+        self,
+        *,
+        python: Path = sys.executable,
+        cwd: Optional[Path] = None,
+        env: Optional[Mapping[str, str]] = None,
+        default_timeout: Optional[float] = 300.0,
+        grace_period: float = 5.0,
+        max_output: int = 16 * 1024 * 1024,
+        max_history: int = 1000,
+        preload: Iterable[str] = (),
+        limits: Optional[Limits] = None,
+    ) -> None:
+        if os.name != "posix":
+            raise NotImplementedError("only POSIX systems have what stopping a process tree takes")
+        self._cwd = None if cwd is None else os.path.abspath(checks.path("cwd", cwd))
+        self._environment = checks.environment("env", env)
+        self._default_timeout = checks.seconds_or_none("default_timeout", default_timeout)
+        self._grace = checks.seconds("grace_period", grace_period)
+        self._max_output = checks.count("max_output", max_output, 1)
+        self._limits = _check_limits(limits) or Limits()
+        self._settings = Settings(
+            python=checks.path("python", python),
+            cwd=self._cwd,
+            preload=checks.names("preload", preload),
+            grace=self._grace,
+            max_history=checks.count("max_history", max_history, 0),
+        )
+        self._executions: dict[str, Execution] = {}
+        self._deliveries: dict[str, _Delivery] = {}
+        self._texts: dict[Stream, tuple[object, int, str]] = {}
+        self._is_closed = False
+        self._process = os.getpid()
+
+    def __enter__(self) -> ExecutionManager:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        host = self.__dict__.get("_host")
+        if host is not None and not self._is_closed and self._process == os.getpid():
+            grace = self._grace
+            host.loop.post(lambda: host.close(grace))
+
+    # -- starting
+
+    def start_with_code(
+        self,
+        code: str,
+        params: Optional[dict[str, Any]] = None,
+        timeout: Union[float, None, Literal[Default.DEFAULT]] = DEFAULT,
+        *,
+        thread_id: Optional[str] = None,
+        cwd: Optional[Path] = None,
+        env: Optional[Mapping[str, str]] = None,
+        limits: Optional[Limits] = None,
+        on_output: Optional[Callable[[OutputChunk], object]] = None,
+    ) -> StartSideExecutionResponse:
+        """Start Python source; returns as soon as it is on its way.
+
+        The code finds `params`, `report_progress(percent)` and `report_result(value)`;
+        `return` and `await` work at its top level. `timeout` is in seconds, None for
+        no limit. `cwd`, `env` and `limits` replace the manager's. `on_output` is
+        called with each `OutputChunk`, in order, in a thread of its own; what it
+        raises is logged.
+
+        Raises `TypeError` or `ValueError` for arguments that can't be. What goes wrong
+        otherwise is in the response: `success` is false, `error` says what to do, and
+        there is no `side_execution_id`.
+        """
+        source = checks.utf8("code", code)
+        lines = (line for line in source.splitlines() if line.strip())
+        if next(lines, "")[:1] in (" ", "\t"):
+            source = textwrap.dedent(source)
+        return self._start(
+            code, None, source, params, timeout, thread_id, cwd, env, limits, on_output
+        )
+
+    def start_with_action_block(
+        self,
+        path: Path,
+        params: Optional[dict[str, Any]] = None,
+        timeout: Union[float, None, Literal[Default.DEFAULT]] = DEFAULT,
+        *,
+        thread_id: Optional[str] = None,
+        cwd: Optional[Path] = None,
+        env: Optional[Mapping[str, str]] = None,
+        limits: Optional[Limits] = None,
+        on_output: Optional[Callable[[OutputChunk], object]] = None,
+    ) -> StartSideExecutionResponse:
+        """Start a `.py` file, or a directory that has a `__main__.py`.
+
+        A relative path is relative to the host's current directory. All else is as
+        for `start_with_code`.
+        """
+        block = checks.utf8("path", checks.path("path", path))
+        return self._start(
+            None, block, None, params, timeout, thread_id, cwd, env, limits, on_output
+        )
+
+    def _start(
+        self,
+        code: Optional[str],
+        block: Optional[str],
+        source: Optional[str],
+        params: object,
+        timeout: object,
+        thread_id: object,
+        cwd: Optional[Path],
+        env: object,
+        limits: Optional[Limits],
+        on_output: Optional[Callable[[OutputChunk], object]],
+    ) -> StartSideExecutionResponse:
+        copied = checks.params("params", params)
+        seconds = self._default_timeout
+        if timeout is not DEFAULT:
+            seconds = checks.seconds_or_none("timeout", timeout)
+        thread = None if thread_id is None else checks.text("thread_id", thread_id)
+        directory = self._cwd if cwd is None else os.path.abspath(checks.path("cwd", cwd))
+        environment = checks.environment("env", env)
+        bounds = _check_limits(limits) or self._limits
+        if on_output is not None and not callable(on_output):
+            raise TypeError(f"on_output must be callable, not {type(on_output).__name__}")
+
+        def answer(execution: Optional[Execution], error: Optional[str]) -> Any:
+            data = StartData(
+                side_execution_id=None if execution is None else execution.id,
+                code=code,
+                action_block=block,
+                status="failed" if execution is None else execution.status,
+                start_time=None if execution is None else execution.start_time,
+                params=copied,
+                timeout=seconds,
+            )
+            message = "not started" if execution is None else "started"
+            return StartSideExecutionResponse(data, error is None, message, error, thread_id=thread)
+
+        error = self._why_not(directory, block)
+        if error is not None:
+            return answer(None, error)
+        try:
+            host = self._running_host()
+        except (OSError, RuntimeError) as problem:
+            return answer(None, f"could not start the manager's thread: {problem}")
+        execution = Execution(
+            uuid.uuid4().hex,
+            Output(self._max_output, self._texts),
+            thread_id=thread,
+            action_block=block,
+            timeout=seconds,
+        )
+        request = {
+            "code": source,
+            "block": None if block is None else os.path.abspath(block),
+            "params": copied,
+            "cwd": directory or _current_directory(),
+            "limits": bounds._to_request(),
+        }
+        frame = protocol.pack(protocol.RUN, marshal.dumps(request, 2))
+        inherited = environment is None
+        if environment is None:
+            environment = self._environment
+        if environment is None:
+            environment = dict(os.environ)
+        host.journal.level = logger.getEffectiveLevel()
+        # The loop makes it known before it sends it: whatever a signal handler raises
+        # in here, there is either nothing to lose or an execution that can be listed.
+        host.loop.post(lambda: host.start(execution, frame, environment, inherited))
+        execution.changed.wait_for(
+            lambda: execution.is_started or execution.end is not None or host.loop.ended
+        )
+        if not execution.is_started and execution.stop_reason is None:
+            return answer(None, execution.refused or _CLOSED)
+        if on_output is not None:
+            try:
+                self._deliver(execution, on_output)
+            except RuntimeError as problem:
+                self._stop([execution.id], 0.0)
+                return answer(None, f"could not start a thread for on_output: {problem}")
+        logger.debug("%s is started", execution.id)
+        return answer(execution, None)
+
+    def _deliver(self, execution: Execution, call: Callable[[OutputChunk], object]) -> None:
+        deliveries = self._deliveries  # not the manager itself, which may be let go of
+        delivery = _Delivery(
+            execution, call, self._is_over(execution), lambda: deliveries.pop(execution.id, None)
+        )
+        deliveries[execution.id] = delivery
+        delivery.start()
+
+    def _why_not(self, cwd: Optional[str], block: Optional[str]) -> Optional[str]:
+        """What can be seen to be wrong before anything is started."""
+        if self._is_closed:
+            return _CLOSED
+        if self._is_foreign():
+            return self._foreign()
+        if cwd is not None and not os.path.isdir(cwd):
+            return f"no such directory: {cwd!r}; cwd must be one that exists"
+        if block is not None:
+            return blocks.why_not_runnable(block)
+        return None
+
+    def _running_host(self) -> Host:
+        host: Optional[Host] = self.__dict__.get("_host")
+        if host is None:
+            made = Host(self._settings, self._executions)
+            # Atomic, where a lock could be held by what this interrupts.
+            host = self.__dict__.setdefault("_host", made)
+            assert host is not None
+            if host is not made:
+                made.loop.close()
+            self._process = os.getpid()
+        host.loop.start()
+        return host
+
+    # -- asking
+
+    def get_status(self, side_execution_id: str) -> GetSideExecutionStatusResponse:
+        """What is known of an execution now: status, output, result, progress, usage.
+
+        For an unknown id `success` is false and the status `not_found`.
+        """
+        id = checks.text("side_execution_id", side_execution_id)
+        execution = self._executions.get(id)
+        if execution is None:
+            return GetSideExecutionStatusResponse(
+                StatusData(id, "not_found"), False, None, _unknown(id)
+            )
+        end = execution.end
+        memory = cpu = None
+        if end is None:
+            memory, cpu = self._usage(execution)
+            duration = time.monotonic() - execution.started_at
+        else:
+            duration = end.duration
+        result = execution.reported if end is None else end.result
+        data = StatusData(
+            side_execution_id=id,
+            status="running" if end is None else end.status,
+            start_time=execution.start_time,
+            end_time=None if end is None else end.time,
+            duration=duration,
+            result=_parse(result),
+            output=execution.output.text("stdout"),
+            error=None if end is None else end.error,
+            progress=execution.progress,
+            memory_usage=memory,
+            cpu_usage=cpu,
+            error_output=execution.output.text("stderr"),
+            exit_code=None if end is None else end.exit_code,
+            stop_reason=execution.stop_reason,
+            output_dropped=execution.output.dropped,
+        )
+        stuck = end is not None and bool(end.stuck)
+        return GetSideExecutionStatusResponse(
+            data,
+            not stuck,
+            f"the execution is {data.status}",
+            end.error if end is not None and stuck else None,
+            thread_id=execution.thread_id,
+        )
+
+    def wait(
+        self, side_execution_id: str, timeout: Optional[float] = None
+    ) -> GetSideExecutionStatusResponse:
+        """Wait until an execution has ended, at most `timeout` seconds; its status then.
+
+        Past the timeout the status is still `running`. An unknown id answers at once.
+        """
+        id = checks.text("side_execution_id", side_execution_id)
+        limit = checks.seconds_or_none("timeout", timeout)
+        execution = self._executions.get(id)
+        if execution is not None:
+            self._wait_for_end(execution, limit)
+        return self.get_status(id)
+
+    def follow(self, side_execution_id: str) -> Iterator[OutputChunk]:
+        """Iterate over an execution's output, from the first byte kept to its end.
+
+        Blocks between chunks until there is more. Raises `SideExecutionError` at the
+        call for an unknown id.
+        """
+        id = checks.text("side_execution_id", side_execution_id)
+        execution = self._executions.get(id)
+        if execution is None:
+            raise SideExecutionError(self.get_status(id))
+        return execution.output.follow(self._is_over(execution))
+
+    def list_executions(self, status: Optional[str] = None) -> ListSideExecutionsResponse:
+        """The executions that are known, or those of them that are of `status`."""
+        if status is not None and checks.text("status", status) not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
+        found = []
+        for execution in list(self._executions.values()):
+            end = execution.end
+            current = "running" if end is None else end.status
+            if status is None or status == current:
+                found.append(
+                    ExecutionSummary(
+                        execution.id,
+                        current,
+                        execution.start_time,
+                        None if end is None else end.time,
+                        execution.stop_reason,
+                        execution.action_block,
+                    )
+                )
+        return ListSideExecutionsResponse(ListExecutionsData(tuple(found), len(found)))
+
+    def list_action_blocks(self, path: Path = ".") -> ListActionBlocksResponse:
+        """The directories below `path` that have a `__main__.py`; runs nothing."""
+        return blocks.find(checks.path("path", path))
+
+    # -- stopping
+
+    def stop(
+        self, side_execution_id: str, *, grace: Optional[float] = None, force: bool = False
+    ) -> StopSideExecutionResponse:
+        """Stop an execution and all that it has spawned; returns when nothing is left.
+
+        It is asked first, and killed when `grace` seconds are over, by default the
+        manager's grace period; with `force` at once. Of any number of calls exactly
+        one gets the status `stopped`, the others `already_stopped` and the same data;
+        a shorter grace or `force` also hurries a stop that is under way.
+        """
+        id = checks.text("side_execution_id", side_execution_id)
+        return self._stop([id], self._grace_of(grace, force))[0]
+
+    def stop_all(
+        self, *, grace: Optional[float] = None, force: bool = False
+    ) -> list[StopSideExecutionResponse]:
+        """Stop everything that runs, side by side; one response for each of them."""
+        running = [each.id for each in list(self._executions.values()) if each.end is None]
+        return self._stop(running, self._grace_of(grace, force))
+
+    def close(self, *, grace: Optional[float] = None) -> None:
+        """Stop everything and give all processes, threads and descriptors back.
+
+        Later starts fail; what has ended can still be asked about. A second call
+        waits for the first one.
+        """
+        seconds = self._grace_of(grace, False)
+        self._is_closed = True
+        host: Optional[Host] = self.__dict__.get("_host")
+        if host is None or self._is_foreign():
+            return
+        host.loop.post(lambda: host.close(seconds))
+        host.loop.ending.wait_for(lambda: host.loop.ended)
+        for delivery in list(self._deliveries.values()):
+            delivery.wait()
+
+    def _grace_of(self, grace: Optional[float], force: bool) -> float:
+        own = self._grace if grace is None else checks.seconds("grace", grace)
+        return 0.0 if checks.flag("force", force) else own
+
+    def _stop(self, ids: list[str], grace: float) -> list[StopSideExecutionResponse]:
+        host: Optional[Host] = self.__dict__.get("_host")
+        executions = {id: self._executions.get(id) for id in ids}
+        won: set[str] = set()
+
+        def ask(host: Host, id: str) -> None:
+            if host.stop(id, "requested", grace):
+                won.add(id)
+
+        for id, execution in executions.items():
+            if execution is not None and execution.end is None and host is not None:
+                host.loop.post(functools.partial(ask, host, id))
+        for execution in executions.values():
+            if execution is not None:
+                self._wait_for_end(execution, None)
+        return [self._stop_response(id, executions[id], id in won) for id in ids]
+
+    def _stop_response(
+        self, id: str, execution: Optional[Execution], won: bool
+    ) -> StopSideExecutionResponse:
+        if execution is None:
+            return StopSideExecutionResponse(
+                StopData(id, "not_found"), False, None, _unknown(id)
+            )
+        end = execution.end
+        status = "running" if end is None else end.status
+        error = None
+        if end is None:
+            error = self._foreign() if self._is_foreign() else "the interpreter is shutting down"
+        elif end.stuck:
+            error = end.error
+        elif status != "stopped":
+            error = f"the execution {id} has {status} already: there is nothing to stop"
+        if status == "stopped" and not won:
+            status = "already_stopped"
+        data = StopData(
+            side_execution_id=id,
+            status=status,
+            stopped_at=None if end is None or end.status != "stopped" else end.time,
+            result=None if end is None else _parse(end.result),
+            output=execution.output.text("stdout"),
+            error_output=execution.output.text("stderr"),
+            exit_code=None if end is None else end.exit_code,
+            forced=end is not None and end.forced,
+            stop_reason=execution.stop_reason,
+            output_dropped=execution.output.dropped,
+        )
+        return StopSideExecutionResponse(
+            data, error is None, f"the execution is {status}", error, thread_id=execution.thread_id
+        )
+
+    # -- what the methods share
+
+    def _is_foreign(self) -> bool:
+        """Whether this process was forked from the one that the manager works in."""
+        return self._process != os.getpid() and "_host" in self.__dict__
+
+    def _foreign(self) -> str:
+        return (
+            f"this manager belongs to process {self._process}, from which this one was"
+            " forked: make a new ExecutionManager here"
+        )
+
+    def _is_over(self, execution: Execution) -> Callable[[], bool]:
+        loop = self.__dict__["_host"].loop
+        process = self._process
+        return lambda: execution.end is not None or loop.ended or os.getpid() != process
+
+    def _wait_for_end(self, execution: Execution, timeout: Optional[float]) -> None:
+        if execution.changed.wait_for(self._is_over(execution), timeout):
+            delivery = self._deliveries.get(execution.id)
+            if delivery is not None:
+                delivery.wait()
+
+    def _usage(self, execution: Execution) -> tuple[Optional[int], Optional[float]]:
+        """Memory in bytes and processor time in percent, read anew when they are old."""
+        if execution.keeper_pid is None:
+            return None, None
+        at = time.monotonic()
+        last = execution.usage
+        if last is not None and at - last.at < USAGE_AGE:
+            return last.memory, last.percent
+        used = usage.of_tree(execution.keeper_pid)
+        if used is None:
+            return None, None
+        since, before = (execution.started_at, 0.0) if last is None else (last.at, last.cpu)
+        percent = max(0.0, 100 * (used.cpu - before) / max(at - since, 1e-3))
+        execution.usage = Sample(at, used.cpu, used.memory, percent)
+        return used.memory, percent
+
+
+_CLOSED = "this manager is closed: make a new ExecutionManager"
+
+
+def _unknown(id: str) -> str:
+    return (
+        f"no execution {id!r} is known: take the id from a start's response; of those"
+        " that have finished, the newest max_history are remembered"
+    )
+
+
+def _check_limits(limits: object) -> Optional[Limits]:
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
+    return limits
+
+
+def _current_directory() -> Optional[str]:
+    with contextlib.suppress(OSError):  # it may have been removed
+        return os.getcwd()
+    return None
+
+
+def _parse(result: Optional[bytes]) -> Any:
+    """A result of its own for each response, so that none can change another's."""
+    if result is None:
+        return None
+    try:
+        return json.loads(result)
+    except (ValueError, RecursionError):
+        return None  # one that is still running may have reported anything

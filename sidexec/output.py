@@ -1,0 +1,172 @@
+"""What an execution has written: the newest bytes of each stream, and following them.
+
+The loop's thread adds; any thread reads, without a lock, since what it reads is
+made of immutable chunks that carry their offset. Nothing here reads descriptors.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+from dataclasses import dataclass
+from typing import Callable, Deque, Iterator, Literal, NamedTuple
+
+from .waiting import Bell
+
+Stream = Literal["stdout", "stderr"]
+STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
+
+CHUNK = 64 * 1024
+# Writes smaller than this are put together, so that a chunk's own cost stays small.
+SMALL = 4096
+# With so many chunks, what one stream writes is put together even across what the
+# other one wrote in between: their order among each other is given up, no byte is.
+MANY = 8192
+
+
+@dataclass(frozen=True)
+class OutputChunk:
+    """A piece of an execution's output: which `stream` it came on, and its `text`."""
+
+    stream: Stream
+    text: str
+
+
+class _Chunk(NamedTuple):
+    sequence: int
+    offset: int
+    data: bytes
+
+
+class _Kept:
+    """The newest bytes of one stream."""
+
+    def __init__(self) -> None:
+        self.chunks: Deque[_Chunk] = collections.deque()
+        self.end = 0
+
+
+TextCache = dict
+
+
+class Output:
+    """Both streams of one execution, each kept to its newest `limit` bytes."""
+
+    def __init__(self, limit: int, texts: dict[Stream, tuple[object, int, str]]) -> None:
+        self._limit = limit
+        self._kept = {stream: _Kept() for stream in STREAMS}
+        self._sequence = 0
+        self._texts = texts  # the text that was last asked for, among all executions
+        self.changed = Bell()
+
+    # -- from the loop's thread
+
+    def add(self, stream: Stream, data: bytes) -> None:
+        for start in range(0, len(data), CHUNK):
+            self._add(self._kept[stream], data[start : start + CHUNK])
+        self.changed.ring()
+
+    def _add(self, kept: _Kept, data: bytes) -> None:
+        if len(data) > self._limit:
+            kept.end += len(data) - self._limit
+            data = data[len(data) - self._limit :]
+        chunks = kept.chunks
+        self._make_room(kept, len(data))
+        last = chunks[-1] if chunks else None
+        if last is not None and len(last.data) < SMALL:
+            if last.sequence == self._sequence or len(chunks) >= MANY:
+                chunks[-1] = last._replace(data=last.data + data)
+                kept.end += len(data)
+                return
+        self._sequence += 1
+        chunks.append(_Chunk(self._sequence, kept.end, data))
+        kept.end += len(data)
+
+    def _make_room(self, kept: _Kept, size: int) -> None:
+        chunks = kept.chunks
+        while chunks:
+            first = chunks[0]
+            excess = kept.end + size - self._limit - first.offset
+            if excess <= 0:
+                return
+            if excess < len(first.data):
+                # Not in the middle of a character, which would come out as garbage.
+                while excess < len(first.data) and first.data[excess] & 0xC0 == 0x80:
+                    excess += 1
+                rest = first.data[excess:]
+                if rest:
+                    chunks[0] = first._replace(offset=first.offset + excess, data=rest)
+                    return
+            chunks.popleft()
+
+    # -- from any thread
+
+    @property
+    def size(self) -> int:
+        """The bytes that are kept."""
+        return sum(self._kept[stream].end - self._start(stream) for stream in STREAMS)
+
+    @property
+    def dropped(self) -> int:
+        """The bytes that were let go."""
+        return sum(self._start(stream) for stream in STREAMS)
+
+    def text(self, stream: Stream) -> str:
+        chunks = self._kept[stream].chunks.copy()
+        if not chunks:
+            return ""
+        end = chunks[-1].offset + len(chunks[-1].data)
+        owner, cached_end, text = self._texts.get(stream, (None, 0, ""))
+        if owner is not self or cached_end != end:
+            text = b"".join(chunk.data for chunk in chunks).decode("utf-8", "replace")
+            self._texts[stream] = (self, end, text)
+        return text
+
+    def follow(self, is_over: Callable[[], bool]) -> Iterator[OutputChunk]:
+        """Yield what is kept, then what comes, until `is_over()` and all is yielded."""
+        decoders = {
+            stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in STREAMS
+        }
+        positions = {stream: 0 for stream in STREAMS}
+        while True:
+            over = is_over()  # looked at first: what came before the end is then there
+            news = sorted(
+                (chunk.sequence, stream, chunk)
+                for stream in STREAMS
+                for chunk in self._since(stream, positions[stream])
+            )
+            for _, stream, chunk in news:
+                if chunk.offset > positions[stream]:
+                    decoders[stream].reset()  # too slow: what lay between was let go
+                positions[stream] = chunk.offset + len(chunk.data)
+                text = decoders[stream].decode(chunk.data)
+                if text:
+                    yield OutputChunk(stream, text)
+            if over:
+                break
+            self.changed.wait_for(lambda: is_over() or self._is_news(positions))
+        for stream in STREAMS:
+            text = decoders[stream].decode(b"", final=True)
+            if text:
+                yield OutputChunk(stream, text)
+
+    def _is_news(self, positions: dict[Stream, int]) -> bool:
+        return any(self._kept[stream].end > positions[stream] for stream in STREAMS)
+
+    def _since(self, stream: Stream, position: int) -> list[_Chunk]:
+        found = []
+        for chunk in reversed(self._kept[stream].chunks.copy()):
+            if chunk.offset + len(chunk.data) <= position:
+                break
+            if chunk.offset < position:
+                offset = position - chunk.offset
+                chunk = chunk._replace(offset=position, data=chunk.data[offset:])
+            found.append(chunk)
+        return found
+
+    def _start(self, stream: Stream) -> int:
+        kept = self._kept[stream]
+        try:
+            return kept.chunks[0].offset
+        except IndexError:
+            return kept.end

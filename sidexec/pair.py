@@ -1,0 +1,189 @@
+"""A keeper and its snippet as the host sees them: four descriptors.
+
+Responsible for reading and writing these without ever blocking, and for closing
+them. What is read goes to the owner; what it means is the owner's business.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import termios
+import time
+from typing import Optional, Protocol
+
+from . import protocol
+from .loop import Loop, Timer
+from .output import STREAMS, Stream
+
+logger = logging.getLogger(__name__)
+
+READ_SIZE = 256 * 1024
+PIPE_SIZE = 1024 * 1024
+
+
+Pids = tuple[int, ...]
+
+
+class Owner(Protocol):
+    def on_ready(self, pair: Pair) -> None: ...
+    def on_refused(self, pair: Pair, reason: str) -> None: ...
+    def on_output(self, stream: Stream, data: bytes) -> None: ...
+    def on_snippet_frame(self, kind: bytes, payload: bytes) -> None: ...
+    def on_violation(self, reason: str) -> None: ...
+    def on_keeper_gone(self, pair: Pair) -> None: ...
+    def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None: ...
+    def on_end(self, pair: Pair, code: Optional[int], forced: bool, stuck: Pids) -> None: ...
+
+
+class Pair:
+    def __init__(self, loop: Loop, owner: Owner, keeper_pid: int, fds: list[int]) -> None:
+        self.keeper_pid = keeper_pid
+        self.snippet_pid = 0
+        self.has_tree = False
+        self.owner = owner
+        self._loop = loop
+        self._control, self._channel = fds[:2]
+        self._streams: dict[Stream, int] = dict(zip(STREAMS, fds[2:]))
+        self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
+        self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
+        self._unsent = memoryview(b"")
+        self._open = set(fds)
+        self._paused: dict[Stream, Timer] = {}
+        for fd in fds:
+            os.set_blocking(fd, False)
+        loop.watch(self._control, self._on_control)
+
+    def run(self, request: bytes) -> None:
+        """Send the request to the waiting snippet, and read what it writes."""
+        for stream, fd in self._streams.items():
+            self._watch_stream(stream, fd)
+        self._unsent = memoryview(request)
+        self._on_channel()
+
+    def stop(self, grace: float) -> None:
+        """Have the keeper ask the snippet, and end it after `grace` seconds."""
+        self._write(self._control, protocol.pack(protocol.STOP, repr(grace).encode()))
+
+    def close(self) -> None:
+        for timer in self._paused.values():
+            timer.cancel()
+        for fd in list(self._open):
+            self._close(fd)
+
+    # -- reading
+
+    def _on_control(self) -> None:
+        data = self._read(self._control, READ_SIZE)
+        if data is None:
+            return
+        for kind, payload in self._keeper_inbox.feed(data):
+            text = payload.decode("utf-8", "replace")
+            if kind == protocol.READY:
+                snippet_pid, has_tree = text.split()
+                self.snippet_pid = int(snippet_pid)
+                self.has_tree = has_tree == "1"
+                self.owner.on_ready(self)
+            elif kind == protocol.REFUSED:
+                self.owner.on_refused(self, text)
+            elif kind == protocol.END:
+                code, forced, *stuck = text.split()
+                self.drain()
+                self.close()
+                exit_code = None if code == "None" else int(code)
+                self.owner.on_end(self, exit_code, forced == "1", tuple(map(int, stuck)))
+        if not data and self._control in self._open:
+            self._loop.unwatch(self._control)
+            self.owner.on_keeper_gone(self)
+
+    def _on_channel(self) -> None:
+        if self._unsent:
+            try:
+                sent = os.write(self._channel, self._unsent)
+                self._unsent = self._unsent[sent:]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._unsent = memoryview(b"")  # it has ended, as the keeper will say
+        if self._channel in self._open:
+            self._loop.watch(self._channel, self._on_channel, writing=bool(self._unsent))
+            self._hear_snippet(READ_SIZE)
+
+    def _hear_snippet(self, size: int) -> int:
+        data = self._read(self._channel, size)
+        if data is None:
+            return 0
+        if not data:
+            self._close(self._channel)
+            return 0
+        try:
+            for kind, payload in self._snippet_inbox.feed(data):
+                self.owner.on_snippet_frame(kind, payload)
+        except (protocol.ProtocolError, ValueError) as error:
+            self._close(self._channel)
+            self.owner.on_violation(str(error))
+        return len(data)
+
+    def _watch_stream(self, stream: Stream, fd: int) -> None:
+        self._loop.watch(fd, lambda: self._on_stream(stream, fd))
+
+    def _on_stream(self, stream: Stream, fd: int) -> None:
+        self._hear_stream(stream, fd, READ_SIZE)
+
+    def _hear_stream(self, stream: Stream, fd: int, size: int) -> int:
+        data = self._read(fd, size)
+        if data:
+            self.owner.on_output(stream, data)
+        elif data is not None:
+            self._close(fd)
+        return len(data or b"")
+
+    def drain(self) -> None:
+        """Take what is still there of a snippet that has ended.
+
+        Not to the end of the file: the snippet may have handed a descriptor to a
+        process that is none of its descendants, and that goes on writing.
+        """
+        for stream, fd in self._streams.items():
+            left = self._available(fd)
+            while left > 0:
+                got = self._hear_stream(stream, fd, min(left, READ_SIZE))
+                left = left - got if got else 0
+        left = self._available(self._channel)
+        while left > 0:
+            got = self._hear_snippet(min(left, READ_SIZE))
+            left = left - got if got else 0
+
+    def _available(self, fd: int) -> int:
+        if fd not in self._open:
+            return 0
+        count = bytearray(4)
+        fcntl.ioctl(fd, termios.FIONREAD, count)
+        return int.from_bytes(count, "little")
+
+    # -- descriptors
+
+    def _read(self, fd: int, size: int) -> Optional[bytes]:
+        """What is there; empty at the end of the file; None where there is nothing."""
+        if fd not in self._open:
+            return None  # closed by an earlier event of the same round
+        try:
+            return os.read(fd, size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _write(self, fd: int, data: bytes) -> None:
+        if fd in self._open:
+            try:
+                os.write(fd, data)
+            except OSError:
+                pass  # the keeper is gone, or stopped: the watchdog sees to it
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:
+            self._open.discard(fd)
+            self._loop.unwatch(fd)
+            os.close(fd)

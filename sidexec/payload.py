@@ -1,0 +1,76 @@
+"""The code that the launcher runs, as it is sent to it.
+
+It goes over a socket, so that it needs no file beside another on disk: it comes from
+wherever this package was loaded from, a zip too. The host never imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import marshal
+import os
+import sys
+from types import CodeType
+from typing import Any, Optional, Union
+
+# One name that no real package has: the modules stand in sys.modules only while they
+# import each other, and must not push a package of the user's out of it.
+_ROOT = "<side>"
+_MODULES = ("protocol", "child.kernel", "child.source", "child.snippet", "child.keeper")
+_LAUNCHER = "child.launcher"
+
+# What `python -c` is given. It says which interpreter it is, takes the modules, and
+# calls the launcher. The current directory leaves the path meanwhile: a file there
+# that is named like a module of the standard library would be imported instead.
+BOOT = """\
+import sys
+if sys.version_info<(3,9):sys.exit("Python 3.9 or newer is needed, this is "+sys.version)
+import os,marshal,_frozen_importlib_external as e
+p=sys.path[:]
+sys.path[:]=[x for x in p if x]
+def r(n):
+ b=b""
+ while len(b)<n:
+  d=os.read(0,n-len(b))
+  if not d:sys.exit()
+  b+=d
+ return b
+os.write(0,e.MAGIC_NUMBER)
+c,l=marshal.loads(r(int.from_bytes(r(4),"big")))
+for n,k,s in l:
+ m=sys.modules[n]=type(sys)(n)
+ m.__package__=n if k else n.rpartition(".")[0]
+ if k:m.__path__=[]
+ exec(s,m.__dict__)
+for n,k,s in l:del sys.modules[n]
+m.main(c,p)
+"""
+GREETING = len(importlib.util.MAGIC_NUMBER)
+
+
+def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
+    """What answers an interpreter's greeting: its modules, as bytecode if it is ours."""
+    as_source = greeting != importlib.util.MAGIC_NUMBER
+    modules: list[tuple[str, bool, Union[CodeType, str]]] = [
+        (_ROOT, True, ""),
+        (f"{_ROOT}.child", True, ""),
+    ]
+    for name in (*_MODULES, _LAUNCHER):
+        modules.append((f"{_ROOT}.{name}", False, _load(name, as_source)))
+    data = marshal.dumps((config, modules), 2 if as_source else marshal.version)
+    return len(data).to_bytes(4, "big") + data
+
+
+def _load(name: str, as_source: bool) -> Union[CodeType, str]:
+    package, _, module = name.rpartition(".")
+    assert __package__ is not None
+    places = [os.path.join(place, package) for place in sys.modules[__package__].__path__]
+    spec = importlib.machinery.PathFinder.find_spec(module, places)
+    loader: Any = spec.loader if spec is not None else None
+    found: Optional[Union[CodeType, str]] = None
+    if loader is not None:
+        found = loader.get_source(module) if as_source else loader.get_code(module)
+    if found is None:
+        raise OSError(f"the module {name} is missing from {places}")
+    return found

@@ -1,0 +1,80 @@
+"""The frames that host, launcher, keeper and snippet exchange.
+
+A frame is one byte for its kind, four for the length of its payload, most
+significant first, and the payload. This module packs frames and takes byte
+streams apart again, with a bound on each kind's length, since one of the peers
+is never trusted. It never reads or writes a descriptor, and imports nothing:
+both sides run it.
+"""
+
+HEADER = 5
+
+# host -> launcher
+FORK = b"F"  # bring up one keeper and snippet, now
+FORK_AHEAD = b"A"  # the same, once the machine has had a moment for itself
+KILL = b"K"  # "<keeper pid> <group>": end a keeper that does not answer
+
+# launcher -> host
+LOADED = b"L"  # the modules to preload are there; or why not, as text
+PAIR = b"P"  # "<keeper pid>", with the host's four descriptors attached
+LOST = b"X"  # "<keeper pid> <exit code> <pid that can't be killed>...": swept
+
+# launcher -> host and keeper -> host
+REFUSED = b"R"  # the system did not give what a keeper or a snippet needs
+
+# keeper -> host
+READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
+END = b"e"  # "<exit code> <forced: 0 or 1> <pid that can't be killed>..."
+
+# host -> keeper
+STOP = b"s"  # "<grace period in seconds>"
+
+# host -> snippet
+RUN = b"g"  # a marshalled dict: what to run, and how
+
+# snippet -> host: the only frames that come from untrusted code
+PROGRESS = b"p"  # "<percent>"
+RESULT = b"v"  # JSON; the last one counts
+ERROR = b"x"  # the text for a failed execution's `error`
+
+MAX_RESULT = 64 * 1024 * 1024
+MAX_ERROR = 1024 * 1024
+
+FROM_SNIPPET = {PROGRESS: 64, RESULT: MAX_RESULT, ERROR: MAX_ERROR}
+FROM_KEEPER = {READY: 64, END: 65536, REFUSED: 65536}
+FROM_LAUNCHER = {LOADED: 65536, PAIR: 64, LOST: 65536, REFUSED: 65536}
+FROM_HOST = {FORK: 0, FORK_AHEAD: 0, KILL: 64, STOP: 64}
+
+
+class ProtocolError(Exception):
+    """A peer sent what is not a frame, or more than its kind may hold."""
+
+
+def pack(kind: bytes, payload: bytes = b"") -> bytes:
+    return kind + len(payload).to_bytes(4, "big") + payload
+
+
+class Inbox:
+    """Takes a byte stream apart into frames of the kinds it may hold."""
+
+    def __init__(self, limits: "dict[bytes, int]") -> None:
+        self._limits = limits
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> "list[tuple[bytes, bytes]]":
+        """The frames that `data` completes; `ProtocolError` at the first bad header."""
+        self._data += data
+        frames = []
+        start = 0
+        while len(self._data) - start >= HEADER:
+            kind = bytes(self._data[start : start + 1])
+            length = int.from_bytes(self._data[start + 1 : start + HEADER], "big")
+            if length > self._limits.get(kind, -1):
+                raise ProtocolError(f"a frame of kind {kind!r} with {length} bytes")
+            end = start + HEADER + length
+            if len(self._data) < end:
+                break
+            frames.append((kind, bytes(self._data[start + HEADER : end])))
+            start = end
+        del self._data[:start]
+        return frames

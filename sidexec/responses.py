@@ -1,0 +1,245 @@
+"""The responses, and their wire form.
+
+Python attributes hold Python values (seconds, aware datetimes); the wire form holds
+milliseconds, ISO 8601 strings and camelCase keys. This module imports nothing of
+ours and starts nothing: a response is what it was, wherever it is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, ClassVar, Optional, TypeVar
+
+_Self = TypeVar("_Self", bound="Response")
+
+
+class SideExecutionError(Exception):
+    """What `raise_for_error` raises, and `follow` for an unknown id.
+
+    `response` is the response that was not a success; the text is its `error`.
+    """
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response)
+        self.response = response
+
+    def __str__(self) -> str:
+        return self.response.error or self.response.message or self.response.type
+
+
+def _wire_name(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def _wire_value(name: str, value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds")
+    if isinstance(value, _Wire):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_wire_value(name, each) for each in value]
+    if name in ("timeout", "duration") and value is not None:
+        return round(value * 1000)
+    return value
+
+
+class _Wire:
+    """A dataclass with a wire form of its fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The wire form: camelCase keys, milliseconds, ISO 8601; nothing is left out."""
+        return {
+            _wire_name(each.name): _wire_value(each.name, getattr(self, each.name))
+            for each in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    def __repr__(self) -> str:
+        parts = []
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if value is not None and value != "":
+                text = repr(value)
+                if not isinstance(value, _Wire) and len(text) > 80:
+                    text = f"{text[:50]}...{text[-20:]}"
+                parts.append(f"{each.name}={text}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, repr=False)
+class StartData(_Wire):
+    """`side_execution_id` is what every other method takes; None if it did not start."""
+
+    side_execution_id: Optional[str]
+    code: Optional[str]
+    action_block: Optional[str]
+    status: str
+    start_time: Optional[datetime]
+    params: dict[str, Any]
+    timeout: Optional[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for the others, with the one of `code` and `actionBlock` that was started."""
+        wire = super().to_dict()
+        del wire["code" if self.code is None else "actionBlock"]
+        return wire
+
+
+@dataclass(frozen=True, repr=False)
+class StatusData(_Wire):
+    """`status` is running, completed, failed, stopped or, for an unknown id, not_found.
+
+    `duration` is in seconds and runs until the end, `memory_usage` in bytes,
+    `cpu_usage` in percent of one core, both None after the end.
+    """
+
+    side_execution_id: str
+    status: str
+    start_time: Optional[datetime] = None
+    end_time: Optional[datetime] = None
+    duration: Optional[float] = None
+    result: Any = None
+    output: str = ""
+    error: Optional[str] = None
+    progress: Optional[float] = None
+    memory_usage: Optional[int] = None
+    cpu_usage: Optional[float] = None
+    error_output: str = ""
+    exit_code: Optional[int] = None
+    stop_reason: Optional[str] = None
+    output_dropped: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class StopData(_Wire):
+    """`status` is stopped, already_stopped, completed, failed or not_found."""
+
+    side_execution_id: str
+    status: str
+    stopped_at: Optional[datetime] = None
+    result: Any = None
+    output: str = ""
+    error_output: str = ""
+    exit_code: Optional[int] = None
+    forced: bool = False
+    stop_reason: Optional[str] = None
+    output_dropped: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class ExecutionSummary(_Wire):
+    """One execution in a list."""
+
+    side_execution_id: str
+    status: str
+    start_time: datetime
+    end_time: Optional[datetime]
+    stop_reason: Optional[str]
+    action_block: Optional[str]
+
+
+@dataclass(frozen=True, repr=False)
+class ListExecutionsData(_Wire):
+    """The executions that are known, oldest first."""
+
+    executions: tuple[ExecutionSummary, ...]
+    count: int
+
+
+@dataclass(frozen=True, repr=False)
+class ActionBlock(_Wire):
+    """A directory that can be run; its metadata is read without running anything."""
+
+    name: str
+    path: str
+    description: Optional[str]
+    version: Optional[str]
+    author: Optional[str]
+    dependencies: tuple[str, ...]
+    created_at: Optional[datetime]
+    updated_at: Optional[datetime]
+
+
+@dataclass(frozen=True, repr=False)
+class ListActionBlocksData(_Wire):
+    """The action blocks below `search_path`, by path."""
+
+    action_blocks: tuple[ActionBlock, ...]
+    count: int
+    search_path: str
+
+
+@dataclass(frozen=True, repr=False)
+class Response(_Wire):
+    """What every method answers with: whether it succeeded, and its data.
+
+    `message` says in words what happened, `error` what went wrong and what to do.
+    `message_id` is new for each response; `thread_id` is the one given at start.
+    """
+
+    type: ClassVar[str] = "response"
+
+    data: Any
+    success: bool = True
+    message: Optional[str] = None
+    error: Optional[str] = None
+    message_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    thread_id: Optional[str] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The wire form: camelCase keys, milliseconds, ISO 8601; nothing is left out."""
+        return {"type": self.type, **super().to_dict()}
+
+    def to_json(self) -> str:
+        """The wire form as JSON."""
+        return json.dumps(self.to_dict())
+
+    def raise_for_error(self: _Self) -> _Self:
+        """The response itself; `SideExecutionError`, with it, where it is no success."""
+        if not self.success:
+            raise SideExecutionError(self)
+        return self
+
+
+@dataclass(frozen=True, repr=False)
+class StartSideExecutionResponse(Response):
+    """What `start_with_code` and `start_with_action_block` return."""
+
+    type: ClassVar[str] = "startSideExecutionResponse"
+    data: StartData
+
+
+@dataclass(frozen=True, repr=False)
+class GetSideExecutionStatusResponse(Response):
+    """What `get_status` and `wait` return."""
+
+    type: ClassVar[str] = "getSideExecutionStatusResponse"
+    data: StatusData
+
+
+@dataclass(frozen=True, repr=False)
+class StopSideExecutionResponse(Response):
+    """What `stop` returns, and `stop_all` a list of."""
+
+    type: ClassVar[str] = "stopSideExecutionResponse"
+    data: StopData
+
+
+@dataclass(frozen=True, repr=False)
+class ListSideExecutionsResponse(Response):
+    """What `list_executions` returns."""
+
+    type: ClassVar[str] = "listSideExecutionsResponse"
+    data: ListExecutionsData
+
+
+@dataclass(frozen=True, repr=False)
+class ListActionBlocksResponse(Response):
+    """What `list_action_blocks` returns."""
+
+    type: ClassVar[str] = "listActionBlocksResponse"
+    data: ListActionBlocksData

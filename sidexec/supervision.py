@@ -1,0 +1,242 @@
+"""One execution under way: stop, timeout, frames, and which end it comes to.
+
+The only place where an execution's state changes; all of it in the loop's thread.
+It leaves processes to the keeper and goes by what the keeper says of the end. The
+snippet's own frames say only what the result and the text of an error are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Callable, NoReturn, Optional
+
+from . import protocol
+from .execution import End, Execution, FinalStatus, StopReason, describe_exit, now
+from .journal import Journal
+from .loop import Loop, Timer
+from .output import Stream
+from .pair import Pair, Pids
+
+if TYPE_CHECKING:
+    from .launching import Launcher
+
+# How long past the grace period a keeper may take for its sweep before it counts as
+# one that does not answer, and then how long the launcher may take over its sweep.
+PATIENCE = 4.0
+
+
+class Supervision:
+    def __init__(
+        self,
+        execution: Execution,
+        request: bytes,
+        grace: float,
+        loop: Loop,
+        journal: Journal,
+        on_end: Callable[[Supervision], None],
+    ) -> None:
+        self.execution = execution
+        self._request = request
+        self._grace = grace
+        self._loop = loop
+        self._journal = journal
+        self._on_end = on_end
+        self._launcher: Optional[Launcher] = None
+        self._pair: Optional[Pair] = None
+        self._timeout: Optional[Timer] = None
+        self._watchdog: Optional[Timer] = None
+        self._deadline: Optional[float] = None
+        self._keeper_is_gone = False
+        self._error: Optional[str] = None  # what the snippet says of its own failure
+        self._fault: Optional[str] = None  # what is wrong with the snippet or its keepers
+
+    # -- what the host does
+
+    def start(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        launcher.request(self)
+
+    def begin(self, pair: Pair) -> None:
+        """A keeper and a snippet are there: run the code."""
+        execution = self.execution
+        self._pair = pair
+        execution.keeper_pid = pair.keeper_pid
+        execution.is_started = True
+        if execution.timeout is not None:
+            self._timeout = self._loop.at(time.monotonic() + execution.timeout, self._time_out)
+        pair.run(self._request)
+        self._request = b""
+        execution.changed.ring()
+
+    def refuse(self, reason: str) -> None:
+        """It can't be started."""
+        self.execution.refused = reason
+        self._finish(None, forced=False, stuck=())
+
+    def stop(self, reason: StopReason, grace: float) -> bool:
+        """Ask, or bring the end nearer; whether it was this call that stopped it."""
+        execution = self.execution
+        if execution.end is not None:
+            return False
+        is_first = execution.stop_reason is None
+        if is_first:
+            execution.stop_reason = reason
+            self._journal.log(logging.DEBUG, "%s is asked to stop (%s)", execution.id, reason)
+        deadline = time.monotonic() + grace
+        if self._deadline is None or deadline < self._deadline:
+            self._deadline = deadline
+            if self._pair is None:
+                assert self._launcher is not None
+                self._launcher.cancel(self)
+                self._finish(None, forced=False, stuck=())
+            else:
+                self._pair.stop(grace)
+                self._watch_keeper(deadline + PATIENCE, self._end_keeper)
+        return is_first
+
+    # -- what the clock does
+
+    def _time_out(self) -> None:
+        self.stop("timeout", self._grace)
+
+    def _watch_keeper(self, when: float, call: Callable[[], None]) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._watchdog = self._loop.at(when, call)
+
+    def _end_keeper(self) -> None:
+        """The keeper does not answer, so the launcher ends it and sweeps its tree."""
+        assert self._pair is not None and self._launcher is not None
+        self._launcher.kill_keeper(self._pair.keeper_pid)
+        self._watch_keeper(time.monotonic() + PATIENCE, self._give_up)
+
+    def _give_up(self) -> None:
+        assert self._pair is not None
+        self._finish(None, forced=True, stuck=(self._pair.keeper_pid,))
+
+    # -- what the other side does
+
+    def on_ready(self, pair: Pair) -> None:
+        pass
+
+    def on_refused(self, pair: Pair, reason: str) -> None:
+        pass
+
+    def on_output(self, stream: Stream, data: bytes) -> None:
+        self.execution.output.add(stream, data)
+
+    def on_snippet_frame(self, kind: bytes, payload: bytes) -> None:
+        if kind == protocol.PROGRESS:
+            progress = float(payload)
+            if not 0 <= progress <= 100:
+                raise ValueError("a progress that is not between 0 and 100")
+            self.execution.progress = progress
+        elif kind == protocol.RESULT:
+            self.execution.reported = payload
+        else:
+            self._error = payload.decode("utf-8", "replace")
+
+    def on_violation(self, reason: str) -> None:
+        self._fault = f"the snippet broke the protocol on its channel: {reason}"
+        if self._pair is not None and self._deadline is None:
+            self._pair.stop(0.0)
+
+    def on_end(self, pair: Pair, code: Optional[int], forced: bool, stuck: Pids) -> None:
+        self._finish(code, forced, stuck)
+
+    def on_keeper_gone(self, pair: Pair) -> None:
+        """Its control socket ended without an END: the launcher sweeps, then says LOST."""
+        assert self._launcher is not None
+        self._keeper_is_gone = True
+        if not pair.has_tree or not self._launcher.is_up:
+            # Nobody adopts what the keeper leaves, so this is all that can be done.
+            try:
+                os.killpg(pair.snippet_pid, signal.SIGKILL)
+            except OSError:
+                pass  # the group has ended by itself
+        if self._launcher.is_up:
+            self._watch_keeper(time.monotonic() + 2 * PATIENCE, self._give_up)
+        else:
+            self._lose(f"the keeper (pid {pair.keeper_pid}) and its launcher are gone", ())
+
+    def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None:
+        keeper = f"the keeper (pid {pair.keeper_pid}) of this execution is gone"
+        self._lose(f"{keeper}: {describe_exit(code)}", stuck)
+
+    def on_launcher_gone(self, reason: str) -> None:
+        """The keeper notices as well, and asks and sweeps: its END is still to come."""
+        self._fault = reason
+        if self._keeper_is_gone:
+            self._lose(reason, ())
+        else:
+            self._watch_keeper(time.monotonic() + self._grace + PATIENCE, self._give_up)
+
+    # -- the end
+
+    def _lose(self, reason: str, stuck: Pids) -> None:
+        self._fault = reason
+        self._journal.log(logging.WARNING, "%s: %s", self.execution.id, reason)
+        self._finish(None, forced=True, stuck=stuck)
+
+    def _finish(self, code: Optional[int], forced: bool, stuck: Pids) -> None:
+        execution = self.execution
+        if execution.end is not None:
+            return
+        for timer in (self._timeout, self._watchdog):
+            if timer is not None:
+                timer.cancel()
+        if self._pair is not None:
+            self._pair.close()  # before anybody is told: all descriptors are closed then
+        status, error, result = self._judge(code)
+        if stuck:
+            pids = ", ".join(map(str, stuck))
+            error = f"the kernel does not let go of process {pids}: end it by hand, if it can be"
+        execution.end = End(
+            status=status,
+            time=now(),
+            duration=time.monotonic() - execution.started_at,
+            exit_code=code,
+            forced=forced,
+            error=error,
+            result=result,
+            stuck=stuck,
+        )
+        if self._launcher is not None:
+            self._launcher.release(self, self._pair)
+        self._on_end(self)
+        execution.changed.ring()
+        execution.output.changed.ring()
+        level = logging.WARNING if stuck else logging.INFO if forced else logging.DEBUG
+        how = "by force" if forced else "by itself" if execution.stop_reason is None else "as asked"
+        self._journal.log(level, "%s is %s, %s", execution.id, status, how)
+
+    def _judge(self, code: Optional[int]) -> tuple[FinalStatus, Optional[str], Optional[bytes]]:
+        execution = self.execution
+        result = execution.reported
+        if result is not None and not _is_json(result):
+            self._fault = self._fault or "the snippet sent a result that is not JSON"
+            result = None
+        if execution.stop_reason is not None:
+            return "stopped", None, result
+        error = execution.refused or self._fault
+        if error is None and code == 0:
+            return "completed", None, result
+        if error is None and code is not None:
+            error = (self._error if code > 0 else None) or describe_exit(code)
+        return "failed", error, result
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data, parse_constant=_reject)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _reject(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

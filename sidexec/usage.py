@@ -1,0 +1,50 @@
+"""What a keeper's tree uses of memory and processor time, read from /proc.
+
+Reads only: nothing here signals a process, so a pid that has gone to somebody else
+can at worst spoil one figure.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple, Optional
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class Usage(NamedTuple):
+    memory: int  # resident, in bytes
+    cpu: float  # seconds
+
+
+def of_tree(keeper_pid: int) -> Optional[Usage]:
+    """What all descendants of the keeper use together; None where /proc can't tell."""
+    memory = 0
+    ticks = 0
+    pids = _children(keeper_pid)
+    if not pids:
+        return None
+    while pids:
+        pid = pids.pop()
+        try:
+            with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+                # Behind the name, which may hold anything, brackets and blanks too.
+                fields = file.read(4096).rpartition(b")")[2].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        ticks += sum(map(int, fields[11:15]))  # its own, and that of reaped children
+        memory += int(fields[21]) * _PAGE
+        pids += _children(pid)
+    return Usage(memory, ticks * _TICK)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                found += map(int, file.read(65536).split())
+    except OSError:
+        pass  # it has ended meanwhile, or there is no such file here
+    return found

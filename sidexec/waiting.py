@@ -1,0 +1,55 @@
+"""Waiting for what another thread does, in a way that a signal handler can't break.
+
+A handler may interrupt any call here and make the same call again, or raise. So
+nobody waits for a lock that somebody could be holding: every wait has a lock of
+its own, which the bell lets go of. (`threading.Event` and `Condition` share one
+lock among their callers, and a handler that comes back in finds it taken.)
+"""
+
+from __future__ import annotations
+
+import _thread
+import sys
+import time
+from typing import Callable
+
+
+class Bell:
+    """Any number of threads wait for a condition; one thread rings when it may hold."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, _thread.LockType] = {}
+
+    def ring(self) -> None:
+        """Make those who wait look again. Never blocks."""
+        while self._waiting:
+            try:
+                _, lock = self._waiting.popitem()
+            except KeyError:
+                break
+            lock.release()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait until `condition()` holds, at most `timeout` seconds; whether it does."""
+        if condition():
+            return True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            lock = _thread.allocate_lock()
+            lock.acquire()
+            self._waiting[id(lock)] = lock
+            try:
+                # Looked at after the bell knows of the lock: a ring in between is heard.
+                if condition():
+                    return True
+                if sys.is_finalizing():
+                    return False  # no other thread runs any more, so none will ring
+                left = -1.0
+                if deadline is not None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return False
+                    left = min(left, _thread.TIMEOUT_MAX)
+                lock.acquire(timeout=left)
+            finally:
+                self._waiting.pop(id(lock), None)

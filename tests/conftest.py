@@ -1,0 +1,123 @@
+"""What all tests share: managers that are closed, and a check that nothing is left."""
+
+import contextlib
+import os
+import threading
+import time
+
+import pytest
+
+import sidexec
+
+
+def eventually(condition, timeout=20.0):
+    """Wait until `condition()` is true, and return what it returned.
+
+    The timeout is one that only a hang reaches.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def children(pid="self"):
+    """The pids of a process's children."""
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def tree(pid):
+    """The pids of all descendants of a process."""
+    found = []
+    for child in children(pid):
+        found += [child, *tree(child)]
+    return found
+
+
+def is_alive(pid):
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def descriptors():
+    """The descriptors of this process, less the one that the listing itself opens."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return {fd: name for fd, name in found.items() if not name.startswith("/proc/")}
+
+
+@contextlib.contextmanager
+def nothing_left():
+    """Check that a block leaves no child, thread or descriptor of this process behind."""
+    before = set(children()), len(os.listdir("/proc/self/task")), set(descriptors())
+
+    def is_clean():
+        now = set(children()), len(os.listdir("/proc/self/task")), set(descriptors())
+        return now[0] <= before[0] and now[1] <= before[1] and now[2] <= before[2]
+
+    yield
+    # The thread that closed everything ends a moment after it has said so.
+    deadline = time.monotonic() + 5
+    while not is_clean() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert set(children()) <= before[0]
+    assert set(descriptors()) <= before[2], descriptors()
+    assert len(os.listdir("/proc/self/task")) <= before[1], threading.enumerate()
+
+
+@pytest.fixture
+def make_manager():
+    """Make managers that are closed, and looked after, when the test is over."""
+    with nothing_left():
+        with contextlib.ExitStack() as stack:
+            yield lambda **options: stack.enter_context(sidexec.ExecutionManager(**options))
+
+
+@pytest.fixture
+def manager(make_manager):
+    return make_manager(grace_period=5.0, default_timeout=60.0)
+
+
+@pytest.fixture
+def run(manager):
+    """Run code to its end: its status."""
+
+    def run(code, params=None, **options):
+        started = manager.start_with_code(code, params, **options).raise_for_error()
+        return manager.wait(started.data.side_execution_id).raise_for_error().data
+
+    return run
+
+
+@pytest.fixture
+def start(manager):
+    """Start code, and wait until it has written `ready`: its id."""
+
+    def start(code, params=None, *, ready="ready", **options):
+        started = manager.start_with_code(code, params, **options).raise_for_error()
+        id = started.data.side_execution_id
+
+        def is_ready():
+            data = manager.get_status(id).data
+            return ready in data.output or data.status != "running"
+
+        if ready is not None:
+            eventually(is_ready)
+            assert ready in manager.get_status(id).data.output, manager.get_status(id)
+        return id
+
+    return start
