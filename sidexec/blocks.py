@@ -11,7 +11,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from typing import Any, Optional
+from typing import Any
 
 from .responses import ActionBlock, ListActionBlocksData, ListActionBlocksResponse
 
@@ -22,7 +22,7 @@ _SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\s(?P<content>(^#(| .*)$\s)+)^
 _DEPENDENCIES = re.compile(r"(?ms)^dependencies\s*=\s*(\[.*?\])[ \t]*(?:#[^\n]*)?$")
 
 
-def why_not_runnable(path: str) -> Optional[str]:
+def why_not_runnable(path: str) -> str | None:
     """What keeps `path` from being an action block, in words; None if nothing does."""
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, MAIN)):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 
 def text(name: str, value: object) -> str:
@@ -41,7 +41,7 @@ def seconds(name: str, value: object) -> float:
     return float(value)
 
 
-def seconds_or_none(name: str, value: object) -> Optional[float]:
+def seconds_or_none(name: str, value: object) -> float | None:
     """The same, with None and infinity for no limit."""
     if value is None:
         return None
@@ -69,7 +69,7 @@ def names(name: str, value: object) -> tuple[str, ...]:
     return tuple(utf8(f"each of {name}", each) for each in value)
 
 
-def environment(name: str, value: object) -> Optional[dict[str, str]]:
+def environment(name: str, value: object) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):

@@ -10,7 +10,7 @@ import signal
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Literal, Optional
+from typing import Literal
 
 from .output import Output
 from .waiting import Bell
@@ -40,10 +40,10 @@ class End:
     status: FinalStatus
     time: datetime
     duration: float
-    exit_code: Optional[int]
+    exit_code: int | None
     forced: bool
-    error: Optional[str]
-    result: Optional[bytes]  # JSON
+    error: str | None
+    result: bytes | None  # JSON
     stuck: tuple[int, ...]  # pids that the kernel does not let go of
 
 
@@ -63,9 +63,9 @@ class Execution:
         id: str,
         output: Output,
         *,
-        thread_id: Optional[str],
-        action_block: Optional[str],
-        timeout: Optional[float],
+        thread_id: str | None,
+        action_block: str | None,
+        timeout: float | None,
     ) -> None:
         self.id = id
         self.output = output
@@ -75,13 +75,13 @@ class Execution:
         self.start_time = now()
         self.started_at = time.monotonic()
         self.is_started = False
-        self.refused: Optional[str] = None  # why it could not be started
-        self.keeper_pid: Optional[int] = None
-        self.progress: Optional[float] = None
-        self.reported: Optional[bytes] = None  # JSON
-        self.stop_reason: Optional[StopReason] = None
-        self.end: Optional[End] = None
-        self.usage: Optional[Sample] = None  # readers keep it here, as it serves them alone
+        self.refused: str | None = None  # why it could not be started
+        self.keeper_pid: int | None = None
+        self.progress: float | None = None
+        self.reported: bytes | None = None  # JSON
+        self.stop_reason: StopReason | None = None
+        self.end: End | None = None
+        self.usage: Sample | None = None  # readers keep it here, as it serves them alone
         self.changed = Bell()  # when it is started, refused or ended
 
     @property

@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import os
 from dataclasses import dataclass
-from typing import Deque, Optional
+from typing import Deque
 
 from .execution import Execution, StopReason
 from .journal import Journal
@@ -34,7 +34,7 @@ MAX_REMEMBERED_BYTES = 256 * 1024 * 1024
 @dataclass(frozen=True)
 class Settings:
     python: str
-    cwd: Optional[str]
+    cwd: str | None
     preload: tuple[str, ...]
     grace: float
     max_history: int
@@ -52,7 +52,7 @@ class Host:
         self._finished: Deque[Execution] = collections.deque()
         self._bytes_held = 0  # by those that have finished
         self._launchers: list[Launcher] = []
-        self._default: Optional[Launcher] = None
+        self._default: Launcher | None = None
 
     # -- in the loop's thread
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import _thread
 import logging
 import queue
-from typing import Optional
 
 logger = logging.getLogger(__package__)
 
 
 class Journal:
     def __init__(self) -> None:
-        self._records: queue.SimpleQueue[Optional[tuple[int, str, tuple[object, ...]]]]
+        self._records: queue.SimpleQueue[tuple[int, str, tuple[object, ...]] | None]
         self._records = queue.SimpleQueue()
         self._is_started = False
         self.level = logging.WARNING  # as asked of the logger, in a thread of the user's

@@ -11,7 +11,8 @@ import os
 import socket
 import subprocess
 import time
-from typing import Any, Callable, Deque, Optional
+from typing import Any, Deque
+from collections.abc import Callable
 
 from . import payload, protocol
 from .execution import describe_exit
@@ -31,7 +32,7 @@ class Launcher:
         self,
         loop: Loop,
         python: str,
-        cwd: Optional[str],
+        cwd: str | None,
         environment: dict[str, str],
         config: dict[str, Any],
         on_idle: Callable[[Launcher], None],
@@ -49,7 +50,7 @@ class Launcher:
         self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
         self._greeting = b""
         self._is_loaded = False
-        self._failure: Optional[str] = None
+        self._failure: str | None = None
         self._unsent = b""
         self._fds: list[int] = []
         self._pending = 0  # forks asked for that have neither come nor been refused
@@ -72,7 +73,7 @@ class Launcher:
             try:
                 self._process = subprocess.Popen(
                     [self._python, "-u", "-c", payload.BOOT],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=errors_end,
                     cwd=self._cwd,
@@ -220,7 +221,7 @@ class Launcher:
         """`supervision` needs no pair any more."""
         self._waiting.remove(supervision)
 
-    def release(self, supervision: Supervision, pair: Optional[Pair]) -> None:
+    def release(self, supervision: Supervision, pair: Pair | None) -> None:
         """`supervision` has ended, and `pair` with it."""
         self._running.discard(supervision)
         if pair is not None:
@@ -292,7 +293,7 @@ class Launcher:
     def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None:
         self.on_keeper_gone(pair)
 
-    def on_end(self, pair: Pair, code: Optional[int], forced: bool, stuck: Pids) -> None:
+    def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None:
         self.on_keeper_gone(pair)
 
     def on_output(self, stream: Stream, data: bytes) -> None:

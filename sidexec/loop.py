@@ -17,7 +17,8 @@ import signal
 import socket
 import time
 import traceback
-from typing import Callable, Deque, Optional
+from typing import Deque
+from collections.abc import Callable
 
 from .journal import Journal
 from .waiting import Bell
@@ -166,7 +167,7 @@ class Loop:
             if timer.call is not None:
                 self._make(timer.call)
 
-    def _timeout(self) -> Optional[float]:
+    def _timeout(self) -> float | None:
         while self._timers and self._timers[0][2].call is None:
             heapq.heappop(self._timers)
         if not self._timers:

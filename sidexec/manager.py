@@ -22,7 +22,8 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Literal, Optional, Union
+from typing import Any, Literal, Union
+from collections.abc import Callable
 
 from . import blocks, checks, protocol, usage
 from .execution import Execution, Sample
@@ -74,18 +75,18 @@ class Limits:
     Keyword-only. Raises `TypeError` or `ValueError` for what can't be a limit.
     """
 
-    memory: Optional[int] = None
-    cpu: Optional[float] = None
-    processes: Optional[int] = None
-    open_files: Optional[int] = None
+    memory: int | None = None
+    cpu: float | None = None
+    processes: int | None = None
+    open_files: int | None = None
 
     def __init__(
         self,
         *,
-        memory: Optional[int] = None,
-        cpu: Optional[float] = None,
-        processes: Optional[int] = None,
-        open_files: Optional[int] = None,
+        memory: int | None = None,
+        cpu: float | None = None,
+        processes: int | None = None,
+        open_files: int | None = None,
     ) -> None:
         for name, value in (
             ("memory", memory),
@@ -121,7 +122,7 @@ class _Delivery:
         self._call = call
         self._is_ending = is_over
         self._on_over = on_over
-        self._thread: Optional[int] = None
+        self._thread: int | None = None
         self._is_over = False
         self._over = Bell()
 
@@ -174,14 +175,14 @@ class ExecutionManager:
         self,
         *,
         python: Path = sys.executable,
-        cwd: Optional[Path] = None,
-        env: Optional[Mapping[str, str]] = None,
-        default_timeout: Optional[float] = 300.0,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        default_timeout: float | None = 300.0,
         grace_period: float = 5.0,
         max_output: int = 16 * 1024 * 1024,
         max_history: int = 1000,
         preload: Iterable[str] = (),
-        limits: Optional[Limits] = None,
+        limits: Limits | None = None,
     ) -> None:
         if os.name != "posix":
             raise NotImplementedError("only POSIX systems have what stopping a process tree takes")
@@ -221,14 +222,14 @@ class ExecutionManager:
     def start_with_code(
         self,
         code: str,
-        params: Optional[dict[str, Any]] = None,
-        timeout: Union[float, None, Literal[Default.DEFAULT]] = DEFAULT,
+        params: dict[str, Any] | None = None,
+        timeout: float | None | Literal[Default.DEFAULT] = DEFAULT,
         *,
-        thread_id: Optional[str] = None,
-        cwd: Optional[Path] = None,
-        env: Optional[Mapping[str, str]] = None,
-        limits: Optional[Limits] = None,
-        on_output: Optional[Callable[[OutputChunk], object]] = None,
+        thread_id: str | None = None,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        limits: Limits | None = None,
+        on_output: Callable[[OutputChunk], object] | None = None,
     ) -> StartSideExecutionResponse:
         """Start Python source; returns as soon as it is on its way.
 
@@ -253,14 +254,14 @@ class ExecutionManager:
     def start_with_action_block(
         self,
         path: Path,
-        params: Optional[dict[str, Any]] = None,
-        timeout: Union[float, None, Literal[Default.DEFAULT]] = DEFAULT,
+        params: dict[str, Any] | None = None,
+        timeout: float | None | Literal[Default.DEFAULT] = DEFAULT,
         *,
-        thread_id: Optional[str] = None,
-        cwd: Optional[Path] = None,
-        env: Optional[Mapping[str, str]] = None,
-        limits: Optional[Limits] = None,
-        on_output: Optional[Callable[[OutputChunk], object]] = None,
+        thread_id: str | None = None,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        limits: Limits | None = None,
+        on_output: Callable[[OutputChunk], object] | None = None,
     ) -> StartSideExecutionResponse:
         """Start a `.py` file, or a directory that has a `__main__.py`.
 
@@ -274,16 +275,16 @@ class ExecutionManager:
 
     def _start(
         self,
-        code: Optional[str],
-        block: Optional[str],
-        source: Optional[str],
+        code: str | None,
+        block: str | None,
+        source: str | None,
         params: object,
         timeout: object,
         thread_id: object,
-        cwd: Optional[Path],
+        cwd: Path | None,
         env: object,
-        limits: Optional[Limits],
-        on_output: Optional[Callable[[OutputChunk], object]],
+        limits: Limits | None,
+        on_output: Callable[[OutputChunk], object] | None,
     ) -> StartSideExecutionResponse:
         copied = checks.params("params", params)
         seconds = self._default_timeout
@@ -296,7 +297,9 @@ class ExecutionManager:
         if on_output is not None and not callable(on_output):
             raise TypeError(f"on_output must be callable, not {type(on_output).__name__}")
 
-        def answer(execution: Optional[Execution], error: Optional[str]) -> Any:
+        def answer(
+            execution: Execution | None, error: str | None
+        ) -> StartSideExecutionResponse:
             data = StartData(
                 side_execution_id=None if execution is None else execution.id,
                 code=code,
@@ -362,7 +365,7 @@ class ExecutionManager:
         deliveries[execution.id] = delivery
         delivery.start()
 
-    def _why_not(self, cwd: Optional[str], block: Optional[str]) -> Optional[str]:
+    def _why_not(self, cwd: str | None, block: str | None) -> str | None:
         """What can be seen to be wrong before anything is started."""
         if self._is_closed:
             return _CLOSED
@@ -375,7 +378,7 @@ class ExecutionManager:
         return None
 
     def _running_host(self) -> Host:
-        host: Optional[Host] = self.__dict__.get("_host")
+        host: Host | None = self.__dict__.get("_host")
         if host is None:
             made = Host(self._settings, self._executions)
             # Atomic, where a lock could be held by what this interrupts.
@@ -435,7 +438,7 @@ class ExecutionManager:
         )
 
     def wait(
-        self, side_execution_id: str, timeout: Optional[float] = None
+        self, side_execution_id: str, timeout: float | None = None
     ) -> GetSideExecutionStatusResponse:
         """Wait until an execution has ended, at most `timeout` seconds; its status then.
 
@@ -460,7 +463,7 @@ class ExecutionManager:
             raise SideExecutionError(self.get_status(id))
         return execution.output.follow(self._is_over(execution))
 
-    def list_executions(self, status: Optional[str] = None) -> ListSideExecutionsResponse:
+    def list_executions(self, status: str | None = None) -> ListSideExecutionsResponse:
         """The executions that are known, or those of them that are of `status`."""
         if status is not None and checks.text("status", status) not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
@@ -488,7 +491,7 @@ class ExecutionManager:
     # -- stopping
 
     def stop(
-        self, side_execution_id: str, *, grace: Optional[float] = None, force: bool = False
+        self, side_execution_id: str, *, grace: float | None = None, force: bool = False
     ) -> StopSideExecutionResponse:
         """Stop an execution and all that it has spawned; returns when nothing is left.
 
@@ -501,13 +504,13 @@ class ExecutionManager:
         return self._stop([id], self._grace_of(grace, force))[0]
 
     def stop_all(
-        self, *, grace: Optional[float] = None, force: bool = False
+        self, *, grace: float | None = None, force: bool = False
     ) -> list[StopSideExecutionResponse]:
         """Stop everything that runs, side by side; one response for each of them."""
         running = [each.id for each in list(self._executions.values()) if each.end is None]
         return self._stop(running, self._grace_of(grace, force))
 
-    def close(self, *, grace: Optional[float] = None) -> None:
+    def close(self, *, grace: float | None = None) -> None:
         """Stop everything and give all processes, threads and descriptors back.
 
         Later starts fail; what has ended can still be asked about. A second call
@@ -515,7 +518,7 @@ class ExecutionManager:
         """
         seconds = self._grace_of(grace, False)
         self._is_closed = True
-        host: Optional[Host] = self.__dict__.get("_host")
+        host: Host | None = self.__dict__.get("_host")
         if host is None or self._is_foreign():
             return
         host.loop.post(lambda: host.close(seconds))
@@ -523,12 +526,12 @@ class ExecutionManager:
         for delivery in list(self._deliveries.values()):
             delivery.wait()
 
-    def _grace_of(self, grace: Optional[float], force: bool) -> float:
+    def _grace_of(self, grace: float | None, force: bool) -> float:
         own = self._grace if grace is None else checks.seconds("grace", grace)
         return 0.0 if checks.flag("force", force) else own
 
     def _stop(self, ids: list[str], grace: float) -> list[StopSideExecutionResponse]:
-        host: Optional[Host] = self.__dict__.get("_host")
+        host: Host | None = self.__dict__.get("_host")
         executions = {id: self._executions.get(id) for id in ids}
         won: set[str] = set()
 
@@ -545,14 +548,14 @@ class ExecutionManager:
         return [self._stop_response(id, executions[id], id in won) for id in ids]
 
     def _stop_response(
-        self, id: str, execution: Optional[Execution], won: bool
+        self, id: str, execution: Execution | None, won: bool
     ) -> StopSideExecutionResponse:
         if execution is None:
             return StopSideExecutionResponse(
                 StopData(id, "not_found"), False, None, _unknown(id)
             )
         end = execution.end
-        status = "running" if end is None else end.status
+        status = execution.status
         error = None
         if end is None:
             error = self._foreign() if self._is_foreign() else "the interpreter is shutting down"
@@ -595,13 +598,13 @@ class ExecutionManager:
         process = self._process
         return lambda: execution.end is not None or loop.ended or os.getpid() != process
 
-    def _wait_for_end(self, execution: Execution, timeout: Optional[float]) -> None:
+    def _wait_for_end(self, execution: Execution, timeout: float | None) -> None:
         if execution.changed.wait_for(self._is_over(execution), timeout):
             delivery = self._deliveries.get(execution.id)
             if delivery is not None:
                 delivery.wait()
 
-    def _usage(self, execution: Execution) -> tuple[Optional[int], Optional[float]]:
+    def _usage(self, execution: Execution) -> tuple[int | None, float | None]:
         """Memory in bytes and processor time in percent, read anew when they are old."""
         if execution.keeper_pid is None:
             return None, None
@@ -628,19 +631,19 @@ def _unknown(id: str) -> str:
     )
 
 
-def _check_limits(limits: object) -> Optional[Limits]:
+def _check_limits(limits: object) -> Limits | None:
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
     return limits
 
 
-def _current_directory() -> Optional[str]:
+def _current_directory() -> str | None:
     with contextlib.suppress(OSError):  # it may have been removed
         return os.getcwd()
     return None
 
 
-def _parse(result: Optional[bytes]) -> Any:
+def _parse(result: bytes | None) -> Any:
     """A result of its own for each response, so that none can change another's."""
     if result is None:
         return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import collections
 from dataclasses import dataclass
-from typing import Callable, Deque, Iterator, Literal, NamedTuple
+from typing import Deque, Literal, NamedTuple
+from collections.abc import Callable, Iterator
 
 from .waiting import Bell
 

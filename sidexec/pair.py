@@ -10,8 +10,7 @@ import fcntl
 import logging
 import os
 import termios
-import time
-from typing import Optional, Protocol
+from typing import Protocol
 
 from . import protocol
 from .loop import Loop, Timer
@@ -34,7 +33,7 @@ class Owner(Protocol):
     def on_violation(self, reason: str) -> None: ...
     def on_keeper_gone(self, pair: Pair) -> None: ...
     def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None: ...
-    def on_end(self, pair: Pair, code: Optional[int], forced: bool, stuck: Pids) -> None: ...
+    def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None: ...
 
 
 class Pair:
@@ -164,7 +163,7 @@ class Pair:
 
     # -- descriptors
 
-    def _read(self, fd: int, size: int) -> Optional[bytes]:
+    def _read(self, fd: int, size: int) -> bytes | None:
         """What is there; empty at the end of the file; None where there is nothing."""
         if fd not in self._open:
             return None  # closed by an earlier event of the same round

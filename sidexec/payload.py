@@ -12,7 +12,7 @@ import marshal
 import os
 import sys
 from types import CodeType
-from typing import Any, Optional, Union
+from typing import Any
 
 # One name that no real package has: the modules stand in sys.modules only while they
 # import each other, and must not push a package of the user's out of it.
@@ -52,7 +52,7 @@ GREETING = len(importlib.util.MAGIC_NUMBER)
 def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
     """What answers an interpreter's greeting: its modules, as bytecode if it is ours."""
     as_source = greeting != importlib.util.MAGIC_NUMBER
-    modules: list[tuple[str, bool, Union[CodeType, str]]] = [
+    modules: list[tuple[str, bool, CodeType | str]] = [
         (_ROOT, True, ""),
         (f"{_ROOT}.child", True, ""),
     ]
@@ -62,13 +62,13 @@ def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
     return len(data).to_bytes(4, "big") + data
 
 
-def _load(name: str, as_source: bool) -> Union[CodeType, str]:
+def _load(name: str, as_source: bool) -> CodeType | str:
     package, _, module = name.rpartition(".")
     assert __package__ is not None
     places = [os.path.join(place, package) for place in sys.modules[__package__].__path__]
     spec = importlib.machinery.PathFinder.find_spec(module, places)
     loader: Any = spec.loader if spec is not None else None
-    found: Optional[Union[CodeType, str]] = None
+    found: CodeType | str | None = None
     if loader is not None:
         found = loader.get_source(module) if as_source else loader.get_code(module)
     if found is None:

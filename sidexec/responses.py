@@ -12,7 +12,7 @@ import json
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Optional, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 _Self = TypeVar("_Self", bound="Response")
 
@@ -74,13 +74,13 @@ class _Wire:
 class StartData(_Wire):
     """`side_execution_id` is what every other method takes; None if it did not start."""
 
-    side_execution_id: Optional[str]
-    code: Optional[str]
-    action_block: Optional[str]
+    side_execution_id: str | None
+    code: str | None
+    action_block: str | None
     status: str
-    start_time: Optional[datetime]
+    start_time: datetime | None
     params: dict[str, Any]
-    timeout: Optional[float]
+    timeout: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """As for the others, with the one of `code` and `actionBlock` that was started."""
@@ -99,18 +99,18 @@ class StatusData(_Wire):
 
     side_execution_id: str
     status: str
-    start_time: Optional[datetime] = None
-    end_time: Optional[datetime] = None
-    duration: Optional[float] = None
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    duration: float | None = None
     result: Any = None
     output: str = ""
-    error: Optional[str] = None
-    progress: Optional[float] = None
-    memory_usage: Optional[int] = None
-    cpu_usage: Optional[float] = None
+    error: str | None = None
+    progress: float | None = None
+    memory_usage: int | None = None
+    cpu_usage: float | None = None
     error_output: str = ""
-    exit_code: Optional[int] = None
-    stop_reason: Optional[str] = None
+    exit_code: int | None = None
+    stop_reason: str | None = None
     output_dropped: int = 0
 
 
@@ -120,13 +120,13 @@ class StopData(_Wire):
 
     side_execution_id: str
     status: str
-    stopped_at: Optional[datetime] = None
+    stopped_at: datetime | None = None
     result: Any = None
     output: str = ""
     error_output: str = ""
-    exit_code: Optional[int] = None
+    exit_code: int | None = None
     forced: bool = False
-    stop_reason: Optional[str] = None
+    stop_reason: str | None = None
     output_dropped: int = 0
 
 
@@ -137,9 +137,9 @@ class ExecutionSummary(_Wire):
     side_execution_id: str
     status: str
     start_time: datetime
-    end_time: Optional[datetime]
-    stop_reason: Optional[str]
-    action_block: Optional[str]
+    end_time: datetime | None
+    stop_reason: str | None
+    action_block: str | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,12 +156,12 @@ class ActionBlock(_Wire):
 
     name: str
     path: str
-    description: Optional[str]
-    version: Optional[str]
-    author: Optional[str]
+    description: str | None
+    version: str | None
+    author: str | None
     dependencies: tuple[str, ...]
-    created_at: Optional[datetime]
-    updated_at: Optional[datetime]
+    created_at: datetime | None
+    updated_at: datetime | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,10 +185,10 @@ class Response(_Wire):
 
     data: Any
     success: bool = True
-    message: Optional[str] = None
-    error: Optional[str] = None
+    message: str | None = None
+    error: str | None = None
     message_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    thread_id: Optional[str] = None
+    thread_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The wire form: camelCase keys, milliseconds, ISO 8601; nothing is left out."""

@@ -12,7 +12,8 @@ import logging
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Callable, NoReturn, Optional
+from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
 
 from . import protocol
 from .execution import End, Execution, FinalStatus, StopReason, describe_exit, now
@@ -45,14 +46,14 @@ class Supervision:
         self._loop = loop
         self._journal = journal
         self._on_end = on_end
-        self._launcher: Optional[Launcher] = None
-        self._pair: Optional[Pair] = None
-        self._timeout: Optional[Timer] = None
-        self._watchdog: Optional[Timer] = None
-        self._deadline: Optional[float] = None
+        self._launcher: Launcher | None = None
+        self._pair: Pair | None = None
+        self._timeout: Timer | None = None
+        self._watchdog: Timer | None = None
+        self._deadline: float | None = None
         self._keeper_is_gone = False
-        self._error: Optional[str] = None  # what the snippet says of its own failure
-        self._fault: Optional[str] = None  # what is wrong with the snippet or its keepers
+        self._error: str | None = None  # what the snippet says of its own failure
+        self._fault: str | None = None  # what is wrong with the snippet or its keepers
 
     # -- what the host does
 
@@ -145,7 +146,7 @@ class Supervision:
         if self._pair is not None and self._deadline is None:
             self._pair.stop(0.0)
 
-    def on_end(self, pair: Pair, code: Optional[int], forced: bool, stuck: Pids) -> None:
+    def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None:
         self._finish(code, forced, stuck)
 
     def on_keeper_gone(self, pair: Pair) -> None:
@@ -182,7 +183,7 @@ class Supervision:
         self._journal.log(logging.WARNING, "%s: %s", self.execution.id, reason)
         self._finish(None, forced=True, stuck=stuck)
 
-    def _finish(self, code: Optional[int], forced: bool, stuck: Pids) -> None:
+    def _finish(self, code: int | None, forced: bool, stuck: Pids) -> None:
         execution = self.execution
         if execution.end is not None:
             return
@@ -214,7 +215,7 @@ class Supervision:
         how = "by force" if forced else "by itself" if execution.stop_reason is None else "as asked"
         self._journal.log(level, "%s is %s, %s", execution.id, status, how)
 
-    def _judge(self, code: Optional[int]) -> tuple[FinalStatus, Optional[str], Optional[bytes]]:
+    def _judge(self, code: int | None) -> tuple[FinalStatus, str | None, bytes | None]:
         execution = self.execution
         result = execution.reported
         if result is not None and not _is_json(result):

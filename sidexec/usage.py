@@ -7,7 +7,7 @@ can at worst spoil one figure.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -18,7 +18,7 @@ class Usage(NamedTuple):
     cpu: float  # seconds
 
 
-def of_tree(keeper_pid: int) -> Optional[Usage]:
+def of_tree(keeper_pid: int) -> Usage | None:
     """What all descendants of the keeper use together; None where /proc can't tell."""
     memory = 0
     ticks = 0

@@ -14,7 +14,7 @@ the snippet's process group stands for its tree.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import os
 import select
 import time

@@ -9,10 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 _PR_SET_CHILD_SUBREAPER = 36
 
 try:
@@ -24,7 +20,7 @@ except OSError:
 def become_subreaper() -> bool:
     """Adopt the orphans among this process's descendants, instead of init."""
     try:
-        return _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        return bool(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
     except (AttributeError, OSError):
         return False
 

@@ -12,7 +12,7 @@ for them, and ends.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import gc
 import os

@@ -9,7 +9,7 @@ goes by how this process ends, not by what it says.
 
 from __future__ import annotations
 
-import _signal  # the `signal` module costs a cold start 5 ms, for its enums
+import _signal  # type: ignore[import-not-found]  # `signal` costs 5 ms, for its enums
 import _thread
 import atexit
 import gc
@@ -23,7 +23,7 @@ from . import source
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType, FrameType, ModuleType, TracebackType
+    from types import CodeType, FrameType, ModuleType
     from typing import Any, NoReturn
 
 FILENAME = "<snippet>"
