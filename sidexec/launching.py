@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from . import payload, protocol
 from .execution import describe_exit
-from .loop import Loop
+from .loop import Loop, Timer
 from .output import Stream
 from .pair import Pair, Pids
 from .supervision import Supervision
@@ -25,6 +25,8 @@ from .supervision import Supervision
 BOOT_LIMIT = 60.0
 EXIT_LIMIT = 5.0
 FDS_PER_PAIR = 4
+# How long a fork ahead leaves the processors to the snippet that has just started.
+AHEAD_AFTER = 0.003
 
 
 class Launcher:
@@ -54,6 +56,7 @@ class Launcher:
         self._unsent = b""
         self._fds: list[int] = []
         self._pending = 0  # forks asked for that have neither come nor been refused
+        self._ahead: Timer | None = None
         self._waiting: Deque[Supervision] = collections.deque()
         self._spares: Deque[Pair] = collections.deque()
         self._pairs: dict[int, Pair] = {}
@@ -99,6 +102,8 @@ class Launcher:
         """Have it end once its keepers have; `on_gone` is called when it has."""
         self._drop_spares()
         self.forks_ahead = False
+        if self._ahead is not None:
+            self._ahead.cancel()
         if self.is_up:
             self.is_up = False
             self._socket.shutdown(socket.SHUT_WR)
@@ -242,7 +247,15 @@ class Launcher:
         while self._pending < len(self._waiting):
             self._pending += 1
             self._send(protocol.pack(protocol.FORK))
-        if self.forks_ahead and not self._pending and not self._spares:
+        if self._ahead is None and self._wants_spare():
+            self._ahead = self._loop.at(time.monotonic() + AHEAD_AFTER, self._fork_ahead)
+
+    def _wants_spare(self) -> bool:
+        return self.forks_ahead and self.is_up and not self._pending and not self._spares
+
+    def _fork_ahead(self) -> None:
+        self._ahead = None
+        if self._wants_spare():
             self._pending += 1
             self._send(protocol.pack(protocol.FORK_AHEAD))
 

@@ -129,7 +129,8 @@ class Loop:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own_fault)
         while not self._stopping:
             for key, _ in self._selector.select(self._timeout()):
-                self._make(key.data)
+                if not self._make(key.data):
+                    self.unwatch(key.fd)  # or it would fail again and again
             self._run_posted()
             self._run_timers()
         self.ended = True  # before the last look, so that no post can fall in between
@@ -142,12 +143,14 @@ class Loop:
         self._wake.close()
         self._wake_end.close()
 
-    def _make(self, call: Call) -> None:
+    def _make(self, call: Call) -> bool:
         try:
             call()
+            return True
         except Exception:
             # A fault of ours: whatever it was about, the other executions go on.
             self._journal.log(logging.ERROR, "internal error\n%s", traceback.format_exc())
+            return False
 
     def _on_wake(self) -> None:
         try:

@@ -10,10 +10,11 @@ import fcntl
 import logging
 import os
 import termios
+import time
 from typing import Protocol
 
 from . import protocol
-from .loop import Loop, Timer
+from .loop import Loop
 from .output import STREAMS, Stream
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,16 @@ logger = logging.getLogger(__name__)
 READ_SIZE = 256 * 1024
 PIPE_SIZE = 1024 * 1024
 
+# A stream that brings little at a time, again and again, is left alone for a moment:
+# to wake for each line costs more than to read it. The first bytes after a silence
+# are read at once, and nothing is lost meanwhile, as it waits in the pipe.
+BUSY_GAP = 0.001  # between two reads, in seconds
+BUSY_READS = 8
+BUSY_PAUSE = 0.002
+
+
+DEFAULT_PIPE_SIZE = 64 * 1024
+F_SETPIPE_SZ = 1031  # Linux; in `fcntl` since Python 3.10
 
 Pids = tuple[int, ...]
 
@@ -36,6 +47,22 @@ class Owner(Protocol):
     def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None: ...
 
 
+class _Rhythm:
+    """How often a stream has brought something lately."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self.is_wide = False
+        self._reads = 0
+
+    def is_busy(self, size: int) -> bool:
+        now = time.monotonic()
+        is_close = now - self.last < BUSY_GAP + BUSY_PAUSE
+        self._reads = self._reads + 1 if is_close else 0
+        self.last = now
+        return self._reads >= BUSY_READS and size < READ_SIZE
+
+
 class Pair:
     def __init__(self, loop: Loop, owner: Owner, keeper_pid: int, fds: list[int]) -> None:
         self.keeper_pid = keeper_pid
@@ -49,7 +76,7 @@ class Pair:
         self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
         self._unsent = memoryview(b"")
         self._open = set(fds)
-        self._paused: dict[Stream, Timer] = {}
+        self._rhythms = {stream: _Rhythm() for stream in STREAMS}
         for fd in fds:
             os.set_blocking(fd, False)
         loop.watch(self._control, self._on_control)
@@ -66,8 +93,6 @@ class Pair:
         self._write(self._control, protocol.pack(protocol.STOP, repr(grace).encode()))
 
     def close(self) -> None:
-        for timer in self._paused.values():
-            timer.cancel()
         for fd in list(self._open):
             self._close(fd)
 
@@ -128,7 +153,26 @@ class Pair:
         self._loop.watch(fd, lambda: self._on_stream(stream, fd))
 
     def _on_stream(self, stream: Stream, fd: int) -> None:
-        self._hear_stream(stream, fd, READ_SIZE)
+        size = self._hear_stream(stream, fd, READ_SIZE)
+        rhythm = self._rhythms[stream]
+        is_busy = rhythm.is_busy(size)
+        if (is_busy or size >= DEFAULT_PIPE_SIZE) and not rhythm.is_wide:
+            rhythm.is_wide = True
+            self._widen(fd)
+        if is_busy and fd in self._open:
+            self._loop.unwatch(fd)
+            self._loop.at(rhythm.last + BUSY_PAUSE, lambda: self._resume(stream, fd))
+
+    def _resume(self, stream: Stream, fd: int) -> None:
+        if fd in self._open:
+            self._watch_stream(stream, fd)
+
+    def _widen(self, fd: int) -> None:
+        """Let the pipe take more at a time, where the system has a way, and the memory."""
+        try:
+            fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError:
+            pass  # over what one user may have
 
     def _hear_stream(self, stream: Stream, fd: int, size: int) -> int:
         data = self._read(fd, size)

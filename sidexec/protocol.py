@@ -11,7 +11,7 @@ HEADER = 5
 
 # host -> launcher
 FORK = b"F"  # bring up one keeper and snippet, now
-FORK_AHEAD = b"A"  # the same, once the machine has had a moment for itself
+FORK_AHEAD = b"A"  # the same, and it may take longer
 KILL = b"K"  # "<keeper pid> <group>": end a keeper that does not answer
 
 # launcher -> host

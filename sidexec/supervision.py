@@ -69,9 +69,10 @@ class Supervision:
         execution.is_started = True
         if execution.timeout is not None:
             self._timeout = self._loop.at(time.monotonic() + execution.timeout, self._time_out)
+        execution.changed.ring()
+        # Last, since the snippet may take this processor as soon as it has its request.
         pair.run(self._request)
         self._request = b""
-        execution.changed.ring()
 
     def refuse(self, reason: str) -> None:
         """It can't be started."""

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 # What every snippet may need of the standard library: loaded once the first snippet
 # is on its way, so that later ones share it.
 WARM = ("json", "traceback", "linecache", "ast", "warnings")
-
-# How long a fork ahead leaves the processors to the snippet that has just started.
-AHEAD_AFTER = 0.003
 SWEEP_LIMIT = 5.0
 
 
@@ -49,9 +46,7 @@ class Launcher:
         self._lifeline, self._lifeline_end = os.pipe()
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
-        self._warm = False
-        self._ahead = 0
-        self._ahead_at: float | None = None
+        self._is_warm = False
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -68,13 +63,7 @@ class Launcher:
             self._step()
 
     def _step(self) -> None:
-        timeout: float | None = None
-        if self._ahead_at is not None:
-            timeout = max(0.0, self._ahead_at - time.monotonic())
-        elif self._host is None:
-            timeout = 1.0
-        events = self._poll.poll(None if timeout is None else timeout * 1000)
-        for fd, _ in events:
+        for fd, _ in self._poll.poll(1000 if self._host is None else None):
             if fd == self._wake:
                 os.read(fd, 65536)
                 self._reap()
@@ -84,8 +73,6 @@ class Launcher:
                 self._hear_host()
         if self._host is None and os.getppid() != self._config["host"]:
             self._let_go()
-        if not events and self._ahead_at is not None:
-            self._fork_ahead()
 
     def _set_signals(self) -> None:
         """Be deaf to what is meant for others, and pass on a clean slate.
@@ -136,8 +123,8 @@ class Launcher:
             if kind == FORK:
                 self._fork()
             elif kind == FORK_AHEAD:
-                self._ahead += 1
-                self._ahead_at = time.monotonic() + AHEAD_AFTER
+                self._warm_up()
+                self._fork()
             elif kind == KILL and int(payload) in self._keepers:
                 kernel.signal_process(int(payload), _signal.SIGKILL)
         if not data:
@@ -151,21 +138,15 @@ class Launcher:
                 self._poll.unregister(self._host)
             os.close(self._lifeline_end)
             self._lifeline_end = -1
-            self._ahead_at = None
 
     # -- forking
 
-    def _fork_ahead(self) -> None:
-        self._ahead_at = None
-        if not self._warm:
-            self._warm = True
+    def _warm_up(self) -> None:
+        if not self._is_warm:
+            self._is_warm = True
             for name in WARM:
                 __import__(name)
-            exec(compile("pass", "<warm>", "exec"), {})
             gc.collect()
-        for _ in range(self._ahead):
-            self._fork()
-        self._ahead = 0
 
     def _fork(self) -> None:
         fds: list[int] = []

@@ -133,7 +133,7 @@ class Snippet:
             self._filename = namespace["__file__"] = file
             sys.argv[:] = [block]
         program, self._partial = source.prepare(code, self._filename, namespace)
-        if self._text is not None and ("linecache" in sys.modules or "import" in self._text):
+        if self._text is not None and "import" in self._text:
             self._show_source()
         sys.path[:] = path  # last, so that no file of the user's shadows our imports
         self._set_limits(request["limits"])
@@ -339,13 +339,17 @@ class Snippet:
     def _flush(self) -> None:
         """Write out every file that the code left open, and what C code printed."""
         io = sys.modules["io"]
-        for kind in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
-            for each in [*gc.get_objects(), sys.stdout, sys.stderr]:
-                try:
-                    if isinstance(each, kind) and not each.closed:
-                        each.flush()
-                except Exception:
-                    pass  # an interpreter's own end would pass over it, too
+        kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+        # By type: `isinstance` would also ask, and so run, what only poses as a file.
+        files = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+        files += [sys.stdout, sys.stderr]
+        files.sort(key=lambda each: not isinstance(each, io.TextIOWrapper))
+        for file in files:
+            try:
+                if not file.closed:
+                    file.flush()
+            except Exception:
+                pass  # an interpreter's own end would pass over it, too
         self._flush_c()
 
     # -- the rest of the surroundings
