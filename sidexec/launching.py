@@ -70,6 +70,7 @@ class Launcher:
 
     def boot(self) -> None:
         """Start the interpreter; raises `OSError` where the system does not let it."""
+        payload.load()  # now, where it may still raise
         self._socket, theirs = socket.socketpair()
         try:
             self._errors, errors_end = os.pipe()

@@ -6,6 +6,7 @@ wherever this package was loaded from, a zip too. The host never imports it.
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import marshal
@@ -52,14 +53,20 @@ GREETING = len(importlib.util.MAGIC_NUMBER)
 def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
     """What answers an interpreter's greeting: its modules, as bytecode if it is ours."""
     as_source = greeting != importlib.util.MAGIC_NUMBER
+    data = marshal.dumps((config, load(as_source)), 2 if as_source else marshal.version)
+    return len(data).to_bytes(4, "big") + data
+
+
+@functools.lru_cache
+def load(as_source: bool = False) -> list[tuple[str, bool, CodeType | str]]:
+    """The modules, whether each is a package, and their code."""
     modules: list[tuple[str, bool, CodeType | str]] = [
         (_ROOT, True, ""),
         (f"{_ROOT}.child", True, ""),
     ]
     for name in (*_MODULES, _LAUNCHER):
         modules.append((f"{_ROOT}.{name}", False, _load(name, as_source)))
-    data = marshal.dumps((config, modules), 2 if as_source else marshal.version)
-    return len(data).to_bytes(4, "big") + data
+    return modules
 
 
 def _load(name: str, as_source: bool) -> CodeType | str:

@@ -184,7 +184,7 @@ class Launcher:
         os.dup2(err, 2)
         kernel.close_all([out, err])
         snippet = Snippet(channel, self._path, kernel.flush_c)
-        snippet.prepare()
+        snippet.prepare(rehearse=self._is_warm)  # the first is waited for as it is
         snippet.run(snippet.receive())
 
     # -- reaping
