@@ -101,13 +101,12 @@ class Keeper:
     def _look_after(self) -> None:
         """Until nothing is left, or what is left has had its time."""
         while True:
-            if self._leader_has_exited():
-                strays = self._strays()
+            is_empty = self._reap()
+            if self._leader_reaped:
+                strays = set() if is_empty else self._strays()
                 if not strays:
                     return
                 self._ask_strays(strays)
-            else:
-                self._reap_before_leader()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._forced = True
                 return
@@ -129,22 +128,22 @@ class Keeper:
     def _ask_strays(self, strays: set[int]) -> None:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace
-        fresh = strays - self._asked_strays
-        if not self._asked_strays and not self._leader_reaped:
-            fresh.add(-self._leader)
-        self._asked_strays |= fresh
-        for pid in fresh:
-            # The group has been asked as one, and a second SIGTERM would abort the
-            # cleanup of its members.
-            if pid < 0 or not self._in_group(pid):
-                kernel.signal_process(pid, _signal.SIGTERM)
-                kernel.signal_process(pid, _signal.SIGCONT)
+        # The group as one, and once: a second SIGTERM would abort a member's cleanup.
+        targets = {self._target(pid) for pid in strays} - self._asked_strays
+        self._asked_strays |= targets
+        for target in targets:
+            kernel.signal_process(target, _signal.SIGTERM)
+            kernel.signal_process(target, _signal.SIGCONT)
 
-    def _in_group(self, pid: int) -> bool:
+    def _target(self, pid: int) -> int:
+        """What to signal for a stray: its group where that is the snippet's, else itself.
+
+        The stray, our unreaped child, keeps the number of its group from being reused.
+        """
         try:
-            return os.getpgid(pid) == self._leader
+            return -self._leader if pid > 0 and os.getpgid(pid) == self._leader else pid
         except OSError:
-            return True
+            return pid
 
     # -- waiting
 
@@ -191,45 +190,24 @@ class Keeper:
 
     # -- reaping
 
-    def _leader_has_exited(self) -> bool:
-        """Looks without reaping, while that can be: a zombie holds its pid and group."""
-        if self._leader_reaped:
-            return True
-        if not hasattr(os, "waitid"):
-            self._reap(self._leader)
-            return self._leader_reaped
-        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self._leader, options) is not None
-
-    def _reap_before_leader(self) -> None:
-        """Reap adopted orphans while the snippet goes on."""
-        if not hasattr(os, "waitid"):
-            return
+    def _reap(self) -> bool:
+        """Reap what has ended; whether there is nothing left to wait for."""
         while True:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None or ended.si_pid == self._leader:
-                return
-            self._reap(ended.si_pid)
-
-    def _reap(self, pid: int) -> int | None:
-        """Reap one child: its pid; 0 if none has ended; None if there is none."""
-        try:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            return None
-        if ended == self._leader:
-            self._leader_reaped = True
-            self._exit_code = os.waitstatus_to_exitcode(status)
-        return ended
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return self._has_tree or not self._strays()
+            if pid == 0:
+                return False
+            if pid == self._leader:
+                self._leader_reaped = True
+                self._exit_code = os.waitstatus_to_exitcode(status)
 
     def _adopted_strays(self) -> set[int]:
-        """What is left beside the leader, which stays unreaped for its group's sake."""
-        strays = (kernel.children() or set()) - {self._leader}
-        return {pid for pid in strays if self._reap(pid) == 0}
+        return (kernel.children() or set()) - {self._leader}
 
     def _group_strays(self) -> set[int]:
         """The same where orphans go to init: whether the group has a member left."""
-        self._reap(self._leader)
         try:
             os.kill(-self._leader, 0)
         except OSError:
@@ -242,20 +220,16 @@ class Keeper:
         if not self._leader_reaped:
             kernel.signal_process(self._leader, _signal.SIGKILL)
             kernel.signal_process(-self._leader, _signal.SIGKILL)
-        while True:
-            ended = self._reap(-1)
-            while ended:
-                ended = self._reap(-1)
-            strays = set() if ended is None and self._has_tree else self._strays()
-            if ended is None and not strays:
-                return []
+        while not self._reap():
+            strays = self._strays()
             if time.monotonic() >= until:
                 return sorted(strays if self._leader_reaped else strays | {self._leader})
             # In rounds: what is forked meanwhile turns up in the next one.
-            for pid in strays:
-                kernel.signal_process(pid, _signal.SIGKILL)
+            for target in strays | {self._target(pid) for pid in strays}:
+                kernel.signal_process(target, _signal.SIGKILL)
             if self._wake_poll.poll(5):
                 _read(self._wake)
+        return []
 
     def _send(self, kind: bytes, text: str) -> None:
         try:

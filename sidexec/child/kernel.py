@@ -11,24 +11,31 @@ import os
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def _call_c(name: str, *arguments: int | None) -> int:
-    """Call a function of the C library; raises `OSError` where there is none."""
+try:
+    import _ctypes  # what `ctypes` adds to it costs a cold start 1.6 ms
+except ImportError:
+    _ctypes = None  # type: ignore[assignment]
+
+
+def _find(name: str) -> int | None:
+    """The address of a function of the C library."""
     try:
-        import _ctypes  # what `ctypes` adds to it costs a cold start 1.6 ms
-    except ImportError as error:
-        raise OSError(str(error)) from None
-    library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is loaded
-    function = _ctypes.dlsym(library, name)
-    result: int = _ctypes.call_function(function, arguments)
-    return result
+        return _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # type: ignore[arg-type]
+    except (AttributeError, OSError):
+        return None
+
+
+# Looked up once, before any fork.
+_prctl = _find("prctl")
+_fflush = _find("fflush")
 
 
 def become_subreaper() -> bool:
     """Adopt the orphans among this process's descendants, instead of init."""
-    try:
-        return _call_c("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    except OSError:
+    if _prctl is None:
         return False
+    result: int = _ctypes.call_function(_prctl, (_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    return result == 0
 
 
 def children() -> set[int] | None:
@@ -60,10 +67,8 @@ def open_pidfd(pid: int) -> int | None:
 
 def flush_c() -> None:
     """Write out what C code of this process has printed and still buffers."""
-    try:
-        _call_c("fflush", None)
-    except OSError:
-        pass  # then no C code of this process has been called by way of it, either
+    if _fflush is not None:
+        _ctypes.call_function(_fflush, (None,))
 
 
 def close_all(fds: list[int]) -> None:

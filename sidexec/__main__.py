@@ -1,0 +1,464 @@
+"""The command line: `run` executes a snippet or an action block, `blocks` lists them.
+
+Three threads take part in a run. The main one waits, and takes the signals: whatever
+they interrupt there, it may stop the execution. The printer writes what the snippet
+has written. The ticker, where standard error is a terminal, follows the progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import tokenize
+from types import FrameType
+from typing import Any, NoReturn
+
+from . import ExecutionManager, GetSideExecutionStatusResponse, StopSideExecutionResponse
+from .blocks import why_not_runnable
+from .output import Stream
+
+COMPLETED = 0
+FAILED = 1
+BAD_USAGE = 2
+TIMED_OUT = 124
+STOPPED = 130
+
+EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "stopped": STOPPED}
+
+NAME = (__package__ or "").rpartition(".")[2]
+STDOUT = 1
+STDERR = 2
+
+TICK = 0.1
+# After the second signal: how long a reader may take over the rest of the output.
+LAST_WORDS = 1.0
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    try:
+        code: int = arguments.call(arguments.parser, arguments)
+    except KeyboardInterrupt:  # before there was anything to stop
+        code = STOPPED
+    return code
+
+
+# -- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where `argparse` would show the usage as well."""
+        _tell(message, self.prog)
+        sys.exit(BAD_USAGE)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog=f"python -m {__package__}",
+        description="Run Python on the side, and be able to stop it.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    run = commands.add_parser(
+        "run",
+        help="run Python code or an action block",
+        description="Run Python code and stream its output. Ctrl-C stops it gracefully,"
+        " a second one by force.",
+        epilog="Exit code: 0 completed, 1 failed, 2 bad usage, 124 timed out, 130 stopped.",
+        allow_abbrev=False,
+    )
+    source = run.add_mutually_exclusive_group(required=True)
+    source.add_argument("-c", dest="code", metavar="CODE", help="the code itself")
+    source.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="a .py file, a directory with a __main__.py, or - for standard input",
+    )
+    run.add_argument(
+        "--params", type=_params, metavar="JSON", help="a JSON object: the code's `params`"
+    )
+    run.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="S",
+        help="stop it after so many seconds, as timed out (default: no limit)",
+    )
+    run.add_argument(
+        "--grace",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="how long it may clean up when it is stopped (default: 5 seconds)",
+    )
+    run.add_argument(
+        "--stop-after", type=_seconds, metavar="S", help="stop it after so many seconds"
+    )
+    run.add_argument(
+        "--python", default=sys.executable, metavar="EXE", help="the interpreter to run it with"
+    )
+    run.add_argument(
+        "--json",
+        action="store_true",
+        help="write the final response to standard output, all else to standard error",
+    )
+    run.set_defaults(call=_run, parser=run)
+
+    blocks = commands.add_parser(
+        "blocks",
+        help="list action blocks",
+        description="List the directories that have a __main__.py: name, description, path.",
+        allow_abbrev=False,
+    )
+    blocks.add_argument("path", nargs="?", default=".", metavar="PATH", help="where to look")
+    blocks.add_argument("--json", action="store_true", help="write the response itself")
+    blocks.set_defaults(call=_list_blocks, parser=blocks)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if value >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {text!r}")
+
+
+def _params(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"must be JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, such as {{}}, not {text!r}")
+    return value
+
+
+def _read_standard_input(parser: _Parser) -> str:
+    try:
+        with open(0, "rb", closefd=False) as stream:
+            source = stream.read()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+        return source.decode(encoding)
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        parser.error(f"can't read code from standard input: {error}")
+
+
+# -- the terminal
+
+
+class _Screen:
+    """Both output streams, and the progress bar that must not tear what they show."""
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None  # of the first stream that could not be written
+        self.has_bar = os.isatty(STDERR) and os.environ.get("TERM") != "dumb"
+        self._lock = threading.Lock()
+        self._broken: set[int] = set()
+        self._percent: float | None = None
+        self._is_drawn = False
+        self._line_is_open = False  # the snippet has not ended the terminal's last line
+
+    def write(self, fd: int, text: str) -> None:
+        """Write to a descriptor, unless it has failed before; `failure` says if it has."""
+        with self._lock:
+            if fd in self._broken:
+                return
+            self._hide()
+            try:
+                _write(fd, text)
+            except OSError as error:
+                self._broken.add(fd)
+                self.failure = self.failure or error
+            if os.isatty(fd):
+                self._line_is_open = not text.endswith("\n")
+            self._draw()
+
+    def show_progress(self, percent: float) -> None:
+        with self._lock:
+            if percent != self._percent:
+                self._percent = percent
+                self._draw()
+
+    def end(self, line: str | None) -> None:
+        """Take the bar away for good, and write a last line."""
+        with self._lock:
+            self._hide()
+            if line is not None:
+                if self._line_is_open:
+                    start = "\n"
+                else:
+                    start = "\r\x1b[K" if self.has_bar else ""  # the terminal's ^C
+                with contextlib.suppress(OSError):
+                    _write(STDERR, start)
+                _tell(line)
+            self.has_bar = False
+
+    def _draw(self) -> None:
+        if self.has_bar and self._percent is not None and not self._line_is_open:
+            self._put("\r" + _bar(self._percent, _columns()) + "\x1b[K")
+            self._is_drawn = self.has_bar
+
+    def _hide(self) -> None:
+        if self._is_drawn:
+            self._put("\r\x1b[K")
+            self._is_drawn = False
+
+    def _put(self, text: str) -> None:
+        try:
+            _write(STDERR, text)
+        except OSError:
+            self.has_bar = False  # the terminal is gone
+
+
+def _bar(percent: float, columns: int) -> str:
+    label = f"{int(percent):3d}%"
+    width = min(40, columns - 16)  # less than a line, even when ^C is echoed behind it
+    if width < 5:
+        return label
+    done = int(width * percent / 100)
+    return f"[{'#' * done}{'.' * (width - done)}] {label}"
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(STDERR).columns or 80
+    except OSError:
+        return 80
+
+
+def _write(fd: int, text: str) -> None:
+    """Write all of it now: nothing stays in a buffer that could fail at the exit."""
+    rest = memoryview(text.encode("utf-8", "surrogateescape"))
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:  # whoever else holds the terminal or pipe set it so
+            select.select([], [fd], [])
+
+
+def _tell(text: str, who: str = NAME) -> None:
+    """One line on standard error."""
+    with contextlib.suppress(OSError):
+        _write(STDERR, f"{who}: {' '.join(text.split())}\n")
+
+
+# -- run
+
+
+def _run(parser: _Parser, arguments: argparse.Namespace) -> int:
+    code: str | None = arguments.code
+    if arguments.path == "-":
+        code = _read_standard_input(parser)
+    elif arguments.path is not None:
+        problem = why_not_runnable(arguments.path)
+        if problem is not None:
+            parser.error(problem)
+    try:
+        manager = ExecutionManager(
+            python=arguments.python,
+            default_timeout=arguments.timeout,
+            grace_period=arguments.grace,
+        )
+        with manager:
+            return _Run(manager, arguments).run(code)
+    except _BadArgument as error:
+        parser.error(str(error))
+    except NotImplementedError as error:
+        _tell(str(error))
+        return FAILED
+
+
+class _BadArgument(Exception):
+    pass
+
+
+class _Run:
+    """One execution, from its start to the exit code."""
+
+    def __init__(self, manager: ExecutionManager, arguments: argparse.Namespace) -> None:
+        self._manager = manager
+        self._arguments = arguments
+        self._screen = _Screen()
+        self._signals = 0
+        self._is_over = threading.Event()
+        self._stopped: StopSideExecutionResponse | None = None
+
+    def run(self, code: str | None) -> int:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as `nohup` and `&` want it
+                signal.signal(signum, self._on_signal)
+        id = self._start(code)
+        if id is None:
+            return FAILED
+        printer = threading.Thread(target=self._print, args=(id,), daemon=True)
+        printer.start()
+        if self._screen.has_bar:
+            threading.Thread(target=self._tick, args=(id,), daemon=True).start()
+        if self._signals:  # they may have come before there was anything to stop
+            self._stop(force=self._signals > 1)
+        status = self._manager.wait(id, self._arguments.stop_after)
+        if status.data.status == "running":
+            self._stop()
+            status = self._manager.get_status(id)
+        while printer.is_alive() and self._signals < 2:
+            printer.join(TICK)
+        printer.join(LAST_WORDS)
+        self._is_over.set()
+        if printer.is_alive():
+            return STOPPED  # nobody reads what is written, nor would they read more
+        return self._finish(status)
+
+    def _start(self, code: str | None) -> str | None:
+        arguments = self._arguments
+        try:
+            if code is None:
+                started = self._manager.start_with_action_block(arguments.path, arguments.params)
+            else:
+                started = self._manager.start_with_code(code, arguments.params)
+        except (TypeError, ValueError) as error:
+            raise _BadArgument(str(error)) from None
+        if not started.success:
+            self._screen.end(started.error)
+            if arguments.json:
+                self._screen.write(STDOUT, started.to_json() + "\n")
+        return started.data.side_execution_id
+
+    # -- stopping
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        self._stop(force=self._signals > 1)
+
+    def _stop(self, force: bool = False) -> None:
+        for response in self._manager.stop_all(force=force):
+            if response.data.status == "stopped":
+                self._stopped = response
+
+    # -- the other threads
+
+    def _print(self, id: str) -> None:
+        streams: dict[Stream, int] = {"stdout": STDOUT, "stderr": STDERR}
+        if self._arguments.json:
+            streams["stdout"] = STDERR
+        stopping: threading.Thread | None = None
+        for chunk in self._manager.follow(id):
+            self._screen.write(streams[chunk.stream], chunk.text)
+            if self._screen.failure is not None and stopping is None:
+                stopping = threading.Thread(target=self._stop, daemon=True)
+                stopping.start()
+        if stopping is not None:
+            stopping.join()
+
+    def _tick(self, id: str) -> None:
+        while not self._is_over.wait(TICK):
+            progress = self._manager.get_status(id).data.progress
+            if progress is not None:
+                self._screen.show_progress(progress)
+
+    # -- the end
+
+    def _finish(self, status: GetSideExecutionStatusResponse) -> int:
+        data = status.data
+        code = EXIT_CODES[data.status]
+        if data.stop_reason == "timeout":
+            code = TIMED_OUT
+        failure = self._screen.failure
+        line = self._describe(status)
+        if failure is not None and failure.errno != errno.EPIPE:
+            line = f"could not write the output: {failure.strerror}"
+            code = FAILED
+        elif failure is not None and status.success:
+            line = None  # whoever closed the pipe knows
+        if not status.success:
+            code = FAILED
+        self._screen.end(line)
+        if self._arguments.json:
+            final = status if self._stopped is None else self._stopped
+            self._screen.write(STDOUT, final.to_json() + "\n")
+        return code
+
+    def _describe(self, status: GetSideExecutionStatusResponse) -> str | None:
+        """What happened, where the snippet's own output does not show it."""
+        data = status.data
+        if not status.success:
+            return status.error
+        if data.status == "failed":
+            error = data.error or "failed"
+            return None if "\n" in error else error  # a traceback is there already
+        if data.status == "completed":
+            return None
+        what = "stopped"
+        if data.stop_reason == "timeout":
+            what = f"timed out after {self._arguments.timeout:g} s"
+        forced = self._manager.stop(data.side_execution_id).data.forced
+        return f"{what}, by force" if forced else what
+
+
+# -- blocks
+
+
+def _list_blocks(parser: _Parser, arguments: argparse.Namespace) -> int:
+    try:
+        with ExecutionManager() as manager:
+            response = manager.list_action_blocks(arguments.path)
+    except ValueError as error:
+        parser.error(str(error))
+    except NotImplementedError as error:
+        _tell(str(error))
+        return FAILED
+    if arguments.json:
+        text = response.to_json() + "\n"
+    else:
+        rows = [
+            (block.name, (block.description or "-").partition("\n")[0], block.path)
+            for block in response.data.action_blocks
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        text = "".join(line + "\n" for line in lines)
+    try:
+        _write(STDOUT, text)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        _tell(f"could not write the output: {error.strerror}")
+        return FAILED
+    if not response.success:
+        parser.error(str(response.error))
+    return COMPLETED
+
+
+def _open_standard_descriptors() -> None:
+    """Where one of the three is closed, a descriptor of ours would take its number."""
+    for fd in (0, STDOUT, STDERR):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _flush() -> None:
+    """Here, as a closed pipe at the interpreter's exit would be reported there."""
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError):  # there is none, or nobody reads it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+
+
+if __name__ == "__main__":
+    _open_standard_descriptors()
+    try:
+        sys.exit(main())
+    finally:
+        _flush()
