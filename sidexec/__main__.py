@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from . import ExecutionManager, GetSideExecutionStatusResponse, StopSideExecutionResponse
 from .blocks import why_not_runnable
 from .output import Stream
+from .responses import StatusData
 
 COMPLETED = 0
 FAILED = 1
@@ -37,6 +38,7 @@ NAME = (__package__ or "").rpartition(".")[2]
 STDOUT = 1
 STDERR = 2
 
+CLEAR_LINE = b"\r\x1b[K"
 TICK = 0.1
 # After the second signal: how long a reader may take over the rest of the output.
 LAST_WORDS = 1.0
@@ -162,26 +164,27 @@ class _Screen:
 
     def __init__(self) -> None:
         self.failure: OSError | None = None  # of the first stream that could not be written
-        self.has_bar = os.isatty(STDERR) and os.environ.get("TERM") != "dumb"
+        self._terminals = {fd for fd in (STDOUT, STDERR) if os.isatty(fd)}
+        self.has_bar = STDERR in self._terminals and os.environ.get("TERM") != "dumb"
         self._lock = threading.Lock()
         self._broken: set[int] = set()
         self._percent: float | None = None
         self._is_drawn = False
         self._line_is_open = False  # the snippet has not ended the terminal's last line
 
-    def write(self, fd: int, text: str) -> None:
+    def write(self, fd: int, data: bytes) -> None:
         """Write to a descriptor, unless it has failed before; `failure` says if it has."""
         with self._lock:
             if fd in self._broken:
                 return
-            self._hide()
+            if fd in self._terminals:
+                self._hide()
+                self._line_is_open = not data.endswith(b"\n")
             try:
-                _write(fd, text)
+                _write(fd, data)
             except OSError as error:
                 self._broken.add(fd)
                 self.failure = self.failure or error
-            if os.isatty(fd):
-                self._line_is_open = not text.endswith("\n")
             self._draw()
 
     def show_progress(self, percent: float) -> None:
@@ -190,33 +193,32 @@ class _Screen:
                 self._percent = percent
                 self._draw()
 
-    def end(self, line: str | None) -> None:
-        """Take the bar away for good, and write a last line."""
+    def end(self, lines: list[str]) -> None:
+        """Take the bar away for good, and write some last lines."""
         with self._lock:
-            self._hide()
-            if line is not None:
-                if self._line_is_open:
-                    start = "\n"
-                else:
-                    start = "\r\x1b[K" if self.has_bar else ""  # the terminal's ^C
-                with contextlib.suppress(OSError):
-                    _write(STDERR, start)
-                _tell(line)
+            if lines and self._line_is_open:
+                self._put(b"\n")
+            elif lines and self.has_bar:
+                self._put(CLEAR_LINE)  # of the ^C that the terminal shows
+            else:
+                self._hide()
             self.has_bar = False
+            for line in lines:
+                _tell(line)
 
     def _draw(self) -> None:
         if self.has_bar and self._percent is not None and not self._line_is_open:
-            self._put("\r" + _bar(self._percent, _columns()) + "\x1b[K")
+            self._put(CLEAR_LINE + _bar(self._percent, _columns()).encode())
             self._is_drawn = self.has_bar
 
     def _hide(self) -> None:
         if self._is_drawn:
-            self._put("\r\x1b[K")
+            self._put(CLEAR_LINE)
             self._is_drawn = False
 
-    def _put(self, text: str) -> None:
+    def _put(self, data: bytes) -> None:
         try:
-            _write(STDERR, text)
+            _write(STDERR, data)
         except OSError:
             self.has_bar = False  # the terminal is gone
 
@@ -237,9 +239,9 @@ def _columns() -> int:
         return 80
 
 
-def _write(fd: int, text: str) -> None:
+def _write(fd: int, data: bytes) -> None:
     """Write all of it now: nothing stays in a buffer that could fail at the exit."""
-    rest = memoryview(text.encode("utf-8", "surrogateescape"))
+    rest = memoryview(data)
     while rest:
         try:
             rest = rest[os.write(fd, rest) :]
@@ -250,7 +252,11 @@ def _write(fd: int, text: str) -> None:
 def _tell(text: str, who: str = NAME) -> None:
     """One line on standard error."""
     with contextlib.suppress(OSError):
-        _write(STDERR, f"{who}: {' '.join(text.split())}\n")
+        _write(STDERR, _encode(f"{who}: {' '.join(text.split())}\n"))
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # as paths and arguments come
 
 
 # -- run
@@ -293,6 +299,7 @@ class _Run:
         self._signals = 0
         self._is_over = threading.Event()
         self._stopped: StopSideExecutionResponse | None = None
+        self._printed = 0
 
     def run(self, code: str | None) -> int:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -329,9 +336,9 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise _BadArgument(str(error)) from None
         if not started.success:
-            self._screen.end(started.error)
+            self._screen.end([started.error or "not started"])
             if arguments.json:
-                self._screen.write(STDOUT, started.to_json() + "\n")
+                self._screen.write(STDOUT, _encode(started.to_json() + "\n"))
         return started.data.side_execution_id
 
     # -- stopping
@@ -353,7 +360,9 @@ class _Run:
             streams["stdout"] = STDERR
         stopping: threading.Thread | None = None
         for chunk in self._manager.follow(id):
-            self._screen.write(streams[chunk.stream], chunk.text)
+            data = _encode(chunk.text)
+            self._printed += len(data)
+            self._screen.write(streams[chunk.stream], data)
             if self._screen.failure is not None and stopping is None:
                 stopping = threading.Thread(target=self._stop, daemon=True)
                 stopping.start()
@@ -373,36 +382,43 @@ class _Run:
         code = EXIT_CODES[data.status]
         if data.stop_reason == "timeout":
             code = TIMED_OUT
+        lines = [line for line in (self._what_happened(status), self._what_is_lost(data)) if line]
         failure = self._screen.failure
-        line = self._describe(status)
-        if failure is not None and failure.errno != errno.EPIPE:
-            line = f"could not write the output: {failure.strerror}"
-            code = FAILED
-        elif failure is not None and status.success:
-            line = None  # whoever closed the pipe knows
         if not status.success:
             code = FAILED
-        self._screen.end(line)
+        elif failure is not None and failure.errno == errno.EPIPE:
+            lines = []  # whoever closed the pipe knows
+        elif failure is not None:
+            code = FAILED
+            lines = [f"could not write the output: {failure.strerror}"]
+        self._screen.end(lines)
         if self._arguments.json:
             final = status if self._stopped is None else self._stopped
-            self._screen.write(STDOUT, final.to_json() + "\n")
+            self._screen.write(STDOUT, _encode(final.to_json() + "\n"))
         return code
 
-    def _describe(self, status: GetSideExecutionStatusResponse) -> str | None:
-        """What happened, where the snippet's own output does not show it."""
+    def _what_happened(self, status: GetSideExecutionStatusResponse) -> str | None:
+        """In words, where the snippet's own output does not show it."""
         data = status.data
         if not status.success:
             return status.error
+        if data.status == "completed":
+            return None
         if data.status == "failed":
             error = data.error or "failed"
             return None if "\n" in error else error  # a traceback is there already
-        if data.status == "completed":
-            return None
         what = "stopped"
         if data.stop_reason == "timeout":
             what = f"timed out after {self._arguments.timeout:g} s"
         forced = self._manager.stop(data.side_execution_id).data.forced
         return f"{what}, by force" if forced else what
+
+    def _what_is_lost(self, data: StatusData) -> str | None:
+        if not data.output_dropped:
+            return None
+        kept = len(data.output.encode()) + len(data.error_output.encode())
+        lost = data.output_dropped + kept - self._printed
+        return f"{lost} bytes of output are lost: who reads it is too slow" if lost > 0 else None
 
 
 # -- blocks
@@ -419,6 +435,9 @@ def _list_blocks(parser: _Parser, arguments: argparse.Namespace) -> int:
         return FAILED
     if arguments.json:
         text = response.to_json() + "\n"
+    elif response.success and not response.data.count:
+        text = ""
+        _tell(f"no action blocks below {response.data.search_path}")
     else:
         rows = [
             (block.name, (block.description or "-").partition("\n")[0], block.path)
@@ -428,7 +447,7 @@ def _list_blocks(parser: _Parser, arguments: argparse.Namespace) -> int:
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         text = "".join(line + "\n" for line in lines)
     try:
-        _write(STDOUT, text)
+        _write(STDOUT, _encode(text))
     except BrokenPipeError:
         pass
     except OSError as error:

@@ -6,13 +6,18 @@ time. It neither talks to processes nor decides anything.
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import signal
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Any, Literal
 
+from .delivery import Delivery
 from .output import Output
+from .protocol import is_too_deep
 from .waiting import Bell
 
 StopReason = Literal["requested", "timeout", "closed"]
@@ -27,6 +32,29 @@ def describe_exit(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
+
+
+# What may stand for a number that no float holds, and that Python would read as infinite.
+_HUGE = re.compile(rb"[0-9]{300}|[eE][+]?[0-9]{3}")
+
+
+def parse_result(data: bytes) -> Any:
+    """The value of a result's JSON; raises `ValueError` for what no response can hold."""
+    try:
+        number = _finite if _HUGE.search(data) else None
+        value = json.loads(data, parse_constant=_finite, parse_float=number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if is_too_deep(value):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number in JSON")
+    return value
 
 
 def now() -> datetime:
@@ -81,6 +109,7 @@ class Execution:
         self.reported: bytes | None = None  # JSON
         self.stop_reason: StopReason | None = None
         self.end: End | None = None
+        self.delivery: Delivery | None = None
         self.usage: Sample | None = None  # readers keep it here, as it serves them alone
         self.changed = Bell()  # when it is started, refused or ended
 

@@ -58,7 +58,6 @@ class Loop:
         self._wake_end.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
         self._posted: Deque[Call] = collections.deque()
-        self._woken = False
         self._timers: list[tuple[float, int, Timer]] = []
         self._purge_at = 64
         self._sequence = itertools.count()
@@ -72,12 +71,12 @@ class Loop:
     def post(self, call: Call) -> None:
         """Have the loop make `call`. Never blocks; after the loop's end it does nothing."""
         self._posted.append(call)
-        if not self._woken:
-            self._woken = True
-            try:
-                self._wake_end.send(b"\0")
-            except OSError:
-                pass  # full, so it wakes anyway; or closed, so there is nothing to wake
+        # Each time: were it left out after another post's, a signal handler that comes
+        # in between that one's append and its send would wait for ever.
+        try:
+            self._wake_end.send(b"\0")
+        except OSError:
+            pass  # full, so it wakes anyway; or closed, so there is nothing to wake
 
     def start(self) -> None:
         """Run the loop in a thread of its own; every call but the first does nothing.
@@ -86,6 +85,11 @@ class Loop:
         """
         if self._unclaimed:
             _thread.start_new_thread(self._run, ())
+
+    def close_unstarted(self) -> None:
+        """Close a loop whose thread could not be started; a running one is left alone."""
+        if self._claim():
+            self._close()
 
     # -- from the loop's own thread
 
@@ -120,9 +124,7 @@ class Loop:
     # -- the thread
 
     def _run(self) -> None:
-        try:
-            self._unclaimed.pop()
-        except IndexError:
+        if not self._claim():
             return
         own_fault = {getattr(signal, name) for name in _OWN_FAULT}
         # A signal meant for the host must not come here, where no handler can run.
@@ -133,15 +135,23 @@ class Loop:
                     self.unwatch(key.fd)  # or it would fail again and again
             self._run_posted()
             self._run_timers()
+        self._close()
+
+    def _claim(self) -> bool:
+        """Whether the loop is the caller's to run: true once."""
+        try:
+            self._unclaimed.pop()
+            return True
+        except IndexError:
+            return False
+
+    def _close(self) -> None:
         self.ended = True  # before the last look, so that no post can fall in between
         self._run_posted()
-        self.close()
-        self.ending.ring()
-
-    def close(self) -> None:
         self._selector.close()
         self._wake.close()
         self._wake_end.close()
+        self.ending.ring()
 
     def _make(self, call: Call) -> bool:
         try:
@@ -157,7 +167,6 @@ class Loop:
             self._wake.recv(4096)
         except BlockingIOError:
             pass
-        self._woken = False  # before the posts are run: a later post wakes again
 
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):

@@ -7,11 +7,9 @@ handler may interrupt any of them and call any other.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import enum
 import functools
-import json
 import logging
 import math
 import marshal
@@ -26,7 +24,8 @@ from typing import Any, Literal, Union
 from collections.abc import Callable
 
 from . import blocks, checks, protocol, usage
-from .execution import Execution, Sample
+from .delivery import Delivery
+from .execution import Execution, Sample, parse_result
 from .host import Host, Settings
 from .output import Output, OutputChunk, Stream
 from .responses import (
@@ -42,15 +41,12 @@ from .responses import (
     StopData,
     StopSideExecutionResponse,
 )
-from .waiting import Bell
 
 logger = logging.getLogger(__package__)
 
 STATUSES = ("running", "completed", "failed", "stopped")
 # How old a figure of memory or processor use may be before it is read anew.
 USAGE_AGE = 0.1
-# How long a method waits for `on_output` to be through with what was written.
-DELIVERY_LIMIT = 1.0
 
 Path = Union[str, "os.PathLike[str]"]
 
@@ -108,46 +104,6 @@ class Limits:
         return {name: value for name, value in wanted.items() if value is not None}
 
 
-class _Delivery:
-    """A thread that hands an execution's output to `on_output`."""
-
-    def __init__(
-        self,
-        execution: Execution,
-        call: Callable[[OutputChunk], object],
-        is_over: Callable[[], bool],
-        on_over: Callable[[], object],
-    ) -> None:
-        self._execution = execution
-        self._call = call
-        self._is_ending = is_over
-        self._on_over = on_over
-        self._thread: int | None = None
-        self._is_over = False
-        self._over = Bell()
-
-    def start(self) -> None:
-        _thread.start_new_thread(self._run, ())
-
-    def wait(self) -> None:
-        """Until all of a finished execution's output is handed over, but not for ever."""
-        if self._thread != _thread.get_ident():
-            self._over.wait_for(lambda: self._is_over, DELIVERY_LIMIT)
-
-    def _run(self) -> None:
-        self._thread = _thread.get_ident()
-        try:
-            for chunk in self._execution.output.follow(self._is_ending):
-                try:
-                    self._call(chunk)
-                except Exception:
-                    logger.exception("on_output of %s raised", self._execution.id)
-        finally:
-            self._is_over = True
-            self._on_over()
-            self._over.ring()
-
-
 class ExecutionManager:
     """Runs Python snippets in processes of their own, and stops them.
 
@@ -200,7 +156,6 @@ class ExecutionManager:
             max_history=checks.count("max_history", max_history, 0),
         )
         self._executions: dict[str, Execution] = {}
-        self._deliveries: dict[str, _Delivery] = {}
         self._texts: dict[Stream, tuple[object, int, str]] = {}
         self._is_closed = False
         self._process = os.getpid()
@@ -326,6 +281,8 @@ class ExecutionManager:
             action_block=block,
             timeout=seconds,
         )
+        if on_output is not None:
+            execution.delivery = Delivery(execution.id, on_output)
         request = {
             "code": source,
             "block": None if block is None else os.path.abspath(block),
@@ -348,22 +305,15 @@ class ExecutionManager:
         )
         if not execution.is_started and execution.stop_reason is None:
             return answer(None, execution.refused or _CLOSED)
-        if on_output is not None:
+        if execution.delivery is not None:
             try:
-                self._deliver(execution, on_output)
+                execution.delivery.start()
             except RuntimeError as problem:
+                execution.delivery = None
                 self._stop([execution.id], 0.0)
                 return answer(None, f"could not start a thread for on_output: {problem}")
         logger.debug("%s is started", execution.id)
         return answer(execution, None)
-
-    def _deliver(self, execution: Execution, call: Callable[[OutputChunk], object]) -> None:
-        deliveries = self._deliveries  # not the manager itself, which may be let go of
-        delivery = _Delivery(
-            execution, call, self._is_over(execution), lambda: deliveries.pop(execution.id, None)
-        )
-        deliveries[execution.id] = delivery
-        delivery.start()
 
     def _why_not(self, cwd: str | None, block: str | None) -> str | None:
         """What can be seen to be wrong before anything is started."""
@@ -385,7 +335,7 @@ class ExecutionManager:
             host = self.__dict__.setdefault("_host", made)
             assert host is not None
             if host is not made:
-                made.loop.close()
+                made.loop.close_unstarted()
             self._process = os.getpid()
         host.loop.start()
         return host
@@ -521,10 +471,12 @@ class ExecutionManager:
         host: Host | None = self.__dict__.get("_host")
         if host is None or self._is_foreign():
             return
+        host.loop.close_unstarted()
         host.loop.post(lambda: host.close(seconds))
         host.loop.ending.wait_for(lambda: host.loop.ended)
-        for delivery in list(self._deliveries.values()):
-            delivery.wait()
+        for execution in list(self._executions.values()):
+            if execution.delivery is not None:
+                execution.delivery.wait()
 
     def _grace_of(self, grace: float | None, force: bool) -> float:
         own = self._grace if grace is None else checks.seconds("grace", grace)
@@ -600,9 +552,8 @@ class ExecutionManager:
 
     def _wait_for_end(self, execution: Execution, timeout: float | None) -> None:
         if execution.changed.wait_for(self._is_over(execution), timeout):
-            delivery = self._deliveries.get(execution.id)
-            if delivery is not None:
-                delivery.wait()
+            if execution.delivery is not None:
+                execution.delivery.wait()
 
     def _usage(self, execution: Execution) -> tuple[int | None, float | None]:
         """Memory in bytes and processor time in percent, read anew when they are old."""
@@ -648,6 +599,6 @@ def _parse(result: bytes | None) -> Any:
     if result is None:
         return None
     try:
-        return json.loads(result)
-    except (ValueError, RecursionError):
-        return None  # one that is still running may have reported anything
+        return parse_result(result)
+    except ValueError:
+        return None  # of one that is still running it may be anything

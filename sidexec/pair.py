@@ -76,6 +76,7 @@ class Pair:
         self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
         self._unsent = memoryview(b"")
         self._open = set(fds)
+        self._is_paused = False
         self._rhythms = {stream: _Rhythm() for stream in STREAMS}
         for fd in fds:
             os.set_blocking(fd, False)
@@ -91,6 +92,18 @@ class Pair:
     def stop(self, grace: float) -> None:
         """Have the keeper ask the snippet, and end it after `grace` seconds."""
         self._write(self._control, protocol.pack(protocol.STOP, repr(grace).encode()))
+
+    def pause(self) -> None:
+        """Read no more output until `resume`, or the end."""
+        self._is_paused = True
+        for fd in self._streams.values():
+            self._loop.unwatch(fd)
+
+    def resume(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            for stream, fd in self._streams.items():
+                self._resume(stream, fd)
 
     def close(self) -> None:
         for fd in list(self._open):
@@ -159,12 +172,12 @@ class Pair:
         if (is_busy or size >= DEFAULT_PIPE_SIZE) and not rhythm.is_wide:
             rhythm.is_wide = True
             self._widen(fd)
-        if is_busy and fd in self._open:
+        if is_busy and fd in self._open and not self._is_paused:
             self._loop.unwatch(fd)
             self._loop.at(rhythm.last + BUSY_PAUSE, lambda: self._resume(stream, fd))
 
     def _resume(self, stream: Stream, fd: int) -> None:
-        if fd in self._open:
+        if fd in self._open and not self._is_paused:
             self._watch_stream(stream, fd)
 
     def _widen(self, fd: int) -> None:

@@ -39,6 +39,9 @@ ERROR = b"x"  # the text for a failed execution's `error`
 
 MAX_RESULT = 64 * 1024 * 1024
 MAX_ERROR = 1024 * 1024
+# Levels of lists and dicts in a result: deeper ones fail whoever copies or pickles
+# them, at a depth that is another for each.
+MAX_DEPTH = 100
 
 FROM_SNIPPET = {PROGRESS: 64, RESULT: MAX_RESULT, ERROR: MAX_ERROR}
 FROM_KEEPER = {READY: 64, END: 65536, REFUSED: 65536}
@@ -48,6 +51,21 @@ FROM_HOST = {FORK: 0, FORK_AHEAD: 0, KILL: 64, STOP: 64}
 
 class ProtocolError(Exception):
     """A peer sent what is not a frame, or more than its kind may hold."""
+
+
+def is_too_deep(value: object) -> bool:
+    """Whether lists, tuples and dicts stand in each other more than `MAX_DEPTH` deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (list, tuple, dict))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def pack(kind: bytes, payload: bytes = b"") -> bytes:

@@ -7,16 +7,16 @@ snippet's own frames say only what the result and the text of an error are.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from collections.abc import Callable
 
 from . import protocol
-from .execution import End, Execution, FinalStatus, StopReason, describe_exit, now
+from .execution import End, Execution, FinalStatus, StopReason
+from .execution import describe_exit, now, parse_result
 from .journal import Journal
 from .loop import Loop, Timer
 from .output import Stream
@@ -97,6 +97,7 @@ class Supervision:
                 self._finish(None, forced=False, stuck=())
             else:
                 self._pair.stop(grace)
+                self._pair.resume()
                 self._watch_keeper(deadline + PATIENCE, self._end_keeper)
         return is_first
 
@@ -130,6 +131,17 @@ class Supervision:
 
     def on_output(self, stream: Stream, data: bytes) -> None:
         self.execution.output.add(stream, data)
+        delivery = self.execution.delivery
+        if delivery is not None:
+            delivery.put(stream, data)
+            if self._deadline is None and delivery.wait_for_room(self._on_room):
+                assert self._pair is not None
+                self._pair.pause()
+
+    def _on_room(self) -> None:
+        """`on_output`, in its own thread, has caught up."""
+        assert self._pair is not None
+        self._loop.post(self._pair.resume)
 
     def on_snippet_frame(self, kind: bytes, payload: bytes) -> None:
         if kind == protocol.PROGRESS:
@@ -212,6 +224,8 @@ class Supervision:
         self._on_end(self)
         execution.changed.ring()
         execution.output.changed.ring()
+        if execution.delivery is not None:
+            execution.delivery.end()
         level = logging.WARNING if stuck else logging.INFO if forced else logging.DEBUG
         how = "by force" if forced else "by itself" if execution.stop_reason is None else "as asked"
         self._journal.log(level, "%s is %s, %s", execution.id, status, how)
@@ -219,9 +233,12 @@ class Supervision:
     def _judge(self, code: int | None) -> tuple[FinalStatus, str | None, bytes | None]:
         execution = self.execution
         result = execution.reported
-        if result is not None and not _is_json(result):
-            self._fault = self._fault or "the snippet sent a result that is not JSON"
-            result = None
+        if result is not None:
+            try:
+                parse_result(result)
+            except ValueError as problem:
+                self._fault = self._fault or f"the snippet sent a result that is {problem}"
+                result = None
         if execution.stop_reason is not None:
             return "stopped", None, result
         error = execution.refused or self._fault
@@ -231,14 +248,3 @@ class Supervision:
             error = (self._error if code > 0 else None) or describe_exit(code)
         return "failed", error, result
 
-
-def _is_json(data: bytes) -> bool:
-    try:
-        json.loads(data, parse_constant=_reject)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _reject(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

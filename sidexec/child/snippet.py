@@ -17,7 +17,8 @@ import marshal
 import os
 import sys
 
-from ..protocol import ERROR, HEADER, MAX_ERROR, MAX_RESULT, PROGRESS, RESULT, pack
+from ..protocol import ERROR, HEADER, MAX_DEPTH, MAX_ERROR, MAX_RESULT, PROGRESS, RESULT
+from ..protocol import is_too_deep, pack
 from . import source
 
 TYPE_CHECKING = False
@@ -70,6 +71,7 @@ class Snippet:
         self._value: object = None
         self._reported: object = None
         self._progress: float | None = None
+        self._jumps = _backward_jumps()
         self._lifted: list[tuple[int, tuple[int, int]]] = []
 
     def prepare(self, *, rehearse: bool) -> None:
@@ -216,7 +218,32 @@ class Snippet:
                 # wakeup of a task with it, and that task's cleanup would never run.
                 loop.call_soon_threadsafe(self._raise)
                 return
-        self._raise()
+        if frame is not None and frame.f_code.co_code[frame.f_lasti] in self._jumps:
+            self._raise_at_next_opcode(frame)
+        else:
+            self._raise()  # at once, or what blocks would only be resumed
+
+    def _raise_at_next_opcode(self, asked: FrameType) -> None:
+        """Raise where the code has got to, not at the jump that ends a loop's round.
+
+        From CPython 3.11 on, an exception at such a jump can pass by the `finally` of
+        the `try` that the loop stands in: the jump is not in that block's range.
+        """
+        tracer = sys.gettrace()
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            if frame is not asked:
+                return None
+            if event != "opcode":
+                return trace
+            asked.f_trace_opcodes = False
+            asked.f_trace = None
+            sys.settrace(tracer)
+            self._raise()
+
+        asked.f_trace_opcodes = True
+        asked.f_trace = trace
+        sys.settrace(trace)
 
     def _raise(self) -> NoReturn:
         raise StopRequested(ASKED_EXIT_CODE)
@@ -258,6 +285,8 @@ class Snippet:
         json = self._import("json")
         try:
             data: bytes = json.dumps(value, allow_nan=False).encode()
+            if is_too_deep(value):
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"{what} must be JSON: {error}") from None
         if len(data) > MAX_RESULT:
@@ -399,6 +428,15 @@ class Snippet:
 
 
 _FILE = Snippet.run.__code__.co_filename
+
+
+def _backward_jumps() -> frozenset[int]:
+    """The opcodes that end a loop's round, and at which signals are looked for."""
+    if sys.version_info < (3, 11):
+        return frozenset()  # there, each such jump is in its block's range
+    import opcode
+
+    return frozenset(code for name, code in opcode.opmap.items() if "JUMP_BACKWARD" in name)
 
 
 def _exit_code(error: SystemExit) -> int:
