@@ -132,7 +132,7 @@ class Host:
     def _explain(self, error: Exception) -> str:
         python = self._settings.python
         if isinstance(error, FileNotFoundError) and error.filename == python:
-            return f"no such interpreter: {python!r}; pass python= the path of a Python 3.9 or newer"
+            return f"no such interpreter: {python!r}; pass the path of a Python 3.9 or newer"
         if isinstance(error, PermissionError) and error.filename == python:
             return f"the interpreter {python!r} can't be executed: check its permissions"
         return f"could not start the interpreter {python!r}: {error}"

@@ -348,7 +348,11 @@ class ExecutionManager:
         For an unknown id `success` is false and the status `not_found`.
         """
         id = checks.text("side_execution_id", side_execution_id)
-        execution = self._executions.get(id)
+        return self._status_response(id, self._executions.get(id))
+
+    def _status_response(
+        self, id: str, execution: Execution | None
+    ) -> GetSideExecutionStatusResponse:
         if execution is None:
             return GetSideExecutionStatusResponse(
                 StatusData(id, "not_found"), False, None, _unknown(id)
@@ -399,7 +403,8 @@ class ExecutionManager:
         execution = self._executions.get(id)
         if execution is not None:
             self._wait_for_end(execution, limit)
-        return self.get_status(id)
+        # Of the one that was waited for, which may be forgotten already.
+        return self._status_response(id, execution)
 
     def follow(self, side_execution_id: str) -> Iterator[OutputChunk]:
         """Iterate over an execution's output, from the first byte kept to its end.
