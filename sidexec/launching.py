@@ -287,11 +287,11 @@ class Launcher:
 
     def on_ready(self, pair: Pair) -> None:
         self._pending -= 1
-        if self.is_up:
+        if self.is_up and (self._waiting or not self._spares):
             self._spares.append(pair)
             self._assign()
         else:
-            self._forget(pair)
+            self._forget(pair)  # of a start that was cancelled, or stopped waiting for it
 
     def on_refused(self, pair: Pair, reason: str) -> None:
         self._forget(pair)

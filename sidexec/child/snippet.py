@@ -344,8 +344,12 @@ class Snippet:
         traceback = self._import("traceback")
         kind = type(error)
         details = traceback.TracebackException(kind, error, error.__traceback__)
-        ours = {__file__ for __file__ in (_FILE, source.prepare.__code__.co_filename)}
-        details.stack[:] = [each for each in details.stack if each.filename not in ours]
+        pending = [details]
+        while pending:
+            each = pending.pop()
+            each.stack[:] = [frame for frame in each.stack if frame.filename != _FILE]
+            linked = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+            pending += [another for another in linked if another is not None]
         lines = list(details.format_exception_only())
         name = kind.__qualname__
         if kind.__module__ not in ("builtins", "__main__"):

@@ -27,7 +27,6 @@ CO_COROUTINE = 0x80
 
 _MODULE = "<module>"
 _LOCAL_PREFIX = _MODULE + ".<locals>."
-_STAR_IMPORT = "<import *>"
 
 
 def prepare(
@@ -82,20 +81,29 @@ def _with_top_level_return(
     names = [name for name in plain.co_names if name.isidentifier()]
 
     future = False
+    objects: dict[object, object] = {}
 
     def for_function(node: ast.stmt) -> list[ast.stmt] | None:
-        if isinstance(node, ast.AnnAssign) and node.simple:
+        made: list[ast.stmt]
+        if isinstance(node, ast.AnnAssign) and not node.simple:
+            # A module evaluates these annotations, though it keeps them nowhere.
+            made = [node] if future else [node, ast.Expr(node.annotation)]
+        elif isinstance(node, ast.AnnAssign):
             assert isinstance(node.target, ast.Name)
             note = ast.Constant(ast.unparse(node.annotation)) if future else node.annotation
             notes = ast.Name("__annotations__", ast.Load())
             slot = ast.Subscript(notes, ast.Constant(node.target.id), ast.Store())
-            made: list[ast.stmt] = [ast.Assign([slot], note)]
+            made = [ast.Assign([slot], note)]
             if node.value is not None:
                 made.insert(0, ast.Assign([node.target], node.value))
         elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
-            origin = [ast.Constant(node.module or ""), ast.Constant(node.level)]
-            made = [ast.Expr(ast.Call(ast.Name(_STAR_IMPORT, ast.Load()), [*origin], []))]
-            namespace[_STAR_IMPORT] = _star_importer(namespace)
+            # Run as the module code that it is, by a call of `exec` whose arguments are
+            # put in place of these constants once the function is compiled.
+            plain_import = _compile(ast.Module([node], []), filename)
+            marks = [f"\0{len(objects) + n}" for n in range(3)]
+            objects.update(zip(marks, (exec, plain_import, namespace)))
+            call, *arguments = map(ast.Constant, marks)
+            made = [ast.Expr(ast.Call(call, [*arguments], []))]
         else:
             return None
         return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
@@ -121,6 +129,8 @@ def _with_top_level_return(
     shell.body = [*prelude, function]
     exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
     code = _as_module(namespace.pop(_MODULE).__code__)
+    constants = [objects.get(each, each) if type(each) is str else each for each in code.co_consts]
+    code = code.replace(co_consts=tuple(constants))
 
     last = expressions[-1]
     partial = None
@@ -161,16 +171,6 @@ def _statement_lists(block: Any) -> Iterator[tuple[str, list[ast.stmt]]]:
         value = getattr(block, field, None)
         if isinstance(value, list) and value:
             yield field, value
-
-
-def _star_importer(namespace: dict[str, Any]) -> Callable[[str, int], None]:
-    def import_star(name: str, level: int) -> None:
-        module = __import__(name, namespace, None, ("*",), level)
-        public = [each for each in vars(module) if not each.startswith("_")]
-        for each in getattr(module, "__all__", public):
-            namespace[each] = getattr(module, each)
-
-    return import_star
 
 
 def _is_docstring(node: ast.stmt) -> bool:
