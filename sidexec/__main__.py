@@ -1,27 +1,34 @@
 """The command line: `run` executes a snippet or an action block, `blocks` lists them.
 
-Three threads take part in a run. The main one waits, and takes the signals: whatever
-they interrupt there, it may stop the execution. The printer writes what the snippet
-has written. The ticker, where standard error is a terminal, follows the progress.
+In a run the main thread waits, shows the progress and takes the signals, and never
+writes what could block it: the printer, a thread of its own, writes the output.
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import errno
 import io
 import json
 import os
+import queue
 import select
 import signal
 import sys
 import threading
+import time
 import tokenize
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import ExecutionManager, GetSideExecutionStatusResponse, StopSideExecutionResponse
+from . import (
+    ExecutionManager,
+    GetSideExecutionStatusResponse,
+    OutputChunk,
+    StopSideExecutionResponse,
+)
 from .blocks import why_not_runnable
 from .output import Stream
 from .responses import StatusData
@@ -40,6 +47,8 @@ STDERR = 2
 
 CLEAR_LINE = b"\r\x1b[K"
 TICK = 0.1
+# In characters: so far ahead of the printer, the snippet is made to wait.
+AHEAD = 1024 * 1024
 # After the second signal: how long a reader may take over the rest of the output.
 LAST_WORDS = 1.0
 
@@ -188,10 +197,13 @@ class _Screen:
             self._draw()
 
     def show_progress(self, percent: float) -> None:
-        with self._lock:
-            if percent != self._percent:
+        """Draw the bar anew, unless something is being written: never blocks for that."""
+        if percent != self._percent and self._lock.acquire(blocking=False):
+            try:
                 self._percent = percent
                 self._draw()
+            finally:
+                self._lock.release()
 
     def end(self, lines: list[str]) -> None:
         """Take the bar away for good, and write some last lines."""
@@ -276,30 +288,31 @@ def _run(parser: _Parser, arguments: argparse.Namespace) -> int:
             default_timeout=arguments.timeout,
             grace_period=arguments.grace,
         )
-        with manager:
-            return _Run(manager, arguments).run(code)
-    except _BadArgument as error:
+    except ValueError as error:
         parser.error(str(error))
     except NotImplementedError as error:
         _tell(str(error))
         return FAILED
-
-
-class _BadArgument(Exception):
-    pass
+    with manager:
+        return _Run(manager, parser, arguments).run(code)
 
 
 class _Run:
     """One execution, from its start to the exit code."""
 
-    def __init__(self, manager: ExecutionManager, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, manager: ExecutionManager, parser: _Parser, arguments: argparse.Namespace
+    ) -> None:
         self._manager = manager
+        self._parser = parser
         self._arguments = arguments
         self._screen = _Screen()
         self._signals = 0
-        self._is_over = threading.Event()
-        self._stopped: StopSideExecutionResponse | None = None
+        self._is_asked = False
+        self._answers: queue.SimpleQueue[StopSideExecutionResponse] = queue.SimpleQueue()
+        self._received = 0
         self._printed = 0
+        self._progressed = threading.Event()
 
     def run(self, code: str | None) -> int:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -310,79 +323,98 @@ class _Run:
             return FAILED
         printer = threading.Thread(target=self._print, args=(id,), daemon=True)
         printer.start()
-        if self._screen.has_bar:
-            threading.Thread(target=self._tick, args=(id,), daemon=True).start()
         if self._signals:  # they may have come before there was anything to stop
-            self._stop(force=self._signals > 1)
-        status = self._manager.wait(id, self._arguments.stop_after)
-        if status.data.status == "running":
-            self._stop()
-            status = self._manager.get_status(id)
-        while printer.is_alive() and self._signals < 2:
-            printer.join(TICK)
+            self._ask(force=self._signals > 1)
+        self._watch(id, printer)
+        status = self._manager.wait(id)
         printer.join(LAST_WORDS)
-        self._is_over.set()
         if printer.is_alive():
             return STOPPED  # nobody reads what is written, nor would they read more
         return self._finish(status)
 
     def _start(self, code: str | None) -> str | None:
-        arguments = self._arguments
+        params = self._arguments.params
+        start: Any = self._manager.start_with_code
+        if code is None:
+            start, code = self._manager.start_with_action_block, self._arguments.path
         try:
-            if code is None:
-                started = self._manager.start_with_action_block(arguments.path, arguments.params)
-            else:
-                started = self._manager.start_with_code(code, arguments.params)
-        except (TypeError, ValueError) as error:
-            raise _BadArgument(str(error)) from None
+            started = start(code, params, on_output=self._hold_back)
+        except ValueError as error:
+            self._parser.error(str(error))
         if not started.success:
             self._screen.end([started.error or "not started"])
-            if arguments.json:
+            if self._arguments.json:
                 self._screen.write(STDOUT, _encode(started.to_json() + "\n"))
-        return started.data.side_execution_id
+        id: str | None = started.data.side_execution_id
+        return id
+
+    def _watch(self, id: str, printer: threading.Thread) -> None:
+        """Until all is over and written, or a second signal hurries the end.
+
+        In short waits: where the system hands a signal to another thread, Python runs
+        the handler only when this one wakes.
+        """
+        stop_after: float | None = self._arguments.stop_after
+        stop_at = None if stop_after is None else time.monotonic() + stop_after
+        while printer.is_alive() and self._signals < 2:
+            pause = TICK if stop_at is None else min(TICK, stop_at - time.monotonic())
+            printer.join(max(0.0, pause))
+            if stop_at is not None and time.monotonic() >= stop_at:
+                stop_at = None
+                self._ask()
+            if self._screen.has_bar:
+                progress = self._manager.get_status(id).data.progress
+                if progress is not None:
+                    self._screen.show_progress(progress)
 
     # -- stopping
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signals += 1
-        self._stop(force=self._signals > 1)
+        self._ask(force=self._signals > 1)
 
-    def _stop(self, force: bool = False) -> None:
-        for response in self._manager.stop_all(force=force):
-            if response.data.status == "stopped":
-                self._stopped = response
+    def _ask(self, force: bool = False) -> None:
+        """Have it stopped, without waiting for that: a signal handler must be short."""
+        self._is_asked = True
+        _thread.start_new_thread(self._stop, (force,))
 
-    # -- the other threads
+    def _stop(self, force: bool) -> None:
+        for answer in self._manager.stop_all(force=force):
+            if answer.data.status == "stopped":
+                self._answers.put(answer)
+
+    # -- output
 
     def _print(self, id: str) -> None:
         streams: dict[Stream, int] = {"stdout": STDOUT, "stderr": STDERR}
         if self._arguments.json:
             streams["stdout"] = STDERR
-        stopping: threading.Thread | None = None
+        has_failed = False
         for chunk in self._manager.follow(id):
-            data = _encode(chunk.text)
-            self._printed += len(data)
-            self._screen.write(streams[chunk.stream], data)
-            if self._screen.failure is not None and stopping is None:
-                stopping = threading.Thread(target=self._stop, daemon=True)
-                stopping.start()
-        if stopping is not None:
-            stopping.join()
+            self._screen.write(streams[chunk.stream], _encode(chunk.text))
+            self._printed += len(chunk.text)
+            self._progressed.set()
+            if self._screen.failure is not None and not has_failed:
+                has_failed = True
+                self._ask()
 
-    def _tick(self, id: str) -> None:
-        while not self._is_over.wait(TICK):
-            progress = self._manager.get_status(id).data.progress
-            if progress is not None:
-                self._screen.show_progress(progress)
+    def _hold_back(self, chunk: OutputChunk) -> None:
+        """Keep the snippet from running away from a slow reader of the output.
+
+        `follow` would skip what it is too late for; `on_output` is waited for.
+        """
+        self._received += len(chunk.text)
+        while self._received - self._printed > AHEAD and not self._is_asked:
+            self._progressed.wait(TICK)
+            self._progressed.clear()
 
     # -- the end
 
     def _finish(self, status: GetSideExecutionStatusResponse) -> int:
-        data = status.data
-        code = EXIT_CODES[data.status]
-        if data.stop_reason == "timeout":
+        code = EXIT_CODES[status.data.status]
+        if status.data.stop_reason == "timeout":
             code = TIMED_OUT
-        lines = [line for line in (self._what_happened(status), self._what_is_lost(data)) if line]
+        lines = [line for line in (self._what_happened(status), self._what_is_lost()) if line]
         failure = self._screen.failure
         if not status.success:
             code = FAILED
@@ -393,7 +425,9 @@ class _Run:
             lines = [f"could not write the output: {failure.strerror}"]
         self._screen.end(lines)
         if self._arguments.json:
-            final = status if self._stopped is None else self._stopped
+            final: GetSideExecutionStatusResponse | StopSideExecutionResponse = status
+            if status.data.stop_reason == "requested":
+                final = self._answers.get()  # of the one call that has stopped it
             self._screen.write(STDOUT, _encode(final.to_json() + "\n"))
         return code
 
@@ -413,12 +447,11 @@ class _Run:
         forced = self._manager.stop(data.side_execution_id).data.forced
         return f"{what}, by force" if forced else what
 
-    def _what_is_lost(self, data: StatusData) -> str | None:
-        if not data.output_dropped:
+    def _what_is_lost(self) -> str | None:
+        lost = self._received - self._printed
+        if lost <= 0:
             return None
-        kept = len(data.output.encode()) + len(data.error_output.encode())
-        lost = data.output_dropped + kept - self._printed
-        return f"{lost} bytes of output are lost: who reads it is too slow" if lost > 0 else None
+        return f"{lost} characters of output are lost: who reads it is too slow"
 
 
 # -- blocks

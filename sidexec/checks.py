@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MOST = 2**63 - 1  # what the system can count
+
 
 def text(name: str, value: object) -> str:
     if not isinstance(value, str):
@@ -36,9 +38,13 @@ def path(name: str, value: object) -> str:
 def seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if math.isnan(value) or value < 0:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is larger than any number of seconds") from None
+    if math.isnan(number) or number < 0:
         raise ValueError(f"{name} must not be negative or NaN: {value!r}")
-    return float(value)
+    return number
 
 
 def seconds_or_none(name: str, value: object) -> float | None:
@@ -52,8 +58,8 @@ def seconds_or_none(name: str, value: object) -> float | None:
 def count(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
+    if not least <= value <= MOST:
+        raise ValueError(f"{name} must be from {least} to {MOST}")
     return value
 
 
@@ -76,7 +82,11 @@ def environment(name: str, value: object) -> dict[str, str] | None:
         raise TypeError(f"{name} must be a mapping of str to str, not {type(value).__name__}")
     checked = {text(f"each key of {name}", k): text(f"{name}[{k!r}]", v) for k, v in value.items()}
     for key, item in checked.items():
-        if not key or "=" in key or "\0" in key or "\0" in item:
+        try:
+            encoded = os.fsencode(key), os.fsencode(item)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} can't hold the variable {key!r}: {error}") from None
+        if not key or "=" in key or any(b"\0" in each for each in encoded):
             raise ValueError(f"{name} can't hold the variable {key!r}")
     return checked
 
@@ -87,10 +97,17 @@ def params(name: str, value: object) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise TypeError(f"{name} must be a dict, not {type(value).__name__}")
-    for key in value:
-        text(f"each key of {name}", key)
     try:
         copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+        pending: list[Any] = [value]
+        while pending:
+            each = pending.pop()
+            if isinstance(each, dict):
+                for key in each:  # JSON would make a str of some others, silently
+                    text(f"each key in {name}", key)
+                pending += each.values()
+            elif isinstance(each, (list, tuple)):
+                pending += each
     except RecursionError:
         raise ValueError(f"{name} must be JSON: it is nested too deeply") from None
     except (TypeError, ValueError) as error:

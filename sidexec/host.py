@@ -113,7 +113,8 @@ class Host:
         launcher = Launcher(
             self.loop,
             settings.python,
-            settings.cwd,
+            # Only a start's own directory has to be there.
+            settings.cwd if settings.cwd is not None and os.path.isdir(settings.cwd) else None,
             environment,
             {"preload": settings.preload, "grace": settings.grace, "host": os.getpid()},
             on_idle=Launcher.retire,

@@ -7,12 +7,14 @@ them, and for keeping one ready ahead of need. All of it runs in the loop's thre
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
-from typing import Any, Deque
 from collections.abc import Callable
+from typing import Any, Deque
 
 from . import payload, protocol
 from .execution import describe_exit
@@ -24,6 +26,7 @@ from .supervision import Supervision
 # How long an interpreter may take to come up and to load what it is to preload.
 BOOT_LIMIT = 60.0
 EXIT_LIMIT = 5.0
+EXIT_INTERVAL = 0.02
 FDS_PER_PAIR = 4
 # How long a fork ahead leaves the processors to the snippet that has just started.
 AHEAD_AFTER = 0.003
@@ -52,6 +55,7 @@ class Launcher:
         self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
         self._greeting = b""
         self._is_loaded = False
+        self._has_ended = False
         self._failure: str | None = None
         self._unsent = b""
         self._fds: list[int] = []
@@ -98,6 +102,13 @@ class Launcher:
         self._socket.setblocking(False)
         self._limit = self._loop.at(time.monotonic() + BOOT_LIMIT, self._on_boot_limit)
         self._loop.watch(self._socket.fileno(), self._on_socket)
+        try:
+            # A worker that the host forks just now holds the launcher's end of the
+            # socket as well, which then never comes to its end of file.
+            self._pidfd = os.pidfd_open(self._process.pid)
+            self._loop.watch(self._pidfd, self._on_exit)
+        except (AttributeError, OSError):
+            self._pidfd = -1
 
     def retire(self) -> None:
         """Have it end once its keepers have; `on_gone` is called when it has."""
@@ -107,9 +118,13 @@ class Launcher:
             self._ahead.cancel()
         if self.is_up:
             self.is_up = False
-            self._socket.shutdown(socket.SHUT_WR)
             self._limit.cancel()
-            self._limit = self._loop.at(time.monotonic() + EXIT_LIMIT, self._process.kill)
+            if self._is_loaded:
+                self._socket.shutdown(socket.SHUT_WR)
+                self._limit = self._loop.at(time.monotonic() + EXIT_LIMIT, self._on_exit_limit)
+                self._look_for_exit()
+            else:
+                self._end()  # there is no keeper yet to wait for
 
     def kill_keeper(self, pid: int) -> None:
         """End a keeper that does not answer; what it leaves is swept, and then LOST."""
@@ -117,9 +132,27 @@ class Launcher:
 
     def _on_boot_limit(self) -> None:
         self._failure = f"the interpreter {self._python!r} was not up after {BOOT_LIMIT:g} s"
-        self._process.kill()
+        self._end()
 
-    def _on_socket(self) -> None:
+    def _on_exit_limit(self) -> None:
+        self._process.kill()
+        self._end()
+
+    def _look_for_exit(self) -> None:
+        """What a pidfd tells by itself."""
+        if self._pidfd < 0 and not self._has_ended:
+            if self._process.poll() is None:
+                self._loop.at(time.monotonic() + EXIT_INTERVAL, self._look_for_exit)
+            else:
+                self._end()
+
+    def _on_exit(self) -> None:
+        while not self._has_ended and self._on_socket():
+            pass
+        self._end()
+
+    def _on_socket(self) -> bool:
+        """Handle what the launcher has sent; whether there was anything."""
         if self._unsent:
             unsent, self._unsent = self._unsent, b""
             self._send(unsent)
@@ -127,7 +160,7 @@ class Launcher:
         try:
             data, fds, _, _ = socket.recv_fds(self._socket, 65536, 16 * FDS_PER_PAIR, flags)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data, fds = b"", []
         self._fds += fds
@@ -142,11 +175,12 @@ class Launcher:
             except protocol.ProtocolError as error:
                 self._failure = f"the interpreter {self._python!r} answers with {error}"
                 self._process.kill()
-                frames = []
+                data, frames = b"", []
             for kind, body in frames:
                 self._on_frame(kind, body.decode("utf-8", "replace"))
         if not data:
-            self._on_end_of_file()
+            self._end()
+        return bool(data)
 
     def _on_frame(self, kind: bytes, text: str) -> None:
         if kind == protocol.LOADED:
@@ -164,12 +198,23 @@ class Launcher:
                 pair.drain()
                 pair.owner.on_lost(pair, code, tuple(stuck))
 
-    def _on_end_of_file(self) -> None:
+    def _end(self) -> None:
+        """The process has ended, or is to: let go of all that there was of it."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         was_expected = not self.is_up
         self.is_up = False
         self._limit.cancel()
         self._loop.unwatch(self._socket.fileno())
         self._socket.close()
+        if self._pidfd >= 0:
+            self._loop.unwatch(self._pidfd)
+            os.close(self._pidfd)
+        if not self._is_loaded:
+            # It is no launcher: a script, perhaps, with children of its own.
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         try:
             code = self._process.wait(EXIT_LIMIT)
         except subprocess.TimeoutExpired:

@@ -17,8 +17,8 @@ import signal
 import socket
 import time
 import traceback
-from typing import Deque
 from collections.abc import Callable
+from typing import Deque
 
 from .journal import Journal
 from .waiting import Bell

@@ -11,17 +11,16 @@ import contextlib
 import enum
 import functools
 import logging
-import math
 import marshal
+import math
 import os
 import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union
-from collections.abc import Callable
 
 from . import blocks, checks, protocol, usage
 from .delivery import Delivery
@@ -92,7 +91,10 @@ class Limits:
             if value is not None:
                 checks.count(name, value, 1)
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "cpu", checks.seconds_or_none("cpu", cpu))
+        seconds = checks.seconds_or_none("cpu", cpu)
+        if seconds is not None:
+            checks.count("cpu", math.ceil(seconds), 0)
+        object.__setattr__(self, "cpu", seconds)
 
     def _to_request(self) -> dict[str, int]:
         wanted = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import codecs
 import collections
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Deque, Literal, NamedTuple
-from collections.abc import Callable, Iterator
 
 from .waiting import Bell
 

@@ -18,8 +18,15 @@ from typing import Any
 # One name that no real package has: the modules stand in sys.modules only while they
 # import each other, and must not push a package of the user's out of it.
 _ROOT = "<side>"
-_MODULES = ("protocol", "child.kernel", "child.source", "child.snippet", "child.keeper")
-_LAUNCHER = "child.launcher"
+_MODULES = (
+    "protocol",
+    "child.kernel",
+    "child.source",
+    "child.streams",
+    "child.snippet",
+    "child.keeper",
+    "child.launcher",
+)
 
 # What `python -c` is given. It says which interpreter it is, takes the modules, and
 # calls the launcher. The current directory leaves the path meanwhile: a file there
@@ -64,7 +71,7 @@ def load(as_source: bool = False) -> list[tuple[str, bool, CodeType | str]]:
         (_ROOT, True, ""),
         (f"{_ROOT}.child", True, ""),
     ]
-    for name in (*_MODULES, _LAUNCHER):
+    for name in _MODULES:
         modules.append((f"{_ROOT}.{name}", False, _load(name, as_source)))
     return modules
 

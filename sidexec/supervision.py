@@ -11,12 +11,11 @@ import logging
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import protocol
-from .execution import End, Execution, FinalStatus, StopReason
-from .execution import describe_exit, now, parse_result
+from .execution import End, Execution, FinalStatus, StopReason, describe_exit, now, parse_result
 from .journal import Journal
 from .loop import Loop, Timer
 from .output import Stream

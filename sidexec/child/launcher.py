@@ -21,7 +21,7 @@ import sys
 import time
 
 from ..protocol import FORK, FORK_AHEAD, FROM_HOST, KILL, LOADED, LOST, PAIR, REFUSED, Inbox, pack
-from . import kernel
+from . import kernel, streams
 from .keeper import Keeper
 from .snippet import Snippet
 
@@ -94,6 +94,7 @@ class Launcher:
         _signal.signal(_signal.SIGCHLD, lambda signum, frame: None)
 
     def _preload(self) -> bool:
+        streams.replace()  # before a module keeps the ones there are
         own_path = sys.path[:]
         sys.path[:] = self._path
         name = ""
@@ -109,8 +110,6 @@ class Launcher:
         self._bystanders = kernel.children() or set()
         # Until here it went to the host, for the error of a start that failed.
         os.dup2(0, 2)
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         self._send(LOADED)
         return True
 

@@ -11,14 +11,24 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` costs 5 ms, for its enums
 import _thread
+import _weakref
 import atexit
 import gc
 import marshal
 import os
 import sys
 
-from ..protocol import ERROR, HEADER, MAX_DEPTH, MAX_ERROR, MAX_RESULT, PROGRESS, RESULT
-from ..protocol import is_too_deep, pack
+from ..protocol import (
+    ERROR,
+    HEADER,
+    MAX_DEPTH,
+    MAX_ERROR,
+    MAX_RESULT,
+    PROGRESS,
+    RESULT,
+    is_too_deep,
+    pack,
+)
 from . import source
 
 TYPE_CHECKING = False
@@ -72,6 +82,9 @@ class Snippet:
         self._reported: object = None
         self._progress: float | None = None
         self._jumps = _backward_jumps()
+        hooks = (Snippet._before_fork, Snippet._after_fork_in_parent)
+        self._hooks = frozenset(hook.__code__ for hook in hooks)
+        self._fork_masks: dict[int, set[int]] = {}
         self._lifted: list[tuple[int, tuple[int, int]]] = []
 
     def prepare(self, *, rehearse: bool) -> None:
@@ -81,7 +94,11 @@ class Snippet:
         # Blocked since before the fork: a SIGTERM in between would have killed the
         # snippet without its cleanup.
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-        os.register_at_fork(after_in_child=self._after_fork)
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork_in_parent,
+            after_in_child=self._after_fork_in_child,
+        )
         if rehearse:
             # The pages that this writes to are the process's own once the request
             # comes, which then runs in a third of the time.
@@ -119,6 +136,7 @@ class Snippet:
         if failure is not None:
             self._report_failure(failure)
             exit_code = 130 if isinstance(failure, KeyboardInterrupt) else 1
+            failure = None  # its traceback holds the globals
         self._leave(exit_code)
 
     # -- what the user's code finds
@@ -131,6 +149,7 @@ class Snippet:
         self._namespace = namespace = vars(main)
         namespace["__builtins__"] = sys.modules["builtins"]
         namespace["__annotations__"] = {}
+        namespace["__loader__"] = sys.modules["_frozen_importlib"].BuiltinImporter
         namespace["params"] = request["params"]
         namespace["report_progress"] = self._report_progress
         namespace["report_result"] = self._report_result
@@ -146,6 +165,8 @@ class Snippet:
             with open(file, "rb") as stream:
                 code = stream.read()
             self._filename = namespace["__file__"] = file
+            loaders = sys.modules["_frozen_importlib_external"]
+            namespace["__loader__"] = loaders.SourceFileLoader("__main__", file)
             sys.argv[:] = [block]
         program, self._partial = source.prepare(code, self._filename, namespace)
         if self._text is not None and "import" in self._text:
@@ -158,25 +179,36 @@ class Snippet:
         """Let tracebacks, wherever they are made, find the snippet's lines."""
         if self._text is not None:
             linecache = self._import("linecache")
-            lines = self._text.splitlines(keepends=True)
-            linecache.cache[FILENAME] = (len(self._text), None, lines, FILENAME)
+            linecache.cache[FILENAME] = (len(self._text), None, self._lines(), FILENAME)
+
+    def _lines(self) -> list[str]:
+        """As the compiler counts them: `str.splitlines` splits at form feeds, too."""
+        text = (self._text or "").replace("\r\n", "\n").replace("\r", "\n")
+        return [line + "\n" for line in text.split("\n")]
 
     def _report_progress(self, percent: float) -> None:
         """Set the execution's progress, from 0 to 100."""
-        if isinstance(percent, bool) or not isinstance(percent, (int, float)):
+        if isinstance(percent, bool) or not hasattr(type(percent), "__float__"):
             raise TypeError(f"percent must be a number, not {type(percent).__name__}")
-        if not 0 <= percent <= 100:
+        number = float(percent)
+        if not 0 <= number <= 100:
             raise ValueError(f"percent must be between 0 and 100, not {percent!r}")
-        if percent != self._progress:
-            self._progress = percent
-            self._send(PROGRESS, repr(percent).encode())
+        if number != self._progress:
+            self._progress = number
+            self._send(PROGRESS, repr(number).encode())
 
     def _report_result(self, value: object) -> None:
         """Keep `value` as the partial result, and again as it is when asked to stop."""
         if os.getpid() != self._pid:
             raise RuntimeError("report_result works in the snippet's own process only")
-        self._send(RESULT, self._to_json(value, "the reported value"))
-        self._reported = value
+        data = self._to_json(value, "the reported value")
+        # Kept first: an ask that comes while it is sent is raised before this returns.
+        previous, self._reported = self._reported, value
+        try:
+            self._send(RESULT, data)
+        except OSError:
+            self._reported = previous
+            raise
 
     # -- running and asking
 
@@ -218,7 +250,9 @@ class Snippet:
                 # wakeup of a task with it, and that task's cleanup would never run.
                 loop.call_soon_threadsafe(self._raise)
                 return
-        if frame is not None and frame.f_code.co_code[frame.f_lasti] in self._jumps:
+        if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
+            self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
+        elif frame is not None and frame.f_code.co_code[frame.f_lasti] in self._jumps:
             self._raise_at_next_opcode(frame)
         else:
             self._raise()  # at once, or what blocks would only be resumed
@@ -248,11 +282,24 @@ class Snippet:
     def _raise(self) -> NoReturn:
         raise StopRequested(ASKED_EXIT_CODE)
 
-    def _after_fork(self) -> None:
-        """What the snippet forks is ended by SIGTERM, as children of any program are."""
+    # What the snippet forks is ended by SIGTERM, as children of any program are. Blocked
+    # meanwhile: one that came before its handler is gone would be noted, and forgotten.
+
+    def _before_fork(self) -> None:
+        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGTERM,))
+        self._fork_masks[_thread.get_ident()] = mask
+
+    def _after_fork_in_parent(self) -> None:
+        mask = self._fork_masks.pop(_thread.get_ident())
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+    def _after_fork_in_child(self) -> None:
         self._send_lock = _thread.allocate_lock()
         if _signal.getsignal(_signal.SIGTERM) == self._on_ask:
+            if self._asked:
+                sys.settrace(None)
             _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
+        self._after_fork_in_parent()
 
     # -- the channel
 
@@ -320,6 +367,10 @@ class Snippet:
         while trace is not None and trace.tb_frame.f_code.co_filename != self._filename:
             trace = trace.tb_next
         error.__traceback__ = trace
+        if isinstance(error, SyntaxError) and error.filename == self._filename:
+            if error.text is None and self._text is not None and error.lineno:
+                # The compiler's later stages look for the line in a file.
+                error.text = self._lines()[error.lineno - 1]
         text = type(error).__name__
         try:
             self._show_source()
@@ -373,12 +424,18 @@ class Snippet:
             self._phase = SETTLING
             sys.excepthook(type(error), error, error.__traceback__)
         self._phase = SETTLING
+        self._namespace = {}
+        self._partial = self._value = self._reported = None
         if _thread._count() or os.getpid() != self._pid:
             # Threads would see their globals vanish: the interpreter knows how to
             # silence them. A child that the snippet forked is not ours to hurry.
             raise SystemExit(exit_code)
-        _clear(self._namespace)
+        # Dropped first, so that finalizers find the globals; cleared if still held.
+        main = _weakref.ref(sys.modules.pop("__main__", sys))
         gc.collect()
+        left = main()
+        if left is not None and left is not sys:
+            _clear(vars(left))
         self._flush()
         os._exit(exit_code)
 
@@ -447,7 +504,8 @@ def _exit_code(error: SystemExit) -> int:
     if error.code is None:
         return 0
     if isinstance(error.code, int):
-        return error.code & 0xFF
+        fits = -(2**63) <= error.code < 2**63
+        return error.code & 0xFF if fits else 0xFF
     try:
         print(error.code, file=sys.stderr)
     except Exception:

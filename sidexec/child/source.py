@@ -68,12 +68,12 @@ def _with_top_level_return(
 
     # The same code less its returns is a plain module. It shows every other syntax
     # error as the compiler words it, which names are bound, and whether it awaits.
-    expressions: list[ast.expr | None] = []
+    returns: list[ast.Return] = []
 
     def without_return(node: ast.stmt) -> list[ast.stmt] | None:
         if not isinstance(node, ast.Return):
             return None
-        expressions.append(node.value)
+        returns.append(node)
         value = node.value or ast.copy_location(ast.Constant(None), node)
         return [ast.copy_location(ast.Expr(value), node)]
 
@@ -132,7 +132,7 @@ def _with_top_level_return(
     constants = [objects.get(each, each) if type(each) is str else each for each in code.co_consts]
     code = code.replace(co_consts=tuple(constants))
 
-    last = expressions[-1]
+    last = max(returns, key=lambda node: (node.lineno, node.col_offset)).value
     partial = None
     if last is not None and all(_is_display(node) for node in ast.walk(last)):
         expression = ast.Expression(last)
