@@ -1,7 +1,7 @@
 """The command line: `run` executes a snippet or an action block, `blocks` lists them.
 
-In a run the main thread waits, shows the progress and takes the signals, and never
-writes what could block it: the printer, a thread of its own, writes the output.
+In a run the main thread waits, shows the progress and takes the signals. It never
+waits for whoever reads the output: a thread of its own, the printer, writes that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from . import (
 )
 from .blocks import why_not_runnable
 from .output import Stream
-from .responses import StatusData
+from .responses import Response
 
 COMPLETED = 0
 FAILED = 1
@@ -51,6 +51,8 @@ TICK = 0.1
 AHEAD = 1024 * 1024
 # After the second signal: how long a reader may take over the rest of the output.
 LAST_WORDS = 1.0
+# Between the end of an execution and the answer of the call that has stopped it.
+ANSWER_LIMIT = 5.0
 
 
 def main() -> int:
@@ -66,6 +68,10 @@ def main() -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: object = None) -> None:
+        with contextlib.suppress(OSError):
+            _write(STDOUT, _encode(self.format_help()))
+
     def error(self, message: str) -> NoReturn:
         """One line, where `argparse` would show the usage as well."""
         _tell(message, self.prog)
@@ -205,15 +211,15 @@ class _Screen:
             finally:
                 self._lock.release()
 
-    def end(self, lines: list[str]) -> None:
-        """Take the bar away for good, and write some last lines."""
+    def end(self, lines: list[str], more: bool) -> None:
+        """Take the bar away for good, and write last lines; `more` follow elsewhere."""
         with self._lock:
-            if lines and self._line_is_open:
-                self._put(b"\n")
-            elif lines and self.has_bar:
-                self._put(CLEAR_LINE)  # of the ^C that the terminal shows
-            else:
-                self._hide()
+            self._hide()
+            if lines or more:
+                if self._line_is_open and STDERR in self._terminals:
+                    self._put(b"\n")
+                elif self.has_bar:
+                    self._put(CLEAR_LINE)  # of the ^C that the terminal shows
             self.has_bar = False
             for line in lines:
                 _tell(line)
@@ -342,7 +348,7 @@ class _Run:
         except ValueError as error:
             self._parser.error(str(error))
         if not started.success:
-            self._screen.end([started.error or "not started"])
+            self._screen.end([started.error or "not started"], more=False)
             if self._arguments.json:
                 self._screen.write(STDOUT, _encode(started.to_json() + "\n"))
         id: str | None = started.data.side_execution_id
@@ -411,25 +417,28 @@ class _Run:
     # -- the end
 
     def _finish(self, status: GetSideExecutionStatusResponse) -> int:
-        code = EXIT_CODES[status.data.status]
-        if status.data.stop_reason == "timeout":
-            code = TIMED_OUT
+        """Say what is to be said, and return the exit code."""
+        screen = self._screen
         lines = [line for line in (self._what_happened(status), self._what_is_lost()) if line]
-        failure = self._screen.failure
-        if not status.success:
-            code = FAILED
-        elif failure is not None and failure.errno == errno.EPIPE:
-            lines = []  # whoever closed the pipe knows
-        elif failure is not None:
-            code = FAILED
-            lines = [f"could not write the output: {failure.strerror}"]
-        self._screen.end(lines)
+        if screen.failure is not None and status.success:
+            lines = []  # it has been stopped for that, as the failure itself says
+        screen.end(lines, more=self._arguments.json)
         if self._arguments.json:
-            final: GetSideExecutionStatusResponse | StopSideExecutionResponse = status
-            if status.data.stop_reason == "requested":
-                final = self._answers.get()  # of the one call that has stopped it
-            self._screen.write(STDOUT, _encode(final.to_json() + "\n"))
-        return code
+            screen.write(STDOUT, _encode(self._final_response(status).to_json() + "\n"))
+        if screen.failure is not None and screen.failure.errno != errno.EPIPE:
+            _tell(f"could not write the output: {screen.failure.strerror}")
+            return FAILED  # and where a pipe was closed, whoever did so knows
+        if not status.success:
+            return FAILED
+        if status.data.stop_reason == "timeout":
+            return TIMED_OUT
+        return EXIT_CODES[status.data.status]
+
+    def _final_response(self, status: GetSideExecutionStatusResponse) -> Response:
+        if status.data.stop_reason == "requested":
+            with contextlib.suppress(queue.Empty):
+                return self._answers.get(timeout=ANSWER_LIMIT)
+        return status
 
     def _what_happened(self, status: GetSideExecutionStatusResponse) -> str | None:
         """In words, where the snippet's own output does not show it."""
@@ -500,17 +509,6 @@ def _open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-def _flush() -> None:
-    """Here, as a closed pipe at the interpreter's exit would be reported there."""
-    try:
-        sys.stdout.flush()
-    except (AttributeError, OSError):  # there is none, or nobody reads it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
-
-
 if __name__ == "__main__":
     _open_standard_descriptors()
-    try:
-        sys.exit(main())
-    finally:
-        _flush()
+    sys.exit(main())

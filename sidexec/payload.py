@@ -30,7 +30,8 @@ _MODULES = (
 
 # What `python -c` is given. It says which interpreter it is, takes the modules, and
 # calls the launcher. The current directory leaves the path meanwhile: a file there
-# that is named like a module of the standard library would be imported instead.
+# that is named like a module of the standard library would be imported instead. The
+# modules get the built-in names in a copy of their own, since a snippet may change them.
 BOOT = """\
 import sys
 if sys.version_info<(3,9):sys.exit("Python 3.9 or newer is needed, this is "+sys.version)
@@ -45,11 +46,13 @@ def r(n):
   b+=d
  return b
 os.write(0,e.MAGIC_NUMBER)
+b=vars(__builtins__).copy()
 c,l=marshal.loads(r(int.from_bytes(r(4),"big")))
 for n,k,s in l:
  m=sys.modules[n]=type(sys)(n)
  m.__package__=n if k else n.rpartition(".")[0]
  if k:m.__path__=[]
+ m.__builtins__=b
  exec(s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
 m.main(c,p)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` costs 5 ms, for its enums
 import _thread
-import _weakref
 import atexit
 import gc
 import marshal
@@ -190,9 +189,9 @@ class Snippet:
         """Set the execution's progress, from 0 to 100."""
         if isinstance(percent, bool) or not hasattr(type(percent), "__float__"):
             raise TypeError(f"percent must be a number, not {type(percent).__name__}")
-        number = float(percent)
-        if not 0 <= number <= 100:
+        if not 0 <= percent <= 100:
             raise ValueError(f"percent must be between 0 and 100, not {percent!r}")
+        number = float(percent)
         if number != self._progress:
             self._progress = number
             self._send(PROGRESS, repr(number).encode())
@@ -406,7 +405,7 @@ class Snippet:
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
         headline = next((line for line in lines if line.startswith(name)), lines[-1])
-        return headline.strip(), "".join(details.format())
+        return headline.strip().partition("\n")[0], "".join(details.format())
 
     # -- leaving
 
@@ -424,18 +423,17 @@ class Snippet:
             self._phase = SETTLING
             sys.excepthook(type(error), error, error.__traceback__)
         self._phase = SETTLING
-        self._namespace = {}
+        self._flush()  # first: in a cycle, a file may be closed before what it buffers
+        namespace, self._namespace = self._namespace, {}
         self._partial = self._value = self._reported = None
         if _thread._count() or os.getpid() != self._pid:
             # Threads would see their globals vanish: the interpreter knows how to
             # silence them. A child that the snippet forked is not ours to hurry.
             raise SystemExit(exit_code)
-        # Dropped first, so that finalizers find the globals; cleared if still held.
-        main = _weakref.ref(sys.modules.pop("__main__", sys))
+        _let_go(namespace)
+        del namespace
+        sys.modules.pop("__main__", None)
         gc.collect()
-        left = main()
-        if left is not None and left is not sys:
-            _clear(vars(left))
         self._flush()
         os._exit(exit_code)
 
@@ -531,10 +529,11 @@ def _forget_launcher() -> None:
         modules["numpy.random"].seed()
 
 
-def _clear(namespace: dict[str, Any]) -> None:
-    """Let go of the globals in the order in which an interpreter does."""
-    for private in (True, False):
-        for name in list(namespace):
-            is_private = name[:1] == "_" and name[1:2] != "_"
-            if name != "__builtins__" and (is_private or not private):
-                namespace[name] = None
+def _let_go(namespace: dict[str, Any]) -> None:
+    """Let go of the globals that may have finalizers, in order; these find the rest."""
+    kept = (type, type(sys), type(_let_go))
+    for name, value in list(namespace.items()):
+        kind = type(value)
+        if kind.__module__ != "builtins" and not issubclass(kind, kept) and name[:2] != "__":
+            del value
+            namespace[name] = None

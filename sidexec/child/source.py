@@ -81,7 +81,12 @@ def _with_top_level_return(
     names = [name for name in plain.co_names if name.isidentifier()]
 
     future = False
-    objects: dict[object, object] = {}
+    objects: dict[str, object] = {
+        "\0update": namespace.update,
+        "\0pairs": _public_pairs,
+        "\0import": __import__,
+        "\0scope": namespace,
+    }
 
     def for_function(node: ast.stmt) -> list[ast.stmt] | None:
         made: list[ast.stmt]
@@ -97,13 +102,14 @@ def _with_top_level_return(
             if node.value is not None:
                 made.insert(0, ast.Assign([node.target], node.value))
         elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
-            # Run as the module code that it is, by a call of `exec` whose arguments are
-            # put in place of these constants once the function is compiled.
-            plain_import = _compile(ast.Module([node], []), filename)
-            marks = [f"\0{len(objects) + n}" for n in range(3)]
-            objects.update(zip(marks, (exec, plain_import, namespace)))
-            call, *arguments = map(ast.Constant, marks)
-            made = [ast.Expr(ast.Call(call, [*arguments], []))]
+            # `update(pairs(__import__(...)))`, of objects that are put in place of these
+            # constants once the function is compiled: all that can fail is C code, so
+            # that no frame of ours stands in a traceback.
+            update, pairs, load, scope = (ast.Constant(mark) for mark in objects)
+            origin = [ast.Constant(node.module or ""), scope, ast.Constant(None)]
+            what = [ast.Tuple([ast.Constant("*")], ast.Load()), ast.Constant(node.level)]
+            module = ast.Call(load, [*origin, *what], [])
+            made = [ast.Expr(ast.Call(update, [ast.Call(pairs, [module], [])], []))]
         else:
             return None
         return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
@@ -171,6 +177,19 @@ def _statement_lists(block: Any) -> Iterator[tuple[str, list[ast.stmt]]]:
         value = getattr(block, field, None)
         if isinstance(value, list) and value:
             yield field, value
+
+
+def _public_pairs(module: Any) -> Iterator[tuple[str, Any]]:
+    """What a star import binds; read only as it is iterated over."""
+    import itertools
+
+    public = [each for each in vars(module) if not each.startswith("_")]
+    names = list(getattr(module, "__all__", public))
+    for each in names:
+        if not isinstance(each, str):
+            kind = type(each).__name__
+            raise TypeError(f"Item in {module.__name__}.__all__ must be str, not {kind}")
+    return zip(names, map(getattr, itertools.repeat(module), names))
 
 
 def _is_docstring(node: ast.stmt) -> bool:
