@@ -30,7 +30,11 @@ def path(name: str, value: object) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a str or a path, not {type(value).__name__}")
     checked = text(name, os.fspath(value))
-    if not checked or "\0" in checked:
+    try:
+        encoded = os.fsencode(checked)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} can't be a path: {error}") from None
+    if not encoded or b"\0" in encoded:
         raise ValueError(f"{name} must be a path, not {checked!r}")
     return checked
 

@@ -225,7 +225,7 @@ class ExecutionManager:
         A relative path is relative to the host's current directory. All else is as
         for `start_with_code`.
         """
-        block = checks.utf8("path", checks.path("path", path))
+        block = checks.path("path", path)
         return self._start(
             None, block, None, params, timeout, thread_id, cwd, env, limits, on_output
         )

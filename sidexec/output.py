@@ -69,8 +69,11 @@ class Output:
 
     def _add(self, kept: _Kept, data: bytes) -> None:
         if len(data) > self._limit:
-            kept.end += len(data) - self._limit
-            data = data[len(data) - self._limit :]
+            cut = len(data) - self._limit
+            while cut < len(data) and data[cut] & 0xC0 == 0x80:
+                cut += 1
+            kept.end += cut
+            data = data[cut:]
         chunks = kept.chunks
         self._make_room(kept, len(data))
         last = chunks[-1] if chunks else None

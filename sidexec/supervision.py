@@ -166,11 +166,7 @@ class Supervision:
         assert self._launcher is not None
         self._keeper_is_gone = True
         if not pair.has_tree or not self._launcher.is_up:
-            # Nobody adopts what the keeper leaves, so this is all that can be done.
-            try:
-                os.killpg(pair.snippet_pid, signal.SIGKILL)
-            except OSError:
-                pass  # the group has ended by itself
+            self._kill_group()
         if self._launcher.is_up:
             self._watch_keeper(time.monotonic() + 2 * PATIENCE, self._give_up)
         else:
@@ -184,9 +180,18 @@ class Supervision:
         """The keeper notices as well, and asks and sweeps: its END is still to come."""
         self._fault = reason
         if self._keeper_is_gone:
+            self._kill_group()
             self._lose(reason, ())
         else:
             self._watch_keeper(time.monotonic() + self._grace + PATIENCE, self._give_up)
+
+    def _kill_group(self) -> None:
+        """All that can be done where nobody adopts what a keeper leaves."""
+        assert self._pair is not None
+        try:
+            os.killpg(self._pair.snippet_pid, signal.SIGKILL)
+        except OSError:
+            pass  # the group has ended by itself
 
     # -- the end
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 STUCK_AFTER = 2.0
 # How often to look where no SIGCHLD tells.
 GROUP_INTERVAL = 0.05
+# When to look whether the ask has been heard, from the first time to the last interval.
+FIRST_NUDGE = 0.005
+LAST_NUDGE = 1.0
 MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
 
 
@@ -56,6 +59,7 @@ class Keeper:
         self._leader_reaped = False
         self._exit_code: int | None = None
         self._asked = False
+        self._asked_at = self._nudge_at = 0.0
         self._asked_strays: set[int] = set()
         self._deadline: float | None = None
         self._forced = False
@@ -119,11 +123,22 @@ class Keeper:
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
             self._deadline = deadline
-        if not self._asked and not self._leader_reaped:
+        if grace > 0 and not self._asked and not self._leader_reaped:
             self._asked = True
+            self._asked_at = time.monotonic()
             # The leader alone: its cleanup may need the helpers that it has started.
             kernel.signal_process(self._leader, _signal.SIGTERM)
             kernel.signal_process(self._leader, _signal.SIGCONT)  # a stopped one is deaf
+            self._nudge_at = time.monotonic() + FIRST_NUDGE
+
+    def _nudge(self, now: float) -> None:
+        """Interrupt the call that the snippet sits in, in case it has missed the ask.
+
+        Python only takes note of a signal, and looks at its notes between opcodes: one
+        that comes after such a look and before a system call waits for its end.
+        """
+        kernel.signal_process(self._leader, _signal.SIGURG)
+        self._nudge_at = now + min(10 * (now + FIRST_NUDGE - self._asked_at), LAST_NUDGE)
 
     def _ask_strays(self, strays: set[int]) -> None:
         if self._deadline is None:
@@ -150,9 +165,14 @@ class Keeper:
     def _wait(self) -> None:
         timeout = None
         if self._deadline is not None:
-            timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
+            now = time.monotonic()
+            timeout = min(max(0.0, self._deadline - now), MAX_TIMEOUT)
             if self._leader_reaped:
                 timeout = min(timeout, GROUP_INTERVAL)
+            elif self._asked:
+                if now >= self._nudge_at:
+                    self._nudge(now)
+                timeout = min(timeout, self._nudge_at - now)
         # Rounded up: to wake a moment before the deadline would be to spin until it.
         for fd, _ in self._poll.poll(None if timeout is None else int(timeout * 1000) + 1):
             if fd == self._wake:
@@ -164,7 +184,7 @@ class Keeper:
                     self._poll.unregister(fd)
             else:  # a lifeline
                 self._poll.unregister(fd)
-                if fd == self._host:
+                if fd == self._host or _signal.SIGHUP in _signal.sigpending():
                     self._drain_for_host()
                 self._stop(self._grace)
 
@@ -207,12 +227,14 @@ class Keeper:
         return (kernel.children() or set()) - {self._leader}
 
     def _group_strays(self) -> set[int]:
-        """The same where orphans go to init: whether the group has a member left."""
-        try:
-            os.kill(-self._leader, 0)
-        except OSError:
-            return set()
-        return {-self._leader}
+        """The same where orphans go to init: the group, if it has a member left."""
+        members = kernel.group(self._leader)
+        if members is None:
+            try:
+                os.kill(-self._leader, 0)
+            except OSError:
+                return set()
+        return set() if members == [] else {-self._leader}
 
     def _kill_all(self) -> list[int]:
         """End what is left; returns what the kernel does not let go of."""
@@ -223,7 +245,9 @@ class Keeper:
         while not self._reap():
             strays = self._strays()
             if time.monotonic() >= until:
-                return sorted(strays if self._leader_reaped else strays | {self._leader})
+                # A group's zombies can't be told from its members without /proc.
+                left = strays if self._has_tree else set(kernel.group(self._leader) or ())
+                return sorted(left if self._leader_reaped else left | {self._leader})
             # In rounds: what is forked meanwhile turns up in the next one.
             for target in strays | {self._target(pid) for pid in strays}:
                 kernel.signal_process(target, _signal.SIGKILL)

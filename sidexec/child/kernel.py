@@ -57,6 +57,24 @@ def children() -> set[int] | None:
         return None
 
 
+def group(leader: int) -> list[int] | None:
+    """The members of a process group that are no zombies; None where /proc can't tell."""
+    found = []
+    try:
+        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return None
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+                state, _, pgrp, *_ = file.read(4096).rpartition(b")")[2].split()
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile
+        if int(pgrp) == leader and state not in (b"Z", b"X"):
+            found.append(int(pid))
+    return found if pids else None
+
+
 def open_pidfd(pid: int) -> int | None:
     """A descriptor that turns readable when the process ends, whoever reaps it."""
     try:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # What every snippet may need of the standard library: loaded once the first snippet
 # is on its way, so that later ones share it.
-WARM = ("json", "traceback", "linecache", "ast", "warnings")
+WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
 SWEEP_LIMIT = 5.0
 
 
@@ -135,6 +135,10 @@ class Launcher:
             self._poll.unregister(self._socket.fileno())
             if self._host is not None:
                 self._poll.unregister(self._host)
+            # Pending, as they block it: so that they know the host's end from the
+            # launcher's, after which the host would still read what they drain.
+            for pid in self._keepers:
+                kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)
             self._lifeline_end = -1
 

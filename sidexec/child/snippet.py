@@ -32,7 +32,7 @@ from . import source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import CodeType, FrameType, ModuleType
     from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ FILENAME = "<snippet>"
 ASKED_EXIT_CODE = 128 + _signal.SIGTERM
 
 REHEARSAL: dict[str, Any] = {
-    "code": "print(end='')",
+    "code": "try: print(end='')\nfinally: raise SystemExit",
     "block": None,
     "params": {},
     "cwd": None,
@@ -72,6 +72,7 @@ class Snippet:
         self._asked = False
         self._sending = False
         self._ask_deferred = False
+        self._is_scheduled = False
         self._send_lock = _thread.allocate_lock()
         self._filename = FILENAME
         self._text: str | None = None
@@ -80,7 +81,6 @@ class Snippet:
         self._value: object = None
         self._reported: object = None
         self._progress: float | None = None
-        self._jumps = _backward_jumps()
         hooks = (Snippet._before_fork, Snippet._after_fork_in_parent)
         self._hooks = frozenset(hook.__code__ for hook in hooks)
         self._fork_masks: dict[int, set[int]] = {}
@@ -90,6 +90,7 @@ class Snippet:
         """Do ahead of the request whatever does not depend on it."""
         _forget_launcher()
         _signal.signal(_signal.SIGTERM, self._on_ask)
+        _signal.signal(_signal.SIGURG, self._on_nudge)
         # Blocked since before the fork: a SIGTERM in between would have killed the
         # snippet without its cleanup.
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
@@ -102,7 +103,13 @@ class Snippet:
             # The pages that this writes to are the process's own once the request
             # comes, which then runs in a third of the time.
             path = sys.path[:]
-            eval(self._load(REHEARSAL), self._namespace)
+            try:
+                eval(self._load(REHEARSAL), self._namespace)
+            except SystemExit:
+                _let_go(self._namespace)
+                _flush(_open_files())
+                gc.collect()
+            self._flush_c()
             sys.path[:] = path
 
     def receive(self) -> dict[str, Any]:
@@ -160,7 +167,9 @@ class Snippet:
             sys.argv[:] = ["-c"]
         else:
             file = os.path.join(block, "__main__.py") if os.path.isdir(block) else block
-            path = [os.path.dirname(file), *(each for each in self._path if each)]
+            # Of a link to a file the modules beside the file are found, as by `python`.
+            place = block if file != block else os.path.dirname(os.path.realpath(file))
+            path = [place, *(each for each in self._path if each)]
             with open(file, "rb") as stream:
                 code = stream.read()
             self._filename = namespace["__file__"] = file
@@ -214,17 +223,21 @@ class Snippet:
     def _execute(self, code: CodeType) -> None:
         value = eval(code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
-            asyncio = self._import("asyncio")
-            self._show_source()
-
-            async def main() -> None:
-                self._value = await value
-
             # Asked to stop, it cancels the snippet's tasks, and what the snippet
             # returns while it unwinds is kept although `run` raises.
-            asyncio.run(main())
+            main = self._await(value)
+            try:
+                asyncio = self._import("asyncio")
+                self._show_source()
+                asyncio.run(main)
+            finally:
+                main.close()
+                value.close()
         else:
             self._value = value
+
+    async def _await(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        self._value = await coroutine
 
     def _on_ask(self, signum: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -238,23 +251,82 @@ class Snippet:
             self._interrupt(frame)
 
     def _interrupt(self, frame: FrameType | None) -> None:
-        events = sys.modules.get("asyncio.events")
-        loop = events._get_running_loop() if events is not None else None
-        while frame is not None and frame.f_globals.get("__name__") == "selectors":
-            frame = frame.f_back
-        if loop is not None and frame is not None:
-            module = str(frame.f_globals.get("__name__"))
-            if module.partition(".")[0] == "asyncio":
-                # Raised between two steps of the loop, the exception would take the
-                # wakeup of a task with it, and that task's cleanup would never run.
-                loop.call_soon_threadsafe(self._raise)
+        asyncio = sys.modules.get("asyncio.events")
+        loop = asyncio._get_running_loop() if asyncio is not None else None
+        if loop is not None:
+            self._prepare_loop(loop)
+            if _is_between_steps(loop, frame):
+                # Raised there, the exception would take the wakeup of a task with it,
+                # and that task's cleanup would never run.
+                self._is_scheduled = True
+                loop.call_soon_threadsafe(self._raise_if_scheduled)
+                return
+        elif asyncio is not None:
+            maker = _maker_of_a_loop(frame)
+            if maker is not None:
+                self._raise_at_next_opcode(maker)  # half a loop could not be closed
                 return
         if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
             self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
-        elif frame is not None and frame.f_code.co_code[frame.f_lasti] in self._jumps:
+        elif frame is not None and frame.f_code.co_code[frame.f_lasti] in _backward_jumps():
             self._raise_at_next_opcode(frame)
         else:
             self._raise()  # at once, or what blocks would only be resumed
+
+    def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
+        """The keeper's, that interrupts a call which began too late to hear the ask."""
+        if self._is_scheduled and self._phase == RUNNING:
+            # The loop has not come to it: a task holds it up, and may do so for ever.
+            self._is_scheduled = False
+            self._interrupt(frame)
+
+    def _raise_if_scheduled(self) -> None:
+        if self._is_scheduled:
+            self._is_scheduled = False
+            self._raise()
+
+    def _prepare_loop(self, loop: Any) -> None:
+        """Let the cleanup of every task come to its end, whichever of them was asked.
+
+        The task in which the exception is raised ends with it, and passes it on to who
+        waits for that task: out of the loop again, in the middle of the others' cleanup.
+        """
+        call_handler = loop.call_exception_handler
+
+        def call_exception_handler(context: dict[str, Any]) -> None:
+            if not isinstance(context.get("exception"), StopRequested):
+                call_handler(context)
+
+        def cancel_all_tasks(loop: Any) -> None:
+            tasks = sys.modules["asyncio"].all_tasks(loop)
+            left = set(tasks)
+
+            def on_done(task: Any) -> None:
+                left.discard(task)
+                if not left:
+                    loop.stop()
+
+            for task in tasks:
+                task.cancel()
+                task.add_done_callback(on_done)
+            while left:
+                try:
+                    loop.run_forever()
+                except SystemExit:
+                    pass  # passed on by a task, as said
+            for task in tasks:
+                if not task.cancelled() and task.exception() is not None:
+                    message = "unhandled exception during the stop"
+                    context = {"message": message, "exception": task.exception(), "task": task}
+                    loop.call_exception_handler(context)
+
+        try:
+            loop.call_exception_handler = call_exception_handler
+        except AttributeError:
+            pass  # a loop that is no Python object
+        runners = sys.modules.get("asyncio.runners")
+        if hasattr(runners, "_cancel_all_tasks"):
+            runners._cancel_all_tasks = cancel_all_tasks  # type: ignore[union-attr]
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:
         """Raise where the code has got to, not at the jump that ends a loop's round.
@@ -411,6 +483,13 @@ class Snippet:
 
     def _leave(self, exit_code: int) -> NoReturn:
         """What an interpreter does at its end, less the 4 ms that it takes for it."""
+        report = sys.unraisablehook
+
+        def report_unless_asked(unraisable: Any) -> None:
+            if unraisable.exc_type is not StopRequested:
+                report(unraisable)
+
+        sys.unraisablehook = report_unless_asked  # an exit handler that the ask interrupts
         try:
             self._phase = RUNNING
             if "threading" in sys.modules:
@@ -423,35 +502,23 @@ class Snippet:
             self._phase = SETTLING
             sys.excepthook(type(error), error, error.__traceback__)
         self._phase = SETTLING
-        self._flush()  # first: in a cycle, a file may be closed before what it buffers
+        files = _open_files()
         namespace, self._namespace = self._namespace, {}
         self._partial = self._value = self._reported = None
         if _thread._count() or os.getpid() != self._pid:
             # Threads would see their globals vanish: the interpreter knows how to
             # silence them. A child that the snippet forked is not ours to hurry.
+            _flush(files)
             raise SystemExit(exit_code)
+        # The files are held meanwhile, as a collector may close one in a cycle before
+        # what it buffers is written.
         _let_go(namespace)
         del namespace
         sys.modules.pop("__main__", None)
         gc.collect()
-        self._flush()
-        os._exit(exit_code)
-
-    def _flush(self) -> None:
-        """Write out every file that the code left open, and what C code printed."""
-        io = sys.modules["io"]
-        kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-        # By type: `isinstance` would also ask, and so run, what only poses as a file.
-        files = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
-        files += [sys.stdout, sys.stderr]
-        files.sort(key=lambda each: not isinstance(each, io.TextIOWrapper))
-        for file in files:
-            try:
-                if not file.closed:
-                    file.flush()
-            except Exception:
-                pass  # an interpreter's own end would pass over it, too
+        _flush(files)
         self._flush_c()
+        os._exit(exit_code)
 
     # -- the rest of the surroundings
 
@@ -498,6 +565,26 @@ def _backward_jumps() -> frozenset[int]:
     return frozenset(code for name, code in opcode.opmap.items() if "JUMP_BACKWARD" in name)
 
 
+def _is_between_steps(loop: Any, frame: FrameType | None) -> bool:
+    """Whether `frame` is the loop's own code, with no task's and no callback's under it."""
+    if sys.modules["asyncio.tasks"].current_task(loop) is not None:
+        return False
+    while frame is not None and frame.f_globals.get("__name__") == "selectors":
+        frame = frame.f_back
+    module = "" if frame is None else str(frame.f_globals.get("__name__"))
+    return module.partition(".")[0] == "asyncio"
+
+
+def _maker_of_a_loop(frame: FrameType | None) -> FrameType | None:
+    """The frame that waits for a new event loop, where `frame` is making one."""
+    found = None
+    while frame is not None:
+        if frame.f_code.co_name == "new_event_loop":
+            found = frame.f_back
+        frame = frame.f_back
+    return found
+
+
 def _exit_code(error: SystemExit) -> int:
     if error.code is None:
         return 0
@@ -524,16 +611,38 @@ def _forget_launcher() -> None:
         atexit.register(modules["logging"].shutdown)
     if "multiprocessing.util" in modules:
         atexit.register(modules["multiprocessing.util"]._exit_function)
+    if "threading" in modules and sys.version_info < (3, 13):
+        main_thread = modules["threading"].main_thread()
+        if hasattr(main_thread, "_set_native_id"):
+            main_thread._set_native_id()
     # `random` sees to itself after a fork; NumPy's generator does not.
     if "numpy.random" in modules:
         modules["numpy.random"].seed()
 
 
+def _open_files() -> list[Any]:
+    """What may hold something that is not yet written, in the order to write it."""
+    io = sys.modules["io"]
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    # By type: `isinstance` would also ask, and so run, what only poses as a file.
+    files = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    files.sort(key=lambda each: not isinstance(each, io.TextIOWrapper))
+    return [*files, sys.stdout, sys.stderr]
+
+
+def _flush(files: list[Any]) -> None:
+    for file in files:
+        try:
+            if not file.closed:
+                file.flush()
+        except Exception:
+            pass  # an interpreter's own end would pass over it, too
+
+
 def _let_go(namespace: dict[str, Any]) -> None:
     """Let go of the globals that may have finalizers, in order; these find the rest."""
     kept = (type, type(sys), type(_let_go))
-    for name, value in list(namespace.items()):
-        kind = type(value)
+    for name in list(namespace):
+        kind = type(namespace[name])
         if kind.__module__ != "builtins" and not issubclass(kind, kept) and name[:2] != "__":
-            del value
             namespace[name] = None
