@@ -108,6 +108,7 @@ class Execution:
         self.progress: float | None = None
         self.reported: bytes | None = None  # JSON
         self.stop_reason: StopReason | None = None
+        self.stopped_by: object = None  # whoever called first, of those that wait for it
         self.end: End | None = None
         self.delivery: Delivery | None = None
         self.usage: Sample | None = None  # readers keep it here, as it serves them alone

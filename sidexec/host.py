@@ -83,10 +83,10 @@ class Host:
             launcher.forks_ahead = True
         supervision.start(launcher)
 
-    def stop(self, id: str, reason: StopReason, grace: float) -> bool:
-        """Stop an execution; whether it was this call that stopped it."""
+    def stop(self, id: str, reason: StopReason, grace: float, caller: object) -> None:
         supervision = self._supervisions.get(id)
-        return supervision is not None and supervision.stop(reason, grace)
+        if supervision is not None:
+            supervision.stop(reason, grace, caller)
 
     def close(self, grace: float) -> None:
         """Stop everything, end the launchers, then the loop; a second call hurries it."""
@@ -113,10 +113,13 @@ class Host:
         launcher = Launcher(
             self.loop,
             settings.python,
-            # Only a start's own directory has to be there.
-            settings.cwd if settings.cwd is not None and os.path.isdir(settings.cwd) else None,
             environment,
-            {"preload": settings.preload, "grace": settings.grace, "host": os.getpid()},
+            {
+                "preload": settings.preload,
+                "grace": settings.grace,
+                "host": os.getpid(),
+                "cwd": settings.cwd,
+            },
             on_idle=Launcher.retire,
             on_gone=self._on_launcher_gone,
         )

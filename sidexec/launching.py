@@ -7,17 +7,15 @@ them, and for keeping one ready ahead of need. All of it runs in the loop's thre
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
-import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any, Deque
 
 from . import payload, protocol
 from .execution import describe_exit
+from .interpreter import Interpreter
 from .loop import Loop, Timer
 from .output import Stream
 from .pair import Pair, Pids
@@ -37,7 +35,6 @@ class Launcher:
         self,
         loop: Loop,
         python: str,
-        cwd: str | None,
         environment: dict[str, str],
         config: dict[str, Any],
         on_idle: Callable[[Launcher], None],
@@ -48,7 +45,6 @@ class Launcher:
         self.is_up = True
         self._loop = loop
         self._python = python
-        self._cwd = cwd
         self._config = config
         self._on_idle = on_idle
         self._on_gone = on_gone
@@ -79,14 +75,9 @@ class Launcher:
         try:
             self._errors, errors_end = os.pipe()
             try:
-                self._process = subprocess.Popen(
-                    [self._python, "-u", "-c", payload.BOOT],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors_end,
-                    cwd=self._cwd,
-                    env=self.environment,
-                    start_new_session=True,
+                arguments = ["-u", "-c", payload.BOOT]
+                self._process = Interpreter(
+                    self._python, arguments, self.environment, theirs.fileno(), errors_end
                 )
             except BaseException:
                 os.close(self._errors)
@@ -212,14 +203,8 @@ class Launcher:
             self._loop.unwatch(self._pidfd)
             os.close(self._pidfd)
         if not self._is_loaded:
-            # It is no launcher: a script, perhaps, with children of its own.
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        try:
-            code = self._process.wait(EXIT_LIMIT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+            self._process.kill_group()  # a script, perhaps, with children of its own
+        code = self._process.wait(EXIT_LIMIT)
         failure = self._failure or self._describe_exit(code)
         os.close(self._errors)
         for fd in self._fds:

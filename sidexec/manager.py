@@ -492,22 +492,17 @@ class ExecutionManager:
     def _stop(self, ids: list[str], grace: float) -> list[StopSideExecutionResponse]:
         host: Host | None = self.__dict__.get("_host")
         executions = {id: self._executions.get(id) for id in ids}
-        won: set[str] = set()
-
-        def ask(host: Host, id: str) -> None:
-            if host.stop(id, "requested", grace):
-                won.add(id)
-
+        caller = object()
         for id, execution in executions.items():
             if execution is not None and execution.end is None and host is not None:
-                host.loop.post(functools.partial(ask, host, id))
+                host.loop.post(functools.partial(host.stop, id, "requested", grace, caller))
         for execution in executions.values():
             if execution is not None:
                 self._wait_for_end(execution, None)
-        return [self._stop_response(id, executions[id], id in won) for id in ids]
+        return [self._stop_response(id, executions[id], caller) for id in ids]
 
     def _stop_response(
-        self, id: str, execution: Execution | None, won: bool
+        self, id: str, execution: Execution | None, caller: object
     ) -> StopSideExecutionResponse:
         if execution is None:
             return StopSideExecutionResponse(
@@ -522,7 +517,7 @@ class ExecutionManager:
             error = end.error
         elif status != "stopped":
             error = f"the execution {id} has {status} already: there is nothing to stop"
-        if status == "stopped" and not won:
+        if status == "stopped" and execution.stopped_by is not caller:
             status = "already_stopped"
         data = StopData(
             side_execution_id=id,

@@ -78,14 +78,14 @@ class Supervision:
         self.execution.refused = reason
         self._finish(None, forced=False, stuck=())
 
-    def stop(self, reason: StopReason, grace: float) -> bool:
-        """Ask, or bring the end nearer; whether it was this call that stopped it."""
+    def stop(self, reason: StopReason, grace: float, caller: object = None) -> None:
+        """Ask, or bring the end nearer; the first caller is the one that stops it."""
         execution = self.execution
         if execution.end is not None:
-            return False
-        is_first = execution.stop_reason is None
-        if is_first:
+            return
+        if execution.stop_reason is None:
             execution.stop_reason = reason
+            execution.stopped_by = caller
             self._journal.log(logging.DEBUG, "%s is asked to stop (%s)", execution.id, reason)
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
@@ -98,7 +98,6 @@ class Supervision:
                 self._pair.stop(grace)
                 self._pair.resume()
                 self._watch_keeper(deadline + PATIENCE, self._end_keeper)
-        return is_first
 
     # -- what the clock does
 

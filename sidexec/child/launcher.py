@@ -98,6 +98,11 @@ class Launcher:
         own_path = sys.path[:]
         sys.path[:] = self._path
         name = ""
+        if self._config["cwd"] is not None:
+            try:
+                os.chdir(self._config["cwd"])
+            except OSError:
+                pass  # only a start's own directory has to be there
         try:
             for name in self._config["preload"]:
                 __import__(name)
