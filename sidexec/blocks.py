@@ -6,6 +6,7 @@ Reads files and parses them; never runs or imports any of their code.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import tokenize
@@ -19,7 +20,8 @@ MAIN = "__main__.py"
 
 # As PEP 723 has it.
 _SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
-_DEPENDENCIES = re.compile(r"(?ms)^dependencies\s*=\s*(\[.*?\])[ \t]*(?:#[^\n]*)?$")
+_DEPENDENCIES = re.compile(r"(?m)^dependencies\s*=\s*\[")
+_TABLE = re.compile(r"(?m)^\[")
 
 
 def why_not_runnable(path: str) -> str | None:
@@ -126,8 +128,13 @@ def _load_dependencies(content: str) -> object:
     try:
         import tomllib
     except ImportError:  # before Python 3.11: an array of strings is a list in Python, too
-        found = _DEPENDENCIES.search(content)
-        return ast.literal_eval(found.group(1)) if found else []
+        table = _TABLE.search(content)
+        found = _DEPENDENCIES.search(content, 0, table.start() if table else len(content))
+        for end in re.finditer(r"\]", content[found.end() :]) if found else ():
+            assert found is not None
+            with contextlib.suppress(SyntaxError):
+                return ast.literal_eval("[" + content[found.end() : found.end() + end.end()])
+        return []
     return tomllib.loads(content).get("dependencies", [])
 
 

@@ -17,7 +17,6 @@ import os
 import sys
 import textwrap
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union
@@ -277,7 +276,7 @@ class ExecutionManager:
         except (OSError, RuntimeError) as problem:
             return answer(None, f"could not start the manager's thread: {problem}")
         execution = Execution(
-            uuid.uuid4().hex,
+            os.urandom(16).hex(),
             Output(self._max_output, self._texts),
             thread_id=thread,
             action_block=block,

@@ -17,7 +17,7 @@ from .waiting import Bell
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 
-CHUNK = 64 * 1024
+CHUNK = 256 * 1024
 # Writes smaller than this are put together, so that a chunk's own cost stays small.
 SMALL = 4096
 # With so many chunks, what one stream writes is put together even across what the

@@ -86,7 +86,6 @@ class Supervision:
         if execution.stop_reason is None:
             execution.stop_reason = reason
             execution.stopped_by = caller
-            self._journal.log(logging.DEBUG, "%s is asked to stop (%s)", execution.id, reason)
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
             self._deadline = deadline
@@ -98,6 +97,7 @@ class Supervision:
                 self._pair.stop(grace)
                 self._pair.resume()
                 self._watch_keeper(deadline + PATIENCE, self._end_keeper)
+                self._journal.log(logging.DEBUG, "%s is to stop (%s)", execution.id, reason)
 
     # -- what the clock does
 

@@ -94,6 +94,11 @@ class Launcher:
         _signal.signal(_signal.SIGCHLD, lambda signum, frame: None)
 
     def _preload(self) -> bool:
+        # Where `python -c` registers its source, a snippet's own `<string>` would show ours.
+        lines = sys.modules.get("linecache")
+        if lines is not None:
+            lines.cache.pop("<string>", None)
+            getattr(lines, "_interactive_cache", {}).clear()
         streams.replace()  # before a module keeps the ones there are
         own_path = sys.path[:]
         sys.path[:] = self._path

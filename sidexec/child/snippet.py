@@ -47,6 +47,8 @@ REHEARSAL: dict[str, Any] = {
     "limits": {},
 }
 
+CO_ASYNC_GENERATOR = 0x200
+
 # What the ask does depends on how far the snippet is.
 WAITING = 0  # for its code: it leaves at once
 RUNNING = 1  # the user's code, exit handlers and joined threads included: it raises
@@ -245,6 +247,13 @@ class Snippet:
         self._asked = True
         if self._phase == WAITING:
             os._exit(ASKED_EXIT_CODE)
+        report = sys.unraisablehook
+
+        def report_others(unraisable: Any) -> None:
+            if unraisable.exc_type is not StopRequested:
+                report(unraisable)
+
+        sys.unraisablehook = report_others  # for an exit handler that it interrupts, say
         if self._sending:
             self._ask_deferred = True  # an exception here would cut a frame in two
         elif self._phase == RUNNING:
@@ -255,7 +264,7 @@ class Snippet:
         loop = asyncio._get_running_loop() if asyncio is not None else None
         if loop is not None:
             self._prepare_loop(loop)
-            if _is_between_steps(loop, frame):
+            if _is_between_steps(frame):
                 # Raised there, the exception would take the wakeup of a task with it,
                 # and that task's cleanup would never run.
                 self._is_scheduled = True
@@ -483,13 +492,6 @@ class Snippet:
 
     def _leave(self, exit_code: int) -> NoReturn:
         """What an interpreter does at its end, less the 4 ms that it takes for it."""
-        report = sys.unraisablehook
-
-        def report_unless_asked(unraisable: Any) -> None:
-            if unraisable.exc_type is not StopRequested:
-                report(unraisable)
-
-        sys.unraisablehook = report_unless_asked  # an exit handler that the ask interrupts
         try:
             self._phase = RUNNING
             if "threading" in sys.modules:
@@ -565,14 +567,15 @@ def _backward_jumps() -> frozenset[int]:
     return frozenset(code for name, code in opcode.opmap.items() if "JUMP_BACKWARD" in name)
 
 
-def _is_between_steps(loop: Any, frame: FrameType | None) -> bool:
-    """Whether `frame` is the loop's own code, with no task's and no callback's under it."""
-    if sys.modules["asyncio.tasks"].current_task(loop) is not None:
-        return False
-    while frame is not None and frame.f_globals.get("__name__") == "selectors":
+def _is_between_steps(frame: FrameType | None) -> bool:
+    """Whether `frame` is the loop's own code: neither a coroutine's nor a callback's."""
+    while frame is not None and frame.f_code.co_name != "_run_once":
+        module = str(frame.f_globals.get("__name__")).partition(".")[0]
+        is_coroutine = frame.f_code.co_flags & (source.CO_COROUTINE | CO_ASYNC_GENERATOR)
+        if is_coroutine or module not in ("asyncio", "selectors"):
+            return False
         frame = frame.f_back
-    module = "" if frame is None else str(frame.f_globals.get("__name__"))
-    return module.partition(".")[0] == "asyncio"
+    return True
 
 
 def _maker_of_a_loop(frame: FrameType | None) -> FrameType | None:
