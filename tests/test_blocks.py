@@ -1,0 +1,398 @@
+"""Finding action blocks, what they say of themselves, and running them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import eventually
+
+
+@pytest.fixture
+def make_block(tmp_path):
+    """Make an action block from the text, or the bytes, of its `__main__.py`: its path."""
+
+    def make_block(name, main=""):
+        directory = tmp_path / name
+        directory.mkdir(parents=True, exist_ok=True)
+        data = main if isinstance(main, bytes) else main.encode()
+        (directory / "__main__.py").write_bytes(data)
+        return directory
+
+    return make_block
+
+
+@pytest.fixture
+def describe(manager, make_block, tmp_path):
+    """What is said of the block that a text makes."""
+
+    def describe(main):
+        make_block("block", main)
+        (block,) = manager.list_action_blocks(tmp_path).raise_for_error().data.action_blocks
+        return block
+
+    return describe
+
+
+def names(manager, path):
+    data = manager.list_action_blocks(path).raise_for_error().data
+    assert data.count == len(data.action_blocks)
+    return [os.path.relpath(block.path, data.search_path) for block in data.action_blocks]
+
+
+# -- finding
+
+
+def test_blocks_are_found_at_any_depth_and_by_path(manager, make_block, tmp_path):
+    for name in ("b", "a/deep/down/here", "a", "a/deep", "c d", "é"):
+        make_block(name)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "main.py").touch()
+    (tmp_path / "single.py").touch()
+    assert names(manager, tmp_path) == ["a", "a/deep", "a/deep/down/here", "b", "c d", "é"]
+    assert names(manager, tmp_path / "a") == ["deep", "deep/down/here"]
+
+
+def test_the_search_path_may_be_relative_or_a_path(manager, make_block, tmp_path, monkeypatch):
+    block = make_block("here/block")
+    monkeypatch.chdir(tmp_path / "here")
+    for response in (
+        manager.list_action_blocks(),
+        manager.list_action_blocks("."),
+        manager.list_action_blocks(pathlib.Path("../here")),
+        manager.list_action_blocks(str(tmp_path / "here")),
+    ):
+        assert response.data.search_path == str(tmp_path / "here")
+        assert [each.path for each in response.data.action_blocks] == [str(block)]
+        assert [each.name for each in response.data.action_blocks] == ["block"]
+
+
+def test_hidden_directories_are_left_out(manager, make_block, tmp_path):
+    for name in (".hidden", ".hidden/below", "seen/.hidden/below", "seen"):
+        make_block(name)
+    assert names(manager, tmp_path) == ["seen"]
+    # What is asked for by name is no secret.
+    assert names(manager, tmp_path / ".hidden") == ["below"]
+
+
+def test_links_are_followed_but_never_in_a_loop(manager, make_block, tmp_path):
+    make_block("elsewhere/linked/block")
+    make_block("here/block")
+    here = tmp_path / "here"
+    (here / "link").symlink_to(tmp_path / "elsewhere" / "linked")
+    (here / "up").symlink_to("..", target_is_directory=True)
+    (here / "itself").symlink_to("itself")
+    (here / "block" / "back").symlink_to(here)
+    (here / "nowhere").symlink_to("/no/such/directory")
+    found = manager.list_action_blocks(here).raise_for_error().data.action_blocks
+    real = sorted(os.path.realpath(block.path) for block in found)
+    assert real.count(os.path.realpath(here / "block")) == 1
+    assert real.count(os.path.realpath(tmp_path / "elsewhere/linked/block")) == 1
+    assert str(here / "link" / "block") in [block.path for block in found] or len(found) == 2
+
+
+def test_two_links_at_each_other_end(manager, make_block, tmp_path):
+    make_block("a/block")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "to_b").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "to_a").symlink_to(tmp_path / "a")
+    found = manager.list_action_blocks(tmp_path).data.action_blocks
+    assert [os.path.realpath(each.path) for each in found] == [str(tmp_path / "a" / "block")]
+
+
+def test_a_link_to_a_block_is_one(manager, make_block, tmp_path):
+    make_block("elsewhere/block")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere" / "block")
+    assert names(manager, tmp_path / "here") == ["link"]
+
+
+def test_a_directory_called_main_is_no_block(manager, tmp_path):
+    (tmp_path / "block" / "__main__.py").mkdir(parents=True)
+    assert names(manager, tmp_path) == []
+
+
+def test_an_empty_directory(manager, tmp_path):
+    assert names(manager, tmp_path) == []
+    assert manager.list_action_blocks(tmp_path).success
+
+
+def test_a_directory_that_is_not_utf8(manager, make_block, tmp_path):
+    make_block(os.fsdecode(b"odd \xff"), "print('ran')")
+    response = manager.list_action_blocks(tmp_path)
+    (block,) = response.data.action_blocks
+    assert os.fsencode(block.name) == b"odd \xff"
+    assert json.loads(response.to_json())["data"]["actionBlocks"][0]["name"] == block.name
+    started = manager.start_with_action_block(block.path).raise_for_error()
+    assert manager.wait(started.data.side_execution_id).data.output == "ran\n"
+
+
+# -- what a block says of itself
+
+
+def test_a_block_that_says_everything(describe):
+    block = describe(
+        '''
+"""Resize images.
+
+    All of them.
+"""
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pillow>=9", 'requests']
+# ///
+from __future__ import annotations
+__version__ = "1.2.3"
+__author__: str = "Somebody"
+import no_such_module
+open("/no/such/file")
+'''
+    )
+    assert block.name == "block"
+    assert block.description == "Resize images.\n\nAll of them."
+    assert (block.version, block.author) == ("1.2.3", "Somebody")
+    assert block.dependencies == ("pillow>=9", "requests")
+
+
+def test_a_block_that_says_nothing(describe):
+    block = describe("x = 1")
+    assert (block.description, block.version, block.author) == (None, None, None)
+    assert block.dependencies == ()
+
+
+def test_nothing_of_a_block_is_run(manager, make_block, tmp_path):
+    make_block("block", f"open({str(tmp_path / 'ran')!r}, 'w')\n__version__ = str(print('x'))")
+    (block,) = manager.list_action_blocks(tmp_path).data.action_blocks
+    assert not (tmp_path / "ran").exists()
+    assert block.version is None
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "__version__ = 1.2\n__author__ = ['A']",
+        "if True:\n    __version__ = '1'\n    __author__ = 'A'",
+        "def f():\n    __version__ = '1'\n    __author__ = 'A'",
+        "x.__version__ = '1'\n(y)['__author__'] = 'A'",
+        "'a' + 'b'\n__version__: str\n__author__: str",
+    ],
+)
+def test_what_is_no_plain_string_of_the_module_does_not_count(describe, main):
+    block = describe(main)
+    assert (block.description, block.version, block.author) == (None, None, None)
+
+
+def test_the_last_assignment_counts(describe):
+    block = describe("__version__ = '1'\na = __version__ = '2'\n__author__, b = 'A', 'B'")
+    assert block.version == "2"
+    assert block.author is None
+
+
+@pytest.mark.parametrize(
+    "script, expected",
+    [
+        ("# dependencies = []", ()),
+        ("# requires-python = '>=3.9'", ()),
+        ("# dependencies = ['a', \"b\"]", ("a", "b")),
+        ("# dependencies = [\n#   'a[x]>=1',\n#   \"b; python_version < '3.10'\",\n# ]", 2),
+        ("# dependencies = [\n#   'a',  # why\n#   'b',  # see [1]\n# ]", ("a", "b")),
+        ("#\n# dependencies=['a']\n#", ("a",)),
+        ("# dependencies = ['a']  # all\n# [tool.x]\n# y = 1", ("a",)),
+        ("# [tool.x]\n# dependencies = ['a']", ()),
+        ("# dependencies = 'a'", ()),
+        ("# dependencies = [", ()),
+        ("# dependencies = ['a', 5]", ("a",)),
+        ("# this is = no = toml", ()),
+    ],
+)
+def test_dependencies(describe, script, expected):
+    block = describe(f"'''Doc.'''\n# /// script\n{script}\n# ///\n")
+    if expected == 2:
+        expected = ("a[x]>=1", "b; python_version < '3.10'")
+    assert block.dependencies == expected
+    assert block.description == "Doc."
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "# /// script\n# dependencies = ['a']\n",
+        "# /// other\n# dependencies = ['a']\n# ///\n",
+        "# /// script\n# dependencies = ['a']\n# ///\n#\n\n# /// script\n# dependencies = ['b']\n# ///\n",
+        "# /// script\ndependencies = ['a']\n# ///\n",
+        "#/// script\n# dependencies = ['a']\n# ///\n",
+    ],
+)
+def test_what_is_no_script_block(describe, main):
+    assert describe(main).dependencies == ()
+
+
+def test_line_ends_of_windows(describe):
+    block = describe(
+        b"'''Doc.'''\r\n# /// script\r\n# dependencies = [\r\n#  'a',\r\n# ]\r\n# ///\r\n__version__ = '1'"
+    )
+    assert (block.description, block.version, block.dependencies) == ("Doc.", "1", ("a",))
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        b"x = = 1",
+        b"\0\0\0",
+        b"'''Doc.\xff'''",
+        b"# -*- coding: no-such-coding -*-\n'''Doc.'''",
+        b"\xef\xbb\xbf# -*- coding: latin-1 -*-\n'''Doc.'''",
+        "'''Doc.'''".encode("utf-16"),
+        b"(" * 100_000,
+        b"x = " + b"-" * 100_000 + b"1",
+        b"",
+    ],
+)
+def test_a_block_that_can_not_be_read_is_listed_all_the_same(describe, main):
+    block = describe(main)
+    assert (block.name, block.description, block.dependencies) == ("block", None, ())
+
+
+def test_broken_syntax_does_not_hide_the_dependencies(describe):
+    assert describe("# /// script\n# dependencies = ['a']\n# ///\nx = = 1").dependencies == ("a",)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "# -*- coding: latin-1 -*-\n'''D\xe9j\xe0 vu.'''".encode("latin-1"),
+        "'''D\xe9j\xe0 vu.'''".encode("utf-8-sig"),
+        "# vim: set fileencoding=cp1252 :\n'''D\xe9j\xe0 vu.'''".encode("cp1252"),
+    ],
+)
+def test_a_block_is_read_by_its_own_encoding(describe, manager, tmp_path, main):
+    assert describe(main + b"\nprint(__doc__)").description == "D\xe9j\xe0 vu."
+    started = manager.start_with_action_block(tmp_path / "block")
+    data = manager.wait(started.data.side_execution_id).data
+    assert (data.status, data.output) == ("completed", "D\xe9j\xe0 vu.\n")
+
+
+def test_a_main_that_can_not_be_opened(manager, tmp_path):
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / "__main__.py").symlink_to("nowhere")
+    response = manager.list_action_blocks(tmp_path)
+    assert response.success
+    assert [each.description for each in response.data.action_blocks] in ([], [None])
+
+
+def test_times_of_a_block(describe, make_block):
+    begin = time.time() - 10
+    block = describe("x = 1")
+    assert begin < block.created_at.timestamp() < time.time() + 10
+    assert begin < block.updated_at.timestamp() < time.time() + 10
+    os.utime(os.path.join(block.path, "__main__.py"), (10**9, 10**9))
+    block = describe("x = 1")
+    os.utime(os.path.join(block.path, "__main__.py"), (2 * 10**9, 2 * 10**9))
+
+
+# -- running
+
+SURROUNDINGS = """
+import json, os, sys
+print(json.dumps([sys.path[0], __file__, sys.argv, __name__, os.getcwd()]))
+"""
+
+
+def run_block(manager, path, **options):
+    started = manager.start_with_action_block(path, **options).raise_for_error()
+    return manager.wait(started.data.side_execution_id).data
+
+
+def as_plain_python(path):
+    return subprocess.check_output([sys.executable, path], text=True)
+
+
+def test_a_directory_finds_what_it_finds_under_plain_python(manager, make_block):
+    path = str(make_block("block", SURROUNDINGS))
+    data = run_block(manager, path)
+    assert data.output == as_plain_python(path)
+    first, file, argv, name, _ = json.loads(data.output)
+    assert (first, file, argv) == (path, f"{path}/__main__.py", [path])
+    assert name == "__main__"
+
+
+def test_a_file_finds_what_it_finds_under_plain_python(manager, tmp_path):
+    path = tmp_path / "block.py"
+    path.write_text(SURROUNDINGS)
+    data = run_block(manager, path)
+    assert data.output == as_plain_python(path)
+    first, file, argv, _, _ = json.loads(data.output)
+    assert (first, file, argv) == (str(tmp_path), str(path), [str(path)])
+
+
+def test_a_link_to_a_file_finds_the_modules_beside_the_file(manager, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "beside.py").write_text("value = 5")
+    (tmp_path / "real" / "block.py").write_text("import beside\nprint(beside.value)")
+    (tmp_path / "link.py").symlink_to("real/block.py")
+    assert as_plain_python(tmp_path / "link.py") == "5\n"
+    data = run_block(manager, tmp_path / "link.py")
+    assert (data.error, data.output) == (None, "5\n")
+
+
+def test_a_relative_path_is_relative_to_the_host(manager, make_block, tmp_path, monkeypatch):
+    block = make_block("here/block", SURROUNDINGS)
+    monkeypatch.chdir(tmp_path / "here")
+    for options in ({}, {"cwd": "/"}):
+        response = manager.start_with_action_block("block", **options)
+        assert response.data.action_block == "block"
+        data = manager.wait(response.data.side_execution_id).data
+        first, file, _, _, cwd = json.loads(data.output)
+        assert (first, file) == (str(block), str(block / "__main__.py"))
+        assert cwd == options.get("cwd", str(tmp_path / "here"))
+    monkeypatch.chdir(block)
+    assert json.loads(run_block(manager, "__main__.py").output)[0] == str(block)
+
+
+def test_its_own_modules_come_first(manager, make_block):
+    block = make_block(
+        "block",
+        "import colorsys, helpers.deep\nreturn [colorsys.value, helpers.deep.value, params['x']]",
+    )
+    (block / "colorsys.py").write_text("value = 'own'")
+    (block / "helpers").mkdir()
+    (block / "helpers" / "deep.py").write_text("value = 'deep'")
+    for path in (block, block / "__main__.py"):
+        assert run_block(manager, path, params={"x": 1}).result == ["own", "deep", 1]
+
+
+def test_a_block_may_be_changed_between_two_runs(manager, make_block):
+    block = make_block("block", "import helper\nreturn [1, helper.value]")
+    (block / "helper.py").write_text("value = 'one'")
+    assert run_block(manager, block).result == [1, "one"]
+    make_block("block", "import helper\nreturn [22, helper.value]")
+    (block / "helper.py").write_text("value = 'another'")
+    assert run_block(manager, block).result == [22, "another"]
+
+
+def test_return_and_await_work_in_a_block(manager, make_block):
+    block = make_block("block", "import asyncio\nawait asyncio.sleep(0)\nreturn params")
+    assert run_block(manager, block, params={"a": 1}).result == {"a": 1}
+
+
+def test_the_traceback_of_a_block_shows_its_own_lines(manager, make_block):
+    block = make_block("block", "def fail():\n    return 1 / 0  # here\n\nfail()\n")
+    data = run_block(manager, block)
+    assert data.status == "failed"
+    assert data.error.startswith("ZeroDivisionError: division by zero\n")
+    assert f'File "{block}/__main__.py", line 2, in fail' in data.error
+    assert "return 1 / 0  # here" in data.error
+    assert "sidexec" not in data.error.replace(str(block), "")
+
+
+def test_a_block_is_stopped_like_code(manager, make_block):
+    block = make_block(
+        "block", "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
+    )
+    id = manager.start_with_action_block(block).data.side_execution_id
+    eventually(lambda: manager.get_status(id).data.output == "ready\n")
+    data = manager.stop(id).data
+    assert (data.status, data.output) == ("stopped", "ready\nbye\n")
