@@ -37,7 +37,7 @@ PROGRESS = b"p"  # "<percent>"
 RESULT = b"v"  # JSON; the last one counts
 ERROR = b"x"  # the text for a failed execution's `error`
 
-MAX_RESULT = 16 * 1024 * 1024
+MAX_RESULT = 8 * 1024 * 1024
 MAX_ERROR = 1024 * 1024
 # Levels of lists and dicts in a result: deeper ones fail whoever copies or pickles
 # them, at a depth that is another for each.

@@ -47,8 +47,6 @@ REHEARSAL: dict[str, Any] = {
     "limits": {},
 }
 
-CO_ASYNC_GENERATOR = 0x200
-
 # What the ask does depends on how far the snippet is.
 WAITING = 0  # for its code: it leaves at once
 RUNNING = 1  # the user's code, exit handlers and joined threads included: it raises
@@ -75,6 +73,7 @@ class Snippet:
         self._sending = False
         self._ask_deferred = False
         self._is_scheduled = False
+        self._undo_trace: Callable[[], None] | None = None
         self._send_lock = _thread.allocate_lock()
         self._filename = FILENAME
         self._text: str | None = None
@@ -249,35 +248,46 @@ class Snippet:
             os._exit(ASKED_EXIT_CODE)
         report = sys.unraisablehook
 
-        def report_others(unraisable: Any) -> None:
+        def raise_again(unraisable: Any) -> None:
+            # A finalizer or an exit handler that it was raised in has ended by it.
             if unraisable.exc_type is not StopRequested:
                 report(unraisable)
+            elif self._phase == RUNNING:
+                self._interrupt(sys._getframe(1), at_once=False)
 
-        sys.unraisablehook = report_others  # for an exit handler that it interrupts, say
+        sys.unraisablehook = raise_again
         if self._sending:
             self._ask_deferred = True  # an exception here would cut a frame in two
         elif self._phase == RUNNING:
             self._interrupt(frame)
 
-    def _interrupt(self, frame: FrameType | None) -> None:
-        asyncio = sys.modules.get("asyncio.events")
-        loop = asyncio._get_running_loop() if asyncio is not None else None
-        if loop is not None:
-            self._prepare_loop(loop)
-            if _is_between_steps(frame):
-                # Raised there, the exception would take the wakeup of a task with it,
-                # and that task's cleanup would never run.
-                self._is_scheduled = True
-                loop.call_soon_threadsafe(self._raise_if_scheduled)
-                return
-        elif asyncio is not None:
+    def _interrupt(self, frame: FrameType | None, *, at_once: bool = True) -> None:
+        """Raise the exception, where it does what the code around it expects."""
+        events = sys.modules.get("asyncio.events")
+        if events is not None:
             maker = _maker_of_a_loop(frame)
             if maker is not None:
                 self._raise_at_next_opcode(maker)  # half a loop could not be closed
                 return
+            running = events._get_running_loop()
+            loop = running or _loop_about_to_run(frame)
+            if loop is not None:
+                self._prepare_loop(loop)
+            outside = _first_outside_asyncio(frame)
+            if loop is not None and (running is None or outside is not frame):
+                # Raised there, the exception could take the wakeup of a task with it,
+                # and that task's cleanup would never run. So: by the loop itself, or
+                # where the code that has called asyncio goes on, whichever comes first.
+                self._is_scheduled = True
+                loop.call_soon_threadsafe(self._raise_if_scheduled)
+                if running is not None and outside is not None:
+                    self._raise_at_next_opcode(outside)
+                return
         if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
             self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
-        elif frame is not None and frame.f_code.co_code[frame.f_lasti] in _backward_jumps():
+        elif frame is not None and (
+            not at_once or frame.f_code.co_code[frame.f_lasti] in _backward_jumps()
+        ):
             self._raise_at_next_opcode(frame)
         else:
             self._raise()  # at once, or what blocks would only be resumed
@@ -286,12 +296,12 @@ class Snippet:
         """The keeper's, that interrupts a call which began too late to hear the ask."""
         if self._is_scheduled and self._phase == RUNNING:
             # The loop has not come to it: a task holds it up, and may do so for ever.
-            self._is_scheduled = False
+            self._disarm()
             self._interrupt(frame)
 
     def _raise_if_scheduled(self) -> None:
         if self._is_scheduled:
-            self._is_scheduled = False
+            self._disarm()
             self._raise()
 
     def _prepare_loop(self, loop: Any) -> None:
@@ -343,6 +353,7 @@ class Snippet:
         From CPython 3.11 on, an exception at such a jump can pass by the `finally` of
         the `try` that the loop stands in: the jump is not in that block's range.
         """
+        self._disarm(scheduled=self._is_scheduled)
         tracer = sys.gettrace()
 
         def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -350,14 +361,25 @@ class Snippet:
                 return None
             if event != "opcode":
                 return trace
+            self._disarm()
+            self._raise()
+
+        def disarm() -> None:
             asked.f_trace_opcodes = False
             asked.f_trace = None
             sys.settrace(tracer)
-            self._raise()
 
+        self._undo_trace = disarm
         asked.f_trace_opcodes = True
         asked.f_trace = trace
         sys.settrace(trace)
+
+    def _disarm(self, *, scheduled: bool = False) -> None:
+        """Take back what is to raise the exception later."""
+        self._is_scheduled = scheduled
+        if self._undo_trace is not None:
+            undo, self._undo_trace = self._undo_trace, None
+            undo()
 
     def _raise(self) -> NoReturn:
         raise StopRequested(ASKED_EXIT_CODE)
@@ -376,8 +398,7 @@ class Snippet:
     def _after_fork_in_child(self) -> None:
         self._send_lock = _thread.allocate_lock()
         if _signal.getsignal(_signal.SIGTERM) == self._on_ask:
-            if self._asked:
-                sys.settrace(None)
+            self._disarm()
             _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
         self._after_fork_in_parent()
 
@@ -567,15 +588,28 @@ def _backward_jumps() -> frozenset[int]:
     return frozenset(code for name, code in opcode.opmap.items() if "JUMP_BACKWARD" in name)
 
 
-def _is_between_steps(frame: FrameType | None) -> bool:
-    """Whether `frame` is the loop's own code: neither a coroutine's nor a callback's."""
+def _first_outside_asyncio(frame: FrameType | None) -> FrameType | None:
+    """The frame that has called into asyncio's code; None if that is the loop alone."""
     while frame is not None and frame.f_code.co_name != "_run_once":
-        module = str(frame.f_globals.get("__name__")).partition(".")[0]
-        is_coroutine = frame.f_code.co_flags & (source.CO_COROUTINE | CO_ASYNC_GENERATOR)
-        if is_coroutine or module not in ("asyncio", "selectors"):
-            return False
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("asyncio", "selectors"):
+            return frame
         frame = frame.f_back
-    return True
+    return None
+
+
+def _loop_about_to_run(frame: FrameType | None) -> Any:
+    """The event loop that `frame`, of asyncio's own code, is about to run, or has run."""
+    found = None
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] != "asyncio":
+            break
+        for name in ("self", "loop"):
+            value = frame.f_locals.get(name)
+            loop: Any = getattr(value, "_loop", value)
+            if hasattr(loop, "call_soon_threadsafe") and not loop.is_closed():
+                found = loop
+        frame = frame.f_back
+    return found
 
 
 def _maker_of_a_loop(frame: FrameType | None) -> FrameType | None:

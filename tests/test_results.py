@@ -1,0 +1,502 @@
+"""What `result` and `progress` hold: returned, reported, or taken from the names at the end."""
+
+import functools
+import json
+import os
+
+import pytest
+from conftest import eventually, nothing_left
+
+import sidexec
+
+ENVIRONMENT = {key: os.environ[key] for key in os.environ if key != "PYTEST_CURRENT_TEST"}
+MEBIBYTE = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with nothing_left():
+        with sidexec.ExecutionManager(
+            default_timeout=60.0, grace_period=10.0, env=ENVIRONMENT, preload=["asyncio"]
+        ) as manager:
+            yield manager
+
+
+@pytest.fixture
+def manager(shared):
+    yield shared
+    left = shared.stop_all(force=True)
+    assert not left, "the test has left executions running"
+
+
+@pytest.fixture
+def start(start):
+    """`print` writes its line end apart: wait for that, too."""
+    return functools.partial(start, ready="ready\n")
+
+
+@pytest.fixture
+def stopped(manager, start):
+    """Start code, stop it once it has written `ready`: the data of the stop."""
+
+    def stopped(code, params=None, **options):
+        data = manager.stop(start(code, params), **options).raise_for_error().data
+        assert data.status == "stopped"
+        return data
+
+    return stopped
+
+
+WAIT = "print('ready')\nimport time\ntime.sleep(60)"
+ASYNC_WAIT = "import asyncio\nprint('ready')\nawait asyncio.sleep(60)"
+WAITS = pytest.mark.parametrize("wait", [WAIT, ASYNC_WAIT], ids=["plain", "async"])
+
+
+# -- a return
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 0, -1, 1.5, 2**70, True, False, "", "ü\0\n\U0001f40d", [], {}, [None], {"a": [1, {"b": None}]}, 1e300],
+    ids=repr,
+)
+@pytest.mark.parametrize("prefix", ["", "import asyncio\nawait asyncio.sleep(0)\n"], ids=["plain", "async"])
+def test_the_result_is_what_was_returned(run, value, prefix):
+    data = run(f"{prefix}return {value!r}")
+    assert data.status == "completed"
+    assert data.result == value
+    assert type(data.result) is type(value)
+
+
+def test_a_result_is_what_json_makes_of_it(run):
+    data = run("import enum\nclass E(enum.IntEnum): A = 1\nreturn {'t': (1, 2), 3: E.A, None: 'n', True: 0}")
+    assert data.result == {"t": [1, 2], "3": 1, "null": "n", "true": 0}
+
+
+@pytest.mark.parametrize("code", ["", "x = 1", "return", "return None", "await f()", "await f()\nreturn"])
+def test_there_is_no_result_where_nothing_is_returned(run, code):
+    data = run("async def f(): pass\n" + code)
+    assert (data.status, data.result, data.error) == ("completed", None, None)
+    assert data.progress is None
+
+
+NOT_JSON = {
+    "object": "return object()",
+    "set": "return {'a': {1}}",
+    "bytes": "return b'x'",
+    "function": "def f(): pass\nreturn f",
+    "class": "return int",
+    "coroutine": "async def f(): pass\nx = f()\nx.close()\nreturn x",
+    "NaN": "return float('nan')",
+    "infinity": "return [float('-inf')]",
+    "complex": "return 1j",
+    "key": "return {(1, 2): 3}",
+    "circular": "x = []\nx.append(x)\nreturn x",
+    "deep": "x = []\nfor _ in range(100_000): x = [x]\nreturn x",
+    "date": "import datetime\nreturn datetime.date.today()",
+    "async": "import asyncio\nawait asyncio.sleep(0)\nreturn object()",
+}
+
+
+@pytest.mark.parametrize("name", NOT_JSON)
+def test_a_returned_value_that_is_not_json_fails_with_a_type_error(run, name):
+    data = run(NOT_JSON[name])
+    assert data.status == "failed"
+    assert data.exit_code == 1
+    assert data.result is None
+    headline = data.error.splitlines()[0]
+    assert headline.startswith("TypeError: the returned value must be JSON: ")
+    assert len(headline) > len("TypeError: the returned value must be JSON: ")
+    assert "File" not in data.error
+    assert headline in data.error_output
+
+
+def test_a_json_hook_of_the_value_that_raises_fails_the_execution(run):
+    code = """
+    class D(dict):
+        def items(self): raise RuntimeError("no items")
+    return D(a=1)
+    """
+    data = run(code)
+    assert data.status == "failed"
+    assert "RuntimeError: no items" in data.error
+
+
+@pytest.mark.parametrize("call", ["return x", "report_result(x)"])
+def test_a_result_that_is_too_large_says_so(run, call):
+    data = run(f"x = 'x' * (65 * 1024 * 1024)\n{call}")
+    assert data.status == "failed"
+    headline = data.error.splitlines()[0]
+    assert headline.startswith("ValueError: the re")
+    assert str(65 * MEBIBYTE + 2) in headline
+    assert "file" in headline
+    assert data.result is None
+    assert len(data.error) < 10_000
+
+
+def test_a_result_of_5_megabytes_arrives(run):
+    data = run("return ['x' * 1000] * 5000")
+    assert data.result == ["x" * 1000] * 5000
+
+
+def test_a_result_of_lone_surrogates_arrives(run):
+    assert run("return '\\udc80'").result == "\udc80"
+
+
+def test_a_deeply_nested_result_arrives(run):
+    data = run("x = 1\nfor _ in range(100): x = [x]\nreturn x")
+    depth, value = 0, data.result
+    while isinstance(value, list):
+        depth, value = depth + 1, value[0]
+    assert (depth, value) == (100, 1)
+
+
+def test_the_result_comes_with_an_exit_that_follows(run):
+    data = run("import sys, atexit, os\natexit.register(os._exit, 3)\nreturn [1]")
+    assert (data.status, data.exit_code, data.error) == ("failed", 3, "exit code 3")
+
+
+@pytest.mark.parametrize("end", ["1 / 0", "import sys; sys.exit(3)", "import os; os._exit(3)", "import os; os.kill(os.getpid(), 9)"])
+def test_what_was_reported_stays_when_the_execution_fails(run, end):
+    data = run(f"report_result({{'n': 1}})\nreport_progress(40)\n{end}")
+    assert data.status == "failed"
+    assert data.result == {"n": 1}
+    assert data.progress == 40
+
+
+def test_a_return_takes_the_place_of_what_was_reported(run):
+    assert run("report_result(1)\nreturn 2").result == 2
+    assert run("report_result(1)\nreturn").result == 1
+    assert run("report_result(1)").result == 1
+    assert run("x = [1]\nreport_result(x)\nx.append(2)").result == [1]
+
+
+# -- a stop
+
+
+@WAITS
+def test_stopped_it_has_no_result_where_there_is_nothing(stopped, wait):
+    data = stopped(wait)
+    assert data.result is None
+    assert not data.forced
+
+
+@WAITS
+def test_stopped_the_value_returned_while_unwinding_counts_first(stopped, wait):
+    body = wait.replace("\n", "\n    ")
+    code = f"x = 1\nreport_result('reported')\ntry:\n    {body}\nfinally:\n    return {{'x': x, 'unwound': True}}"
+    data = stopped(code)
+    assert data.result == {"x": 1, "unwound": True}
+    # Waiting on its loop, a coroutine is cancelled, as every task is.
+    raised = "asyncio.CancelledError" if "await" in wait else "SystemExit"
+    code = f"x = 1\ntry:\n    {body}\nexcept {raised}:\n    return ['caught', x]\nreturn x"
+    assert stopped(code).result == ["caught", 1]
+
+
+def test_stopped_the_value_returned_after_the_ask_counts(stopped):
+    code = f"try:\n    {WAIT.replace(chr(10), chr(10) + '    ')}\nexcept SystemExit:\n    pass\nx = 5\nreturn x + 1"
+    data = stopped(code)
+    assert data.result == 6
+    assert data.stop_reason == "requested"
+
+
+@WAITS
+def test_stopped_what_was_last_reported_counts_as_it_is_then(stopped, wait):
+    data = stopped(f"x = [1]\nreport_result(['old'])\nreport_result(x)\nx.append(2)\n{wait}\nreturn 'end'")
+    assert data.result == [1, 2]
+    body = wait.replace("\n", "\n    ")
+    data = stopped(f"x = [1]\nreport_result(x)\ntry:\n    {body}\nfinally:\n    x.append('cleanup')")
+    assert data.result == [1, "cleanup"]
+
+
+def test_stopped_a_reported_object_that_is_no_json_any_more_leaves_the_last_report(stopped):
+    data = stopped(f"x = [1]\nreport_result(x)\nx.append(object())\n{WAIT}")
+    assert data.result == [1]
+
+
+def test_stopped_what_was_reported_comes_before_the_return_expression(stopped):
+    assert stopped(f"report_result('reported')\nx = 1\n{WAIT}\nreturn x").result == "reported"
+
+
+DISPLAYS = {
+    "name": ("return results", [1, 2]),
+    "dict": ("return {'results': results}", {"results": [1, 2]}),
+    "nested": ("return [results, {'a': (results, -1, 'c', None)}, []]", [[1, 2], {"a": [[1, 2], -1, "c", None]}, []]),
+    "constant": ("return 'c'", "c"),
+    "last of two": ("if not results:\n    return 'first'\nreturn ['last', results]", ["last", [1, 2]]),
+    "in a block": ("for _ in 'ab':\n    if _:\n        return [results]", [[1, 2]]),
+}
+
+
+@WAITS
+@pytest.mark.parametrize("name", DISPLAYS)
+def test_stopped_the_last_return_of_a_display_counts_last(stopped, name, wait):
+    code, expected = DISPLAYS[name]
+    data = stopped(f"results = [1]\nresults.append(2)\n{wait}\n{code}")
+    assert data.result == expected
+
+
+def test_stopped_the_names_count_as_they_stand_after_the_cleanup(stopped):
+    body = WAIT.replace("\n", "\n    ")
+    data = stopped(f"x = 0\ntry:\n    {body}\nfinally:\n    x = 'cleaned'\nreturn {{'x': x}}")
+    assert data.result == {"x": "cleaned"}
+
+
+NO_DISPLAYS = {
+    "call": "return [print('called')]",
+    "attribute": "return params.items",
+    "subscript": "return results[0]",
+    "operator": "return results + results",
+    "comprehension": "return [x for x in results]",
+    "f-string": "return f'{results}'",
+    "unbound name": "return {'x': unbound}",
+    "not JSON": "return [len]",
+    "nothing": "return",
+    "last is a call": "if results:\n    return results\nreturn str(results)",
+    "await": "return [await None]",
+    "in a function": "def f():\n    return results",
+    "lambda": "return (lambda: results)",
+    "walrus": "return [results := 3]",
+}
+
+
+@pytest.mark.parametrize("name", NO_DISPLAYS)
+def test_stopped_no_other_return_expression_is_evaluated(stopped, name):
+    data = stopped(f"results = [1]\n{WAIT}\n{NO_DISPLAYS[name]}")
+    assert data.result is None
+    assert data.output == "ready\n"
+    assert data.error_output == ""
+
+
+def test_the_return_expression_does_not_count_without_a_stop(run):
+    assert run("x = 1\nimport sys\nsys.exit(0)\nreturn {'x': x}").result is None
+    assert run("x = 1\n1 / 0\nreturn {'x': x}").result is None
+
+
+def test_a_timeout_keeps_partial_results_too(manager):
+    code = f"results = [1]\n{WAIT}\nreturn {{'results': results}}"
+    id = manager.start_with_code(code, timeout=0.3).raise_for_error().data.side_execution_id
+    data = manager.wait(id).data
+    assert (data.status, data.stop_reason) == ("stopped", "timeout")
+    assert data.result == {"results": [1]}
+
+
+@pytest.mark.parametrize("options", [{"force": True}, {"grace": 0}], ids=["force", "no grace"])
+def test_a_kill_keeps_what_was_last_reported_as_it_was(stopped, options):
+    code = f"x = [1]\nreport_result(0)\nreport_result(x)\nx.append(2)\n{WAIT}\nreturn x"
+    data = stopped(code, **options)
+    assert data.forced
+    assert data.result == [1]
+
+
+def test_a_kill_after_the_grace_keeps_what_was_last_reported(stopped):
+    code = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nreport_result({'n': 1})\n" + WAIT
+    data = stopped(code, grace=0.2)
+    assert data.forced
+    assert data.result == {"n": 1}
+
+
+def test_stopped_in_async_code_a_name_of_the_module_counts(stopped):
+    code = """
+    import asyncio
+    done = []
+    async def work():
+        for i in range(3):
+            done.append(i)
+        print("ready")
+        await asyncio.sleep(60)
+    await asyncio.gather(work())
+    return {"done": done}
+    """
+    assert stopped(code).result == {"done": [0, 1, 2]}
+
+
+def test_stopped_while_it_returns_a_large_result(manager, start):
+    code = "x = ['y' * 1000] * 2000\nprint('ready')\nreturn x"
+    for _ in range(10):
+        id = start(code)
+        stopped = manager.stop(id).data
+        assert stopped.status in ("stopped", "completed")
+        assert not stopped.forced
+        # The return expression is a name: it counts even when the ask came before the return.
+        assert stopped.result == ["y" * 1000] * 2000
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(10, 25), (1_000_000, 8)])
+def test_stopped_while_it_reports_the_result_is_never_an_older_one(manager, start, size, rounds):
+    code = f"""
+    n = 0
+    pad = "x" * {size}
+    try:
+        while True:
+            n += 1
+            report_result({{"n": n, "pad": pad}})
+            if n == 2: print("ready")
+    except SystemExit:
+        print("asked", n)
+        raise
+    """
+    for _ in range(rounds):
+        id = start(code)
+        seen = manager.get_status(id).data.result["n"]
+        data = manager.stop(id).raise_for_error().data
+        assert not data.forced
+        last = int(data.output.split()[-1])
+        # The last report has been sent, or was interrupted before it was.
+        assert data.result["n"] in (last, last - 1)
+        assert data.result["n"] >= seen
+
+
+def test_a_report_that_was_sent_is_not_followed_by_an_older_one(manager, start):
+    # The first report is in a list that grows, so a stale one would be seen to be it.
+    code = """
+    import os, signal, threading
+    write = os.write
+    first = ["first"]
+    report_result(first)
+    first.append("grown")
+    def asking_write(fd, data):
+        size = write(fd, data)
+        os.write = write
+        os.kill(os.getpid(), signal.SIGTERM)
+        return size
+    print("ready")
+    os.write = asking_write
+    report_result(["second"])
+    """
+    id = manager.start_with_code(code).raise_for_error().data.side_execution_id
+    data = manager.wait(id).data
+    assert data.result == ["second"]
+
+
+# -- report_result
+
+
+def test_a_reported_result_is_there_at_once_and_the_last_one_counts(manager, start):
+    id = start(f"report_result(1)\nreport_result([2])\nx = {{}}\nreport_result(x)\nx['late'] = 1\n{WAIT}")
+    assert manager.get_status(id).data.result == {}
+    assert manager.stop(id).data.result == {"late": 1}
+
+
+BAD_REPORTS = {
+    "object": ("report_result(object())", "TypeError", "must be JSON"),
+    "NaN": ("report_result(float('nan'))", "TypeError", "must be JSON"),
+    "circular": ("x = []; x.append(x); report_result(x)", "TypeError", "must be JSON"),
+    "nothing": ("report_result()", "TypeError", "missing"),
+    "two": ("report_result(1, 2)", "TypeError", "argument"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REPORTS)
+def test_a_bad_report_raises_and_leaves_the_last_one(run, name):
+    code, kind, text = BAD_REPORTS[name]
+    data = run(
+        f"report_result(['good'])\ntry:\n    {code}\nexcept {kind} as e:\n    print(type(e).__name__, e)"
+    )
+    assert data.status == "completed"
+    assert data.output.startswith(f"{kind} ")
+    assert text in data.output
+    assert data.result == ["good"]
+
+
+def test_reports_from_threads_arrive_whole(run):
+    code = """
+    import threading
+    def work(n):
+        for i in range(50):
+            report_result({"n": n, "x": "x" * 20_000})
+            report_progress(i)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    """
+    data = run(code)
+    assert data.status == "completed", data.error
+    assert data.result["x"] == "x" * 20_000
+    assert data.progress == 49
+
+
+def test_report_result_in_a_forked_child_is_refused(run):
+    code = """
+    import os
+    report_result("parent")
+    pid = os.fork()
+    if not pid:
+        try:
+            report_result("child")
+        except RuntimeError as e:
+            print(e)
+            os._exit(0)
+    os.waitpid(pid, 0)
+    """
+    data = run(code)
+    assert data.result == "parent"
+    assert data.output.count("\n") == 1
+
+
+# -- report_progress
+
+
+@pytest.mark.parametrize("percent", [0, 100, 50, 0.0, 33.3, 100.0, 1e-9], ids=repr)
+def test_progress_is_what_was_reported(run, percent):
+    data = run(f"report_progress({percent!r})")
+    assert (data.status, data.progress) == ("completed", percent)
+
+
+def test_the_progress_of_one_that_runs_is_there_and_may_go_back(manager, start):
+    id = start(f"report_progress(80)\nreport_progress(25)\n{WAIT}")
+    eventually(lambda: manager.get_status(id).data.progress == 25)
+    manager.stop(id)
+    assert manager.get_status(id).data.progress == 25
+
+
+@pytest.mark.parametrize(
+    ("percent", "kind"),
+    [("-1", "ValueError"), ("-0.001", "ValueError"), ("100.001", "ValueError"), ("1e400", "ValueError"),
+     ("float('nan')", "ValueError"), ("10 ** 400", "ValueError"), ("'50'", "TypeError"), ("None", "TypeError"),
+     ("True", "TypeError"), ("[50]", "TypeError"), ("5j", "TypeError"), ("", "TypeError"), ("1, 2", "TypeError")],
+)
+def test_an_impossible_progress_raises_and_leaves_the_last_one(run, percent, kind):
+    data = run(
+        f"report_progress(5)\ntry:\n    report_progress({percent})\nexcept {kind} as e:\n    print('raised', e)"
+    )
+    assert data.status == "completed", data.error
+    assert data.output.startswith("raised ")
+    assert data.progress == 5
+
+
+def test_an_odd_kind_of_number_is_sent_as_a_number_or_refused(run):
+    for value in ("import fractions; x = fractions.Fraction(1, 2)", "class F(float):\n    def __repr__(self): return 'odd'\nx = F(50)",
+                  "import enum\nclass E(enum.IntEnum): A = 7\nx = E.A"):
+        data = run(f"{value}\ntry:\n    report_progress(x)\nexcept TypeError:\n    print('refused')\nprint('on')")
+        assert data.status == "completed", data.error
+        assert data.output.endswith("on\n")
+        assert data.output.startswith("refused") == (data.progress is None)
+
+
+def test_a_million_reports_of_progress_do_no_harm(run):
+    data = run("for i in range(30_000): report_progress(i % 101)\nreport_progress(99.5)")
+    assert (data.status, data.progress) == ("completed", 99.5)
+
+
+# -- responses
+
+
+def test_changing_a_response_s_result_changes_no_other(manager, run):
+    id = run("return {'a': [1]}").side_execution_id
+    first, second = manager.get_status(id), manager.get_status(id)
+    first.data.result["a"].append(2)
+    first.to_dict()["data"]["result"]["a"].append(3)
+    assert second.data.result == {"a": [1]}
+    assert manager.wait(id).data.result == {"a": [1]}
+    assert manager.stop(id).data.result == {"a": [1]}
+
+
+def test_results_can_be_written_as_json(manager, start):
+    id = start(f"x = {{'ü': [1, None]}}\n{WAIT}\nreturn x")
+    stopped = manager.stop(id)
+    assert json.loads(stopped.to_json())["data"]["result"] == {"ü": [1, None]}
+    assert manager.get_status(id).data.result == stopped.data.result
+    again = manager.stop(id)
+    assert again.data.status == "already_stopped"
+    assert again.data.result == stopped.data.result

@@ -1,0 +1,431 @@
+"""What a snippet sends is never trusted: it harms its own execution and no other."""
+
+import contextlib
+import copy
+import json
+import pickle
+import time
+
+import pytest
+
+import sidexec
+from conftest import eventually
+from test_misbehaving_hosts import run_host
+
+# The snippet's end of its channel, found as an attacker would: it is its only socket.
+CHANNEL = """
+import os, stat, sys, time
+def is_socket(fd):
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+(channel,) = [fd for fd in map(int, os.listdir("/proc/self/fd")) if is_socket(fd)]
+def frame(kind, payload=b"", length=None):
+    return kind + (len(payload) if length is None else length).to_bytes(4, "big") + payload
+def send(data):
+    data = memoryview(data)
+    while data:
+        data = data[os.write(channel, data):]
+def hold():
+    print("sent", flush=True)
+    time.sleep(600)
+"""
+
+
+def reject(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def check_response(response):
+    """Whatever a snippet did, a response can do all that the contract promises."""
+    wire = json.loads(response.to_json(), parse_constant=reject)
+    assert wire["data"]["sideExecutionId"] == response.data.side_execution_id
+    assert pickle.loads(pickle.dumps(response)) == response
+    assert copy.deepcopy(response) == response
+    assert repr(response)
+    for text in (response.data.output, response.data.error_output):
+        text.encode()
+
+
+@contextlib.contextmanager
+def unharmed_neighbour(manager):
+    """Check that another execution goes on, and that its data are right."""
+    code = (
+        "import sys\n"
+        "for line in range(10**9):\n"
+        "    report_progress(line % 101)\n"
+        "    if line % 100 == 0: report_result({'line': line})\n"
+        "    print(line, flush=True)\n"
+        "    __import__('time').sleep(0.001)\n"
+    )
+    id = manager.start_with_code(code).raise_for_error().data.side_execution_id
+    yield
+    before = len(manager.get_status(id).data.output)
+    eventually(lambda: len(manager.get_status(id).data.output) > before)
+    assert manager.get_status(id).data.status == "running"
+    data = manager.stop(id).raise_for_error().data
+    assert (data.status, data.exit_code, data.forced) == ("stopped", 143, False)
+    lines = data.output.split()
+    assert lines == [str(number) for number in range(len(lines))]
+    assert data.result["line"] % 100 == 0 and len(lines) - data.result["line"] < 102
+    started = manager.start_with_code("print('hello'); return [1]").raise_for_error()
+    data = manager.wait(started.data.side_execution_id).data
+    assert (data.status, data.result, data.output) == ("completed", [1], "hello\n")
+
+
+# What breaks the protocol, and so fails the execution at once.
+VIOLATIONS = {
+    "garbage": "send(os.urandom(7) + b'\\0' * 100000)",
+    "zeros": "send(b'\\0' * 5)",
+    "text": "send(b'GET / HTTP/1.1\\r\\n\\r\\n')",
+    "unknown_kind": "send(frame(b'?', b'x'))",
+    "end": "send(frame(b'e', b'0 0'))",
+    "end_with_pids": "send(frame(b'e', b'0 0 1'))",
+    "ready": "send(frame(b'r', b'1 1'))",
+    "refused": "send(frame(b'R', b'no'))",
+    "pair": "send(frame(b'P', b'1'))",
+    "lost": "send(frame(b'X', b'1 0'))",
+    "loaded": "send(frame(b'L'))",
+    "stop": "send(frame(b's', b'0'))",
+    "fork": "send(frame(b'F'))",
+    "run": "send(frame(b'g', b'x'))",
+    "gigabytes": "send(frame(b'v', length=2**32 - 1))",
+    "gigabytes_of_progress": "send(frame(b'p', length=2**31))",
+    "gigabytes_of_error": "send(frame(b'x', length=2**30))",
+    "progress_1e9": "send(frame(b'p', b'1e9'))",
+    "progress_negative": "send(frame(b'p', b'-1'))",
+    "progress_nan": "send(frame(b'p', b'nan'))",
+    "progress_inf": "send(frame(b'p', b'inf'))",
+    "progress_empty": "send(frame(b'p'))",
+    "progress_text": "send(frame(b'p', b'half'))",
+    "progress_no_utf8": "send(frame(b'p', b'\\xff\\xfe'))",
+    "after_a_good_one": "send(frame(b'p', b'50') + frame(b'v', b'1') + b'\\xff' * 9)",
+}
+
+
+@pytest.mark.parametrize("code", list(VIOLATIONS.values()), ids=list(VIOLATIONS))
+def test_what_is_no_frame_of_a_snippets_fails_the_execution(manager, code):
+    started = manager.start_with_code(CHANNEL + code + "\nhold()").raise_for_error()
+    response = manager.wait(started.data.side_execution_id, timeout=20)
+    data = response.data
+    assert data.status == "failed"
+    assert "channel" in data.error
+    assert data.stop_reason is None
+    assert data.progress in (None, 50)
+    check_response(response)
+    check_response(manager.stop(data.side_execution_id))
+
+
+def test_what_is_no_frame_of_a_snippets_harms_no_other_execution(manager):
+    with unharmed_neighbour(manager):
+        ids = [
+            manager.start_with_code(CHANNEL + code).raise_for_error().data.side_execution_id
+            for code in VIOLATIONS.values()
+        ]
+        assert [manager.wait(id, timeout=20).data.status for id in ids] == ["failed"] * len(ids)
+
+
+@pytest.mark.parametrize("name", list(VIOLATIONS))
+def test_a_stop_during_a_violation_answers(manager, name):
+    code = CHANNEL + "print('ready', flush=True)\n" + VIOLATIONS[name] + "\nhold()"
+    started = manager.start_with_code(code).raise_for_error()
+    response = manager.stop(started.data.side_execution_id)
+    # The violation may have come first, and then has ended the execution, or not.
+    assert response.data.status in ("stopped", "failed")
+    assert response.success == (response.data.status == "stopped")
+    check_response(response)
+    final = manager.get_status(started.data.side_execution_id)
+    assert final.data.status == response.data.status
+    check_response(final)
+
+
+# What is a frame, but no JSON.
+NO_JSON = {
+    "empty": b"",
+    "text": b"hello",
+    "million_brackets": b"[" * 1_000_000,
+    "million_braces": b'{"a":' * 1_000_000,
+    "closed_brackets": b"[" * 1_000_000 + b"]" * 1_000_000,
+    "nan": b"NaN",
+    "nan_inside": b'{"a": [1, NaN]}',
+    "infinity": b"-Infinity",
+    "too_great": b"1e999",
+    "too_great_inside": b"[-1e999]",
+    "no_utf8": b'"\xff\xfe\xfd"',
+    "cut": b'{"a": [1, 2',
+    "two": b"1 2",
+    "python": b"{'a': None}",
+}
+
+
+@pytest.mark.parametrize("payload", list(NO_JSON.values()), ids=list(NO_JSON))
+def test_a_result_that_is_no_json_fails_the_execution(manager, payload):
+    code = f"{CHANNEL}\npayload = {_expression(payload)}\nsend(frame(b'v', payload))\nhold()"
+    started = manager.start_with_code(code).raise_for_error()
+    id = started.data.side_execution_id
+    eventually(lambda: "sent" in manager.get_status(id).data.output)
+    # While it runs, what it has sent is no result, or at least none that harms.
+    running = manager.get_status(id)
+    assert running.data.result is None
+    check_response(running)
+    stopped = manager.stop(id)
+    assert (stopped.data.status, stopped.data.result) == ("stopped", None)
+    check_response(stopped)
+
+    code = code.replace("\nhold()", "")
+    started = manager.start_with_code(code).raise_for_error()
+    response = manager.wait(started.data.side_execution_id, timeout=20)
+    assert (response.data.status, response.data.result) == ("failed", None)
+    assert "JSON" in response.data.error
+    check_response(response)
+
+
+def _expression(payload):
+    """A short expression for what may take megabytes."""
+    unit, half = (b'{"a":', b"") if payload[:1] == b"{" else (b"[", b"]")
+    if len(payload) < 1000:
+        return repr(payload)
+    count = payload.count(unit)
+    tail = payload.count(half) if half else 0
+    assert payload == unit * count + half * tail
+    return f"{unit!r} * {count} + {half!r} * {tail}"
+
+
+@pytest.mark.parametrize("depth", [10, 50, 200, 400, 900, 990, 5000])
+@pytest.mark.parametrize("way", ["sent", "returned", "reported"])
+def test_a_deeply_nested_result_is_one_that_every_response_can_hold_or_a_failure(
+    manager, depth, way
+):
+    code = {
+        "sent": CHANNEL + f"send(frame(b'v', b'[' * {depth} + b']' * {depth}))",
+        "returned": f"x = []\nfor _ in range({depth} - 1): x = [x]\nreturn x",
+        "reported": f"x = []\nfor _ in range({depth} - 1): x = [x]\nreport_result(x)",
+    }[way]
+    started = manager.start_with_code(code).raise_for_error()
+    response = manager.wait(started.data.side_execution_id, timeout=20)
+    assert response.data.status in ("completed", "failed")
+    if depth <= 50:
+        assert response.data.status == "completed"
+    if response.data.status == "completed":
+        assert json.dumps(response.data.result) == "[" * depth + "]" * depth
+    else:
+        assert response.data.error
+    check_response(response)
+
+
+SURROGATES = {"escaped": b'"\\ud800"', "encoded": b'"\xed\xa0\x80"'}
+
+
+@pytest.mark.parametrize("payload", list(SURROGATES.values()), ids=list(SURROGATES))
+def test_a_result_with_half_a_character_makes_no_response_useless(manager, payload):
+    code = f"{CHANNEL}send(frame(b'v', {payload!r}))"
+    started = manager.start_with_code(code).raise_for_error()
+    response = manager.wait(started.data.side_execution_id)
+    assert response.data.status in ("completed", "failed")
+    response.to_json().encode()
+    check_response(response)
+
+
+# Ends without a word, or in the middle of one.
+SILENT = {
+    "half_a_header": ("send(b'v\\0\\0')", ("completed", "failed")),
+    "half_a_frame": ("send(frame(b'v', b'1')[:-1])", ("completed", "failed")),
+    "most_of_a_large_one": ("send(frame(b'v', b'1' * 5000000, 7000000))", ("completed", "failed")),
+    "half_an_error": ("send(frame(b'x', b'Error', 100)); os._exit(4)", ("failed",)),
+    "channel_closed": ("os.close(channel)", ("completed",)),
+    "channel_shut": ("import socket; socket.socket(fileno=channel).shutdown(2)", ("completed",)),
+    "everything_closed": ("os.closerange(0, 1000)", ("completed",)),
+    "everything_closed_then_exit": ("os.closerange(0, 1000); os._exit(0)", ("completed",)),
+    "output_closed": ("os.close(1); os.close(2)", ("completed",)),
+}
+
+
+@pytest.mark.parametrize("code, statuses", list(SILENT.values()), ids=list(SILENT))
+def test_silence_holds_nothing_up(manager, code, statuses):
+    started = manager.start_with_code(CHANNEL + code).raise_for_error()
+    response = manager.wait(started.data.side_execution_id, timeout=20)
+    assert response.data.status in statuses, response
+    assert response.data.result is None
+    check_response(response)
+
+
+@pytest.mark.parametrize("code", [code for code, _ in SILENT.values()], ids=list(SILENT))
+def test_a_silent_snippet_can_be_stopped_gracefully(manager, tmp_path, code):
+    if "_exit" in code:
+        code = code.partition(";")[0]
+    trace = tmp_path / "cleaned"
+    ready = tmp_path / "ready"
+    body = f"""{CHANNEL}
+{code}
+try:
+    open({str(ready)!r}, "w").close()
+    time.sleep(600)
+finally:
+    open({str(trace)!r}, "w").close()
+"""
+    started = manager.start_with_code(body).raise_for_error()
+    eventually(ready.exists)
+    response = manager.stop(started.data.side_execution_id)
+    assert (response.data.status, response.data.forced) == ("stopped", False)
+    assert trace.exists()
+    check_response(response)
+
+
+def test_a_snippet_whose_channel_is_closed_sees_an_error_when_it_reports(run):
+    data = run(CHANNEL + "os.close(channel)\ntry: report_result(1)\nexcept OSError: print('seen')")
+    assert (data.status, data.output) == ("completed", "seen\n")
+
+
+# Floods: nothing but a stop ends them.
+FLOODS = {
+    "progress": "data = frame(b'p', b'7') * 5000\nwhile True: send(data)",
+    "results": "data = frame(b'v', b'[1, 2]') * 5000\nwhile True: send(data)",
+    "large_results": "data = frame(b'v', b'[' + b'1,' * 500000 + b'1]')\nwhile True: send(data)",
+    "errors": "data = frame(b'x', b'x' * 1000000)\nwhile True: send(data)",
+    "output": "while True: os.write(1, b'x' * 65536)",
+    "error_output": "while True: os.write(2, b'x' * 65536)",
+    "both": "while True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)",
+    "both_in_drops": "while True: os.write(1, b'x'); os.write(2, b'y')",
+    "no_utf8": "while True: os.write(1, bytes(range(128, 256)) * 500)",
+    "everything": (
+        "data = frame(b'p', b'7') * 5000\n"
+        "while True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536); send(data)"
+    ),
+}
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["asked", "forced"])
+@pytest.mark.parametrize("flood", list(FLOODS.values()), ids=list(FLOODS))
+def test_a_flood_is_ended_by_a_stop(make_manager, flood, force):
+    manager = make_manager(max_output=100_000, grace_period=10)
+    started = manager.start_with_code(CHANNEL + flood).raise_for_error()
+    id = started.data.side_execution_id
+
+    def is_under_way():
+        data = manager.get_status(id).data
+        return data.progress or data.result or len(data.output + data.error_output) > 500
+
+    if "b'x' * 1000000" not in flood:
+        eventually(is_under_way)
+    at = time.monotonic()
+    response = manager.stop(id, force=force)
+    assert time.monotonic() - at < 10
+    assert response.data.status == "stopped"
+    assert response.data.exit_code in ((-9, 143) if force else (143,))
+    assert response.data.forced == (response.data.exit_code == -9)
+    for text in (response.data.output, response.data.error_output):
+        assert len(text) <= 100_000
+    check_response(response)
+
+
+def test_floods_harm_no_other_execution(make_manager):
+    manager = make_manager(max_output=1_000_000, grace_period=10)
+    floods = [FLOODS[name] for name in ("progress", "large_results", "both", "both_in_drops")]
+    with unharmed_neighbour(manager):
+        ids = [
+            manager.start_with_code(CHANNEL + flood).raise_for_error().data.side_execution_id
+            for flood in floods
+        ]
+        for _ in range(20):
+            at = time.monotonic()
+            for id in ids:
+                assert manager.get_status(id).data.status == "running"
+            # Bound by nothing but the processors that all of them share.
+            assert time.monotonic() - at < 10
+        for id in ids:
+            assert manager.stop(id).data.status == "stopped"
+
+
+# -- memory, measured in hosts of their own
+
+MEMORY = """
+def rss():
+    with open("/proc/self/status") as file:
+        values = dict(line.split(":", 1) for line in file)
+    return int(values["VmRSS"].split()[0]) * 1024, int(values["VmHWM"].split()[0]) * 1024
+
+with sidexec.ExecutionManager(max_output=int(sys.argv[3]), grace_period=10) as manager:
+    status_of(manager.start_with_code("print(1); return 2"), manager)
+    before = rss()[0]
+    if sys.argv[4]:
+        at = time.monotonic()
+        id = manager.start_with_code(sys.argv[2]).raise_for_error().data.side_execution_id
+        waits = []
+        while manager.wait(id, timeout=0.01).data.status == "running":
+            at = time.monotonic()
+            assert status_of(manager.start_with_code("return 3"), manager).result == 3
+            waits.append(time.monotonic() - at)
+        slowest = max(waits, default=0)
+    else:
+        status_of(manager.start_with_code(sys.argv[2]), manager)
+        slowest = 0
+    response = manager.get_status(manager.list_executions().data.executions[1].side_execution_id)
+    report({"growth": rss()[1] - before, "status": response.data.status, "slowest": slowest,
+            "output": len(response.data.output), "dropped": response.data.output_dropped})
+"""
+
+MIB = 1024 * 1024
+
+
+def memory(tmp_path, code, max_output=MIB, neighbours=False, limit=60):
+    return run_host(
+        tmp_path, MEMORY, CHANNEL + code, max_output, "1" if neighbours else "", limit=limit
+    )
+
+
+def test_the_host_holds_of_300_mb_of_output_what_max_output_says(tmp_path):
+    found = memory(tmp_path, "data = b'x' * 65536\nfor _ in range(4800): os.write(1, data)")
+    assert (found["status"], found["output"]) == ("completed", MIB)
+    assert found["dropped"] == 4800 * 65536 - MIB
+    assert found["growth"] < 40 * MIB
+
+
+def test_the_host_holds_of_both_streams_in_drops_what_max_output_says(tmp_path):
+    code = "for _ in range(200000): os.write(1, b'xy'); os.write(2, b'z')"
+    found = memory(tmp_path, code, max_output=100_000)
+    assert (found["status"], found["output"]) == ("completed", 100_000)
+    assert found["dropped"] == 400_000 - 100_000 + 200_000 - 100_000
+    assert found["growth"] < 20 * MIB
+
+
+def test_the_host_holds_of_a_flood_of_results_the_last_one(tmp_path):
+    code = "data = frame(b'v', b'[' + b'1,' * 500000 + b'1]')\nfor _ in range(150): send(data)"
+    found = memory(tmp_path, code)
+    assert found["status"] == "completed"
+    assert found["growth"] < 60 * MIB
+
+
+def test_the_host_holds_of_a_claimed_length_what_has_come(tmp_path):
+    code = "send(frame(b'v', b'1' * 1000000, sys.maxsize & 0x3ffffff))\ntime.sleep(0.1)"
+    found = memory(tmp_path, code)
+    assert found["growth"] < 20 * MIB
+
+
+@pytest.mark.slow
+def test_the_host_holds_of_a_gigabyte_of_output_what_max_output_says(tmp_path):
+    found = memory(tmp_path, "data = b'x' * 65536\nfor _ in range(16384): os.write(1, data)")
+    assert found["status"] == "completed"
+    assert found["growth"] < 40 * MIB
+
+
+LARGE = {
+    "empty_objects": ("[", "{},", "{}]", 3),
+    "numbers": ("[", "1,", "1]", 2),
+    "brackets": ("", "[", "", 1),
+    "text": ('"', "x", '"', 1),
+}
+
+
+@pytest.mark.parametrize("shape", list(LARGE))
+def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(tmp_path, shape):
+    from sidexec.protocol import MAX_RESULT
+
+    head, unit, tail, size = LARGE[shape]
+    count = (MAX_RESULT - 10) // size
+    code = f"send(frame(b'v', b'{head}' + b'{unit}' * {count} + b'{tail}'))"
+    found = memory(tmp_path, code, neighbours=True)
+    assert found["status"] in ("completed", "failed")
+    print(found)
+    assert found["growth"] < 400 * MIB
+    assert found["slowest"] < 5
