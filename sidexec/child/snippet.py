@@ -273,8 +273,11 @@ class Snippet:
             loop = running or _loop_about_to_run(frame)
             if loop is not None:
                 self._prepare_loop(loop)
-            outside = _first_outside_asyncio(frame)
-            if loop is not None and (running is None or outside is not frame):
+            caller = frame
+            while caller is not None and caller.f_globals.get("__name__") == "selectors":
+                caller = caller.f_back  # the loop's, or the code's own
+            outside = _first_outside_asyncio(caller)
+            if loop is not None and (running is None or outside is not caller):
                 # Raised there, the exception could take the wakeup of a task with it,
                 # and that task's cleanup would never run. So: by the loop itself, or
                 # where the code that has called asyncio goes on, whichever comes first.

@@ -74,8 +74,9 @@ def _with_top_level_return(
         if not isinstance(node, ast.Return):
             return None
         returns.append(node)
-        value = node.value or ast.copy_location(ast.Constant(None), node)
-        return [ast.copy_location(ast.Expr(value), node)]
+        if node.value is None or isinstance(node.value, ast.Constant):
+            return [ast.copy_location(ast.Pass(), node)]  # a constant could be a docstring
+        return [ast.copy_location(ast.Expr(node.value), node)]
 
     plain = _compile(_rewrite(parse(), without_return), filename)
     names = [name for name in plain.co_names if name.isidentifier()]

@@ -1,0 +1,325 @@
+"""Tiny named programs, and what tells from outside whether a process of theirs is left."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+from conftest import eventually
+
+# Each descendant notes its pid and start time, stands in the trace's directory and
+# inherits a locked descriptor. A forgotten one ends by itself after a minute.
+PRELUDE = """
+import fcntl, os, signal, sys, time
+
+os.chdir(params["directory"])
+lock = os.open("lock", os.O_RDWR)
+fcntl.flock(lock, fcntl.LOCK_SH)
+os.set_inheritable(lock, True)
+
+def note(name, pid=None):
+    pid = os.getpid() if pid is None else pid
+    with open(f"/proc/{pid}/stat") as file:
+        started = file.read().rpartition(")")[2].split()[19]
+    with open(params["directory"] + "/pids", "a") as file:
+        file.write(f"{name} {pid} {started}\\n")
+
+def wait_for_note(name):
+    while True:
+        with open(params["directory"] + "/pids") as file:
+            if any(line.split()[0] == name for line in file):
+                return
+        time.sleep(0.001)
+
+def quiet():
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (1, 2):
+        os.dup2(null, fd)
+
+def in_child(body):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            body()
+        finally:
+            os._exit(0)
+    return pid
+
+def daemon(body):
+    def middle():
+        os.setsid()
+        in_child(body)
+    os.waitpid(in_child(middle), 0)
+
+def linger(name):
+    note(name)
+    time.sleep(60)
+
+def deaf():
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+note("keeper", os.getppid())
+note("snippet")
+"""
+
+DESCENDANTS = {
+    "plain": """
+def body():
+    quiet()
+    linger("descendant")
+in_child(body)
+""",
+    "deaf": """
+def body():
+    quiet()
+    deaf()
+    linger("descendant")
+in_child(body)
+""",
+    "own_session": """
+def body():
+    quiet()
+    os.setsid()
+    linger("descendant")
+in_child(body)
+""",
+    "daemon": """
+def body():
+    quiet()
+    linger("descendant")
+daemon(body)
+""",
+    "daemon_without_environment": """
+def body():
+    quiet()
+    os.chdir("/")
+    note("descendant")
+    os.execve("/bin/sleep", ["sleep", "60"], {})
+daemon(body)
+""",
+    "stopped": """
+def body():
+    quiet()
+    note("descendant")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+os.waitpid(in_child(body), os.WUNTRACED)
+""",
+    "pipe_holder": """
+def body():
+    os.setsid()
+    linger("descendant")
+in_child(body)
+""",
+    "storm": """
+def body():
+    quiet()
+    note("descendant")
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if os.fork():
+            os._exit(0)
+for _ in range(params.get("storms", 1)):
+    in_child(body)
+""",
+}
+
+STARTED = 'wait_for_note("descendant")\n'
+
+WAIT = """
+print("ready", flush=True)
+while True:
+    time.sleep(60)
+"""
+
+CLEAN_UP = """
+print("ready", flush=True)
+try:
+    while True:
+        time.sleep(60)
+finally:
+    print("cleaning up", flush=True)
+    print("x" * 200_000, flush=True)
+    note("cleaned")
+"""
+
+
+def with_descendant(kind, ending=WAIT):
+    return PRELUDE + DESCENDANTS[kind] + STARTED + ending
+
+
+def start_time(pid):
+    """What tells a process from a later one of the same pid; None where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+
+
+class Process:
+    """One process, not any that has its pid later."""
+
+    def __init__(self, pid, started=None):
+        self.pid = pid
+        self.started = start_time(pid) if started is None else started
+
+    def __repr__(self):
+        return f"pid {self.pid}"
+
+    @property
+    def exists(self):
+        """Whether it is there, be it as a zombie."""
+        return self.started is not None and start_time(self.pid) == self.started
+
+    @property
+    def state(self):
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return fields[0] if int(fields[19]) == self.started else None
+
+    @property
+    def is_alive(self):
+        return self.state not in (None, "Z", "X")
+
+    def kill(self, signum=signal.SIGKILL):
+        if self.exists:
+            os.kill(self.pid, signum)
+
+
+class Trace:
+    """What tells whether processes of an execution are left, however they hide."""
+
+    def __init__(self, directory):
+        self.directory = os.path.realpath(directory)
+        os.makedirs(self.directory, exist_ok=True)
+        for name in ("lock", "pids"):
+            open(os.path.join(self.directory, name), "a").close()
+        self.params = {"directory": self.directory}
+
+    def noted(self, name=None):
+        found = []
+        with open(os.path.join(self.directory, "pids")) as file:
+            for line in file:
+                said, pid, started = line.split()
+                if name is None or said == name:
+                    found.append(Process(int(pid), int(started)))
+        return found
+
+    def left(self):
+        """What is left of the execution, zombies too; the keeper does not count."""
+        keepers = {each.pid for each in self.noted("keeper")}
+        found = {f"pid {each.pid}" for each in self.noted() if each.exists and each.pid not in keepers}
+        found |= {f"pid {pid} by its directory" for pid in self._standing_here()}
+        if self._is_locked():
+            found.add(f"a holder of the lock: {self._lock_holders()}")
+        return found
+
+    def kill(self):
+        """End what is left; for tests in which something may be left on purpose."""
+        for each in self.noted():
+            each.kill()
+        for pid in (*self._standing_here(), *self._lock_holders()):
+            Process(pid).kill()
+
+    def _is_locked(self):
+        """Whether any process, of whatever pid, still has the inherited descriptor."""
+        with open(os.path.join(self.directory, "lock"), "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _lock_holders(self):
+        lock = os.path.join(self.directory, "lock")
+        found = set()
+        for pid in _pids():
+            with contextlib.suppress(OSError):
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") == lock:
+                        found.add(pid)
+        return found
+
+    def _standing_here(self):
+        found = set()
+        for pid in _pids():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/cwd") == self.directory:
+                    found.add(pid)
+        return found
+
+
+def _pids():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+BYSTANDER = """
+import signal, sys, time
+log = open(sys.argv[1], "a", buffering=1)
+for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    try:
+        signal.signal(signum, lambda signum, frame: print(signum, file=log))
+    except (OSError, ValueError):
+        pass
+print("ready", file=log)
+while True:
+    time.sleep(60)
+"""
+
+
+class Bystander:
+    """A process next to the executions that writes down every signal it gets."""
+
+    def __init__(self, log, process=None):
+        self._log = str(log)
+        self.process = process or self._popen(log)
+        eventually(lambda: self._read() == "ready\n")
+
+    @classmethod
+    def with_pid(cls, log, pid, tries=100):
+        """One of just this pid; None where that is still taken."""
+        for _ in range(tries):
+            with open(log, "w"), open("/proc/sys/kernel/ns_last_pid", "w") as file:
+                file.write(str(pid - 1))
+            process = cls._popen(log)
+            if process.pid == pid:
+                return cls(log, process)
+            process.kill()  # it is taken, or somebody else was quicker
+            process.wait()
+        return None
+
+    @property
+    def is_untouched(self):
+        return self.process.poll() is None and self._read() == "ready\n"
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+    def _read(self):
+        with open(self._log, "a+") as file:
+            file.seek(0)
+            return file.read()
+
+    @staticmethod
+    def _popen(log):
+        command = [sys.executable, "-S", "-E", "-c", BYSTANDER, str(log)]
+        return subprocess.Popen(command, start_new_session=True)
+
+
+def can_choose_pids():
+    try:
+        with open("/proc/sys/kernel/ns_last_pid") as file:
+            last = file.read()
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write(last)
+    except OSError:
+        return False
+    return True

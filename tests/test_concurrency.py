@@ -1,0 +1,362 @@
+"""Many threads do everything at once, and the rules for states hold all the same."""
+
+import _thread
+import collections
+import random
+import sys
+import threading
+import time
+
+import pytest
+
+from conftest import eventually
+from test_misbehaving_hosts import busy_cores
+
+THREADS = 64
+
+# What runs, and what may come of it where nobody stops it: status and exit code.
+KINDS = {
+    "quick": ("print('quick'); return {'number': 1}", ("completed", 0)),
+    "fails": ("print('fails'); raise ValueError('no')", ("failed", 1)),
+    "exits": ("import os\nprint('exits', flush=True)\nos._exit(5)", ("failed", 5)),
+    "dies": ("import os\nos.kill(os.getpid(), 9)", ("failed", -9)),
+    "spawns": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(600)\n"
+        "print('spawns', flush=True)\nos._exit(0)",
+        ("completed", 0),
+    ),
+    "sleeps": (
+        "import time\ntry:\n    print('sleeps', flush=True)\n    time.sleep(600)\n"
+        "finally:\n    print('clean')\n    report_result('partial')",
+        None,
+    ),
+    "prints": (
+        "import time\nfor line in range(10**9):\n"
+        "    print(line, flush=True); report_progress(line % 101); time.sleep(0.002)",
+        None,
+    ),
+    "deaf": (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('deaf', flush=True)\ntime.sleep(600)",
+        None,
+    ),
+    "times_out": ("import time\ntime.sleep(600)", None),
+}
+FINAL = ("completed", "failed", "stopped")
+
+
+class Ledger:
+    """What all threads have seen of all executions, and when."""
+
+    def __init__(self):
+        self.kinds = {}
+        self.spared = set()  # so that some come to their own end
+        self.seen = collections.defaultdict(list)  # id: (began, ended, final data or None)
+        self.stops = collections.defaultdict(list)  # id: stop responses
+        self.followed = collections.defaultdict(list)  # id: what was followed to the end
+        self.failures = []
+
+    def saw(self, began, response):
+        data = response.data
+        assert response.success and data.status in ("running", *FINAL), response
+        if data.status == "running":
+            assert (data.end_time, data.exit_code, data.error) == (None, None, None), data
+        else:
+            assert (data.memory_usage, data.cpu_usage) == (None, None), data
+        final = None if data.status == "running" else data
+        self.seen[data.side_execution_id].append((began, time.monotonic(), final))
+
+    def stopped(self, response):
+        data = response.data
+        if data.status in ("stopped", "already_stopped"):
+            assert response.success and response.error is None, response
+        else:
+            assert data.status in ("completed", "failed"), response
+            assert not response.success and response.error, response
+        self.stops[data.side_execution_id].append(response)
+
+
+def act(manager, rng, ledger):
+    ids = list(ledger.kinds)
+    id = rng.choice(ids[-12:] if rng.random() < 0.9 else ids) if ids else None
+    op = rng.choice(["start", "status", "status", "wait", "stop", "stop", "follow", "list", "stop_all"])
+    began = time.monotonic()
+    if id is None or (op == "start" and manager.list_executions("running").data.count < 12):
+        kind = rng.choice(list(KINDS))
+        timeout = rng.uniform(0, 0.2) if kind == "times_out" else None
+        started = manager.start_with_code(KINDS[kind][0], timeout=timeout, thread_id=kind)
+        new = started.raise_for_error().data.side_execution_id
+        if KINDS[kind][1] and rng.random() < 0.7:
+            ledger.spared.add(new)
+        assert ledger.kinds.setdefault(new, kind) is kind, "an id that was there before"
+    elif op == "status":
+        ledger.saw(began, manager.get_status(id))
+    elif op == "wait":
+        ledger.saw(began, manager.wait(id, timeout=rng.choice([0, 0.01, 0.1])))
+    elif op == "stop" and (id not in ledger.spared or rng.random() < 0.002):
+        grace = rng.choice([None, 0, 0.05, 1.0])
+        ledger.stopped(manager.stop(id, grace=grace, force=rng.random() < 0.2))
+    elif op == "follow" and rng.random() < 0.3:
+        text = {"stdout": "", "stderr": ""}
+        for chunk in manager.follow(id):
+            text[chunk.stream] += chunk.text
+            if rng.random() < 0.02:
+                return
+        ledger.followed[id].append(text)
+    elif op == "list":
+        check_list(manager.list_executions(rng.choice([None, *FINAL, "running"])))
+    elif op == "stop_all" and rng.random() < 0.02:
+        for response in manager.stop_all(grace=0.1):
+            ledger.stopped(response)
+
+
+def check_list(response):
+    listed = response.data.executions
+    assert response.data.count == len(listed)
+    assert len({each.side_execution_id for each in listed}) == len(listed)
+    for each in listed:
+        assert (each.end_time is None) == (each.status == "running"), each
+        if each.status == "stopped":
+            assert each.stop_reason in ("requested", "timeout"), each
+
+
+def check_end(manager, ledger):
+    """Every rule of the contract's third section, for every execution."""
+    final_list = manager.list_executions()
+    check_list(final_list)
+    listed = {each.side_execution_id: each for each in final_list.data.executions}
+    assert set(ledger.kinds) == set(listed)
+    for id, kind in ledger.kinds.items():
+        response = manager.get_status(id)
+        final = response.data
+        assert response.thread_id == kind
+        assert final.status in FINAL and final.status == listed[id].status
+        assert (listed[id].start_time, listed[id].end_time) == (final.start_time, final.end_time)
+
+        # What was final once is final for ever, to whomever and however it was told.
+        first_end = min((ended for _, ended, data in ledger.seen[id] if data), default=None)
+        for began, _, data in ledger.seen[id]:
+            if data is None:
+                assert first_end is None or began <= first_end, "a state went back"
+            else:
+                assert data == final
+
+        answers = collections.Counter(each.data.status for each in ledger.stops[id])
+        if final.status != "stopped":
+            assert set(answers) <= {final.status}, answers
+        else:
+            assert set(answers) <= {"stopped", "already_stopped"}, answers
+            assert answers["stopped"] == (final.stop_reason == "requested"), (answers, final)
+        for each in ledger.stops[id]:
+            data = each.data
+            stopped_at = final.end_time if final.status == "stopped" else None
+            assert data.stopped_at == stopped_at
+            assert (data.result, data.output, data.error_output, data.exit_code) == (
+                final.result, final.output, final.error_output, final.exit_code,
+            )
+            assert data.stop_reason == final.stop_reason
+        assert len({each.data.forced for each in ledger.stops[id]}) <= 1
+        for text in ledger.followed[id]:
+            assert text == {"stdout": final.output, "stderr": final.error_output}
+
+        expected = KINDS[kind][1]
+        if final.stop_reason is None:
+            assert expected is not None, (kind, final)
+            assert (final.status, final.exit_code) == expected, (kind, final)
+            if kind != "dies":
+                assert final.output == kind + "\n"
+            if kind == "quick":
+                assert final.result == {"number": 1}
+        else:
+            assert final.status == "stopped"
+            own = [expected[1]] if expected else []
+            assert final.exit_code in [143, -9, -15, None, *own], (kind, final)
+            if kind == "sleeps" and final.exit_code == 143 and final.output:
+                assert final.output.endswith("clean\n"), final
+        if kind == "prints":
+            lines = final.output.split()
+            assert lines == [str(number) for number in range(len(lines))]
+
+
+def run_threads(manager, seconds, seed):
+    ledger = Ledger()
+    deadline = time.monotonic() + seconds
+
+    def work(number):
+        rng = random.Random(f"{seed} {number}")
+        try:
+            while time.monotonic() < deadline and not ledger.failures:
+                act(manager, rng, ledger)
+        except BaseException as error:
+            ledger.failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(THREADS)]
+    for each in threads:
+        each.start()
+    # Whoever follows or waits for what nobody stops any more is let go by this.
+    time.sleep(seconds)
+    until = time.monotonic() + 60
+    while any(each.is_alive() for each in threads):
+        for response in manager.stop_all(grace=1.0):
+            ledger.stopped(response)
+        time.sleep(0.01)
+        assert time.monotonic() < until, "a thread hangs"
+    for response in manager.stop_all(grace=1.0):
+        ledger.stopped(response)
+    if ledger.failures:
+        raise ledger.failures[0]
+    return ledger
+
+
+def race(make_manager, seconds):
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    manager = make_manager(grace_period=3.0, default_timeout=None, max_history=10**6)
+    ledger = run_threads(manager, seconds, seed)
+    check_end(manager, ledger)
+    counts = collections.Counter(manager.get_status(id).data.status for id in ledger.kinds)
+    print(len(ledger.kinds), "executions", dict(counts))
+    assert set(counts) == set(FINAL)
+    at = time.monotonic()
+    manager.close()
+    assert time.monotonic() - at < 20
+    for id in ledger.kinds:
+        assert manager.get_status(id).data.status in FINAL
+
+
+def test_threads_that_do_everything_at_once_see_one_truth(make_manager):
+    race(make_manager, 3)
+
+
+def test_threads_that_do_everything_at_once_on_busy_cores_see_one_truth(make_manager):
+    with busy_cores():
+        race(make_manager, 2)
+
+
+@pytest.mark.slow
+def test_threads_that_do_everything_at_once_for_a_minute_see_one_truth(make_manager):
+    race(make_manager, 60)
+
+
+@pytest.mark.parametrize("code", ["sleeps", "deaf", "quick", "spawns"])
+def test_of_many_stops_at_the_same_moment_exactly_one_has_stopped_it(manager, code):
+    for _ in range(4):
+        started = manager.start_with_code(KINDS[code][0]).raise_for_error()
+        id = started.data.side_execution_id
+        barrier = threading.Barrier(THREADS)
+        responses = []
+
+        def stop():
+            barrier.wait()
+            responses.append(manager.stop(id, grace=0.1))
+
+        threads = [threading.Thread(target=stop) for _ in range(THREADS)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(30)
+        counts = collections.Counter(each.data.status for each in responses)
+        if "stopped" in counts:
+            assert counts == {"stopped": 1, "already_stopped": THREADS - 1}
+        else:
+            assert len(counts) == 1 and set(counts) <= {"completed", "failed"}
+        assert len({(each.data.stopped_at, each.data.output, each.data.exit_code,
+                     each.data.forced, each.data.stop_reason) for each in responses}) == 1
+        assert len({each.message_id for each in responses}) == THREADS
+
+
+def test_starts_that_race_with_close_are_refused_or_stopped(make_manager):
+    for _ in range(5):
+        manager = make_manager(grace_period=5)
+        barrier = threading.Barrier(17)
+        responses = []
+
+        def start():
+            barrier.wait()
+            for _ in range(4):
+                responses.append(manager.start_with_code("import time\ntime.sleep(600)"))
+
+        threads = [threading.Thread(target=start) for _ in range(16)]
+        for each in threads:
+            each.start()
+        barrier.wait()
+        manager.close()
+        for each in threads:
+            each.join(30)
+            assert not each.is_alive()
+        assert len(responses) == 64
+        for each in responses:
+            if each.success:
+                data = manager.wait(each.data.side_execution_id, timeout=20).data
+                assert (data.status, data.stop_reason) == ("stopped", "closed")
+            else:
+                assert "closed" in each.error
+        eventually(lambda: manager.list_executions("running").data.count == 0)
+
+
+def test_a_first_start_that_races_with_close_is_refused_or_stopped(make_manager):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(40):
+            manager = make_manager(grace_period=5)
+            barrier = threading.Barrier(2)
+            responses = []
+
+            def start():
+                barrier.wait()
+                responses.append(manager.start_with_code("import time\ntime.sleep(600)"))
+
+            thread = threading.Thread(target=start)
+            thread.start()
+            barrier.wait()
+            # From before its first step to after its last one.
+            until = time.monotonic() + random.uniform(0, 0.002)
+            while time.monotonic() < until:
+                pass
+            manager.close()
+            thread.join(30)
+            assert not thread.is_alive()
+            (response,) = responses
+            if response.success:
+                data = manager.wait(response.data.side_execution_id, timeout=20).data
+                assert (data.status, data.stop_reason) == ("stopped", "closed")
+            else:
+                assert "closed" in response.error
+            assert manager.list_executions("running").data.count == 0
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("close_first", [True, False])
+def test_a_close_before_the_managers_thread_has_begun_leaves_nothing(
+    make_manager, monkeypatch, close_first
+):
+    manager = make_manager(grace_period=5)
+    start_thread = _thread.start_new_thread
+    held = []
+
+    def start_late(call, args):
+        held.append(lambda: start_thread(call, args))
+        return 0
+
+    responses = []
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", start_late)
+        code = "import time\ntime.sleep(600)"
+        start_thread(lambda: responses.append(manager.start_with_code(code)), ())
+        eventually(lambda: held)
+        # The start has handed its request over, or is about to.
+        closed = []
+        start_thread(lambda: closed.append(manager.close()), ())
+        if close_first:
+            eventually(lambda: closed or responses)
+        for call in held:
+            call()
+    eventually(lambda: closed and responses)
+    if responses[0].success:
+        data = manager.wait(responses[0].data.side_execution_id, timeout=20).data
+        assert (data.status, data.stop_reason) == ("stopped", "closed")
+    else:
+        assert "closed" in responses[0].error
+    assert manager.list_executions("running").data.count == 0

@@ -1,0 +1,667 @@
+"""Hosts that do what a library does not expect: to signals, children, streams, forks.
+
+Each host is a process of its own that runs a script and reports what it found.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import uuid
+
+import pytest
+
+from conftest import eventually
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+
+# What each host's script finds.
+PRELUDE = """
+import collections, contextlib, faulthandler, gc, json, os, random, signal, sys, threading, time
+STACK = open(sys.argv[1] + ".stack", "w")
+faulthandler.enable(STACK)
+import sidexec
+
+def report(value):
+    with open(sys.argv[1], "w") as file:
+        json.dump(value, file)
+
+def eventually(condition, timeout=20):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+def children():
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/children") as file:
+            found += file.read().split()
+    return found
+
+def descriptors():
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return sorted(fd for fd, name in found.items() if not name.startswith("/proc/"))
+
+OPEN_BEFORE = descriptors()
+THREADS_BEFORE = len(os.listdir("/proc/self/task"))
+
+def assert_nothing_left():
+    eventually(lambda: len(os.listdir("/proc/self/task")) <= THREADS_BEFORE)
+    assert descriptors() == OPEN_BEFORE, [(fd, os.readlink(f"/proc/self/fd/{fd}")) for fd in descriptors()]
+    eventually(lambda: not children())
+
+def status_of(started, manager):
+    return manager.wait(started.raise_for_error().data.side_execution_id).data
+"""
+
+# Every kind of end, with what has to come of it whatever the host is like.
+ENDS = """
+def every_end(manager):
+    def run(code, **options):
+        return status_of(manager.start_with_code(code, **options), manager)
+
+    def stopped(code, **options):
+        started = manager.start_with_code(code).raise_for_error()
+        id = started.data.side_execution_id
+        eventually(lambda: "ready" in manager.get_status(id).data.output)
+        return manager.stop(id, **options).data
+
+    found = [run("return 5"), run("raise SystemExit(3)"), run("1 / 0"),
+        run("import os; os.kill(os.getpid(), 9)"), run("while True: pass", timeout=0.05)]
+    ends = [[data.status, data.exit_code, data.result] for data in found]
+    polite = "import os, time\\ntry: os.write(1, b'ready\\\\n'); time.sleep(60)\\nfinally: print('clean')"
+    deaf = "import signal, time\\nsignal.signal(15, signal.SIG_IGN)\\nprint('ready', flush=True)\\ntime.sleep(60)"
+    a = stopped(polite)
+    ends.append([a.status, a.exit_code, a.output])
+    b = stopped(deaf, grace=0.05)
+    ends.append([b.status, b.exit_code, b.forced])
+    c = stopped(polite, force=True)
+    ends.append([c.status, c.forced == (c.exit_code == -9)])  # a quick one may go by itself
+    return ends
+"""
+EXPECTED_ENDS = [
+    ["completed", 0, 5],
+    ["failed", 3, None],
+    ["failed", 1, None],
+    ["failed", -9, None],
+    ["stopped", 143, None],
+    ["stopped", 143, "ready\nclean\n"],
+    ["stopped", -9, True],
+    ["stopped", True],
+]
+
+
+@contextlib.contextmanager
+def busy_cores():
+    """Keep every core busy with something else."""
+    spin = [sys.executable, "-S", "-c", "while True: pass"]
+    processes = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(params=["idle", "busy"])
+def cores(request):
+    with busy_cores() if request.param == "busy" else contextlib.nullcontext():
+        yield
+
+
+def marked(mark):
+    """The processes that have `mark` in their environment, zombies left out."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if mark.encode() in file.read():
+                    found.append(int(pid))
+    return found
+
+
+class HostFailed(AssertionError):
+    pass
+
+
+def run_host(directory, script, *args, limit=30.0, prelude=PRELUDE, **options):
+    """Run a script as a host: what it reported. Checks that none of its processes is left."""
+    mark = f"HOST_MARK={uuid.uuid4().hex}"
+    report = os.path.join(str(directory), f"report-{uuid.uuid4().hex}")
+    path = os.path.join(str(directory), f"host-{uuid.uuid4().hex}.py")
+    with open(path, "w") as file:
+        file.write(prelude + textwrap.dedent(script))
+    name, _, value = mark.partition("=")
+    environment = {**os.environ, name: value, "PYTHONPATH": ROOT}
+    # A file, not a pipe: what a host that failed has left may hold a pipe open for ever.
+    with open(path + ".output", "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, path, report, *map(str, args)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # has it write what all threads are at
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0 or not os.path.exists(report):
+        said = [f"the host ended with {process.returncode}"]
+        for name in (path + ".output", report + ".stack"):
+            with contextlib.suppress(OSError), open(name, errors="replace") as file:
+                said.append(file.read()[-6000:])
+        for pid in marked(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise HostFailed("\n".join(said))
+    eventually(lambda: not marked(mark))
+    with open(report) as file:
+        return json.load(file)
+
+
+@pytest.fixture
+def host(tmp_path):
+    return lambda script, *args, **options: run_host(tmp_path, script, *args, **options)
+
+
+# -- signals, children, streams
+
+SETUPS = {
+    "sigchld_ignored": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "all_children_reaped": """
+        def reap():
+            while True:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(-1, 0)
+                    continue
+                time.sleep(0.0005)
+        threading.Thread(target=reap, daemon=True).start()
+        THREADS_BEFORE += 1
+    """,
+    "everything_ignored": """
+        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+            signal.signal(signum, signal.SIG_IGN)
+    """,
+    "everything_blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
+    "sigpipe_deadly": "signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
+    "everything_handled": """
+        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(signum, lambda *args: None)
+    """,
+}
+
+
+@pytest.mark.parametrize("setup", list(SETUPS))
+def test_every_end_is_as_ever_in_a_host_that_has(host, setup):
+    script = textwrap.dedent(SETUPS[setup]) + ENDS + textwrap.dedent("""
+        with sidexec.ExecutionManager(grace_period=5) as manager:
+            ends = every_end(manager)
+        assert_nothing_left()
+        report(ends)
+    """)
+    assert host(script) == EXPECTED_ENDS
+
+
+# A snippet's own dispositions and mask, and those of what it executes.
+SIGNALS = """
+import signal, subprocess
+own = {signum.name: str(signal.getsignal(signum)) for signum in signal.Signals}
+del own["SIGTERM"], own["SIGURG"]  # the ask, and what makes it heard
+masked = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+def masks(status):
+    # Less 32 and 33, which are the C library's: its spawn ignores them on the way.
+    return [
+        hex(int(line.split()[1], 16) & ~(3 << 31))
+        for line in status.splitlines()
+        if line.startswith(("SigBlk", "SigIgn"))
+    ]
+own_lines = masks(open("/proc/self/status").read())
+child = subprocess.run(["cat", "/proc/self/status"], stdout=subprocess.PIPE, text=True).stdout
+lines = masks(child)
+"""
+
+
+@pytest.mark.parametrize("setup", ["everything_ignored", "everything_blocked", "everything_handled"])
+def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_though(host, setup):
+    show = "import json; print(json.dumps([own, masked, own_lines, lines]))"
+    plain = subprocess.run([sys.executable, "-c", SIGNALS + show], stdout=subprocess.PIPE)
+    script = textwrap.dedent(SETUPS[setup]) + textwrap.dedent("""
+        with sidexec.ExecutionManager() as manager:
+            for _ in range(2):  # of its own fork, then of one ahead
+                data = status_of(manager.start_with_code(sys.argv[2]), manager)
+                assert data.status == "completed", data
+        report(data.result)
+    """)
+    found = host(script, SIGNALS + "return [own, masked, own_lines, lines]")
+    assert found == json.loads(plain.stdout)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
+def test_every_end_is_as_ever_in_a_host_without_the_standard_streams(host, closed):
+    close = f"import os\nfor fd in {closed!r}: os.close(fd)\n"
+    script = ENDS + """
+with sidexec.ExecutionManager(grace_period=5) as manager:
+    ends = every_end(manager)
+assert_nothing_left()
+report(ends)
+"""
+    assert host(script, prelude=close + PRELUDE) == EXPECTED_ENDS
+
+
+def test_a_host_with_a_deadly_sigpipe_survives_calls_that_race_with_the_end(host, cores):
+    host("""
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        sys.setswitchinterval(1e-5)
+        for _ in range(15):
+            manager = sidexec.ExecutionManager()
+            manager.start_with_code("pass").raise_for_error()
+            over = []
+            def hammer():
+                while not over:
+                    manager.close()
+            threads = [threading.Thread(target=hammer) for _ in range(6)]
+            for each in threads: each.start()
+            manager.close()
+            over.append(1)
+            for each in threads: each.join()
+        assert_nothing_left()
+        report("done")
+    """)
+
+
+# -- forks
+
+def test_forked_workers_that_exit_leave_the_parent_alone(host):
+    script = ENDS + """
+manager = sidexec.ExecutionManager(grace_period=5)
+started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)").raise_for_error()
+id = started.data.side_execution_id
+for round in range(12):
+    pid = os.fork()
+    if pid == 0:
+        if round % 3 == 0:
+            del manager; gc.collect(); sys.exit(7)
+        if round % 3 == 1:
+            manager.close(); os._exit(7)
+        sys.exit(7)  # the manager is collected at the interpreter's end
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert manager.get_status(id).data.status == "running"
+    assert status_of(manager.start_with_code("return 1"), manager).result == 1
+ends = every_end(manager)
+stopped = manager.stop(id)
+assert (stopped.data.status, stopped.data.exit_code) == ("stopped", 143), stopped
+manager.close()
+assert_nothing_left()
+report(ends)
+"""
+    assert host(script) == EXPECTED_ENDS
+
+
+def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manager(host):
+    answers = host("""
+        manager = sidexec.ExecutionManager()
+        id = manager.start_with_code("import time\\ntime.sleep(60)").data.side_execution_id
+        done = manager.start_with_code("return 4").data.side_execution_id
+        manager.wait(done)
+        pid = os.fork()
+        if pid == 0:
+            answers = [
+                manager.start_with_code("pass").success,
+                manager.wait(id).data.status,
+                manager.wait(id, timeout=0).data.status,
+                manager.wait(done).data.result,
+                manager.stop(id).success,
+                manager.stop(id, force=True).success,
+                [each.success for each in manager.stop_all()],
+                list(manager.follow(id)),
+                manager.list_executions("running").data.count,
+            ]
+            manager.close()
+            with sidexec.ExecutionManager() as own:
+                answers.append(status_of(own.start_with_code("return 6"), own).result)
+            report(answers)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert manager.get_status(id).data.status == "running"
+        assert manager.stop(id).data.status == "stopped"
+        manager.close()
+        assert_nothing_left()
+    """)
+    assert answers == [False, "running", "running", 4, False, False, [False], [], 1, 6]
+
+
+# A worker that lives on holds a copy of every descriptor that was open at its fork.
+WORKER = """
+workers = []
+def fork_worker():
+    pid = os.fork()
+    if pid == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        time.sleep(300)
+        os._exit(0)
+    workers.append(pid)
+
+def end_workers():
+    for pid in workers:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize("place", ["before", "boot_begins", "boot", "boot_ends", "running", "idle"])
+def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, place):
+    took = host(WORKER + textwrap.dedent("""
+        from sidexec import interpreter
+        place = sys.argv[2]
+        made, spawn = interpreter.Interpreter.__init__, os.posix_spawnp
+        def make(self, *args):  # another thread of the host may fork at any moment
+            if place == "boot_begins":
+                fork_worker()
+            made(self, *args)
+            if place == "boot_ends":
+                fork_worker()
+        interpreter.Interpreter.__init__ = make
+        if place == "boot":
+            def fork_and_spawn(*args, **options):
+                fork_worker()
+                return spawn(*args, **options)
+            os.posix_spawnp = fork_and_spawn
+        manager = sidexec.ExecutionManager(grace_period=2)
+        if place == "before":
+            fork_worker()
+        started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)")
+        id = started.raise_for_error().data.side_execution_id
+        if place == "running":
+            fork_worker()
+        if place == "idle":
+            time.sleep(0.2)
+            fork_worker()
+        at = time.monotonic()
+        assert status_of(manager.start_with_code("return 2"), manager).result == 2
+        assert manager.stop(id).data.status == "stopped"
+        manager.close()
+        took = time.monotonic() - at
+        assert len(workers) == 1
+        assert set(children()) == set(map(str, workers)), children()
+        end_workers()
+        assert_nothing_left()
+        report(took)
+    """), place)
+    assert took < 10
+
+
+def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
+    host(WORKER + textwrap.dedent("""
+        over = []
+        def fork_on_and_on():
+            while not over:
+                if len(workers) < 60:
+                    fork_worker()
+                time.sleep(0.003)
+        thread = threading.Thread(target=fork_on_and_on)
+        thread.start()
+        for _ in range(8):
+            with sidexec.ExecutionManager(grace_period=5) as manager:
+                data = status_of(manager.start_with_code("return 3"), manager)
+                assert (data.status, data.result) == ("completed", 3), data
+                id = manager.start_with_code("import time\\ntime.sleep(60)").data.side_execution_id
+                assert manager.stop(id).data.status == "stopped"
+        over.append(1)
+        thread.join()
+        end_workers()
+        assert_nothing_left()
+        report("done")
+    """))
+
+
+# -- signal handlers that call, and that raise
+
+STORM = """
+seed, rounds, raising = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "raise"
+rng = random.Random(seed)
+manager = sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=10**6)
+KINDS = {
+    "quick": "return 1",
+    "exit7": "import os; os._exit(7)",
+    "kill9": "import os; os.kill(os.getpid(), 9)",
+    "sleep": "import time\\nprint('x' * 99, flush=True)\\ntime.sleep(600)",
+}
+wins = collections.Counter()
+depth = 0
+calls = 0
+armed = False
+
+class Interrupt(Exception):
+    pass
+
+def act():
+    global calls
+    calls += 1
+    running = manager.list_executions("running").data.executions
+    id = rng.choice(running).side_execution_id if running else "none"
+    op = rng.choice(["start", "start", "stop", "stop", "wait", "status", "list", "stop_all"])
+    if op == "start" and len(running) < 6:
+        kind = rng.choice(list(KINDS))
+        manager.start_with_code(KINDS[kind], thread_id=kind).raise_for_error()
+    elif op == "stop":
+        note(manager.stop(id, force=rng.random() < 0.3))
+    elif op == "wait":
+        assert manager.wait(id, timeout=0).data.status in ("running", "completed", "failed", "stopped", "not_found")
+    elif op == "status":
+        manager.get_status(id)
+    elif op == "list":
+        manager.list_executions()
+    elif op == "stop_all" and rng.random() < 0.1:
+        for each in manager.stop_all():
+            note(each)
+
+def note(response):
+    if response.data.status == "stopped":
+        wins[response.data.side_execution_id] += 1
+
+def handle(signum, frame):
+    global depth, armed
+    signal.setitimer(signal.ITIMER_REAL, rng.choice([0.00003, 0.0002, 0.001, 0.004]))
+    if depth >= 3:
+        return
+    depth += 1
+    try:
+        if rng.random() < 0.6:
+            act()
+    finally:
+        depth -= 1
+    if raising and armed and depth == 0 and rng.random() < 0.5:
+        armed = False
+        raise Interrupt
+
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.001)
+raised = 0
+while calls < rounds:
+    try:
+        armed = True
+        act()
+        armed = False
+    except Interrupt:
+        raised += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+at = time.monotonic()
+for each in manager.stop_all():
+    note(each)
+known = manager.list_executions().data.executions
+for each in known:
+    response = manager.wait(each.side_execution_id)
+    data, kind = response.data, response.thread_id
+    if data.stop_reason is None:
+        expected = {"quick": ("completed", 0), "exit7": ("failed", 7), "kill9": ("failed", -9)}[kind]
+        assert (data.status, data.exit_code) == expected, (kind, data)
+    else:
+        own = {"quick": [0], "exit7": [7], "kill9": [-9], "sleep": []}[kind]
+        assert data.status == "stopped", data
+        assert data.exit_code in [143, -9, None, *own], (kind, data)
+        least = 0 if raising else 1  # what raises loses the answer
+        assert least <= wins[each.side_execution_id] <= 1, (wins[each.side_execution_id], data)
+manager.close()
+took = time.monotonic() - at
+assert_nothing_left()
+report({"known": len(known), "took": took, "raised": raised, "stopped": len(wins)})
+"""
+
+
+def storm(host, rounds, mode, limit):
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    found = host(STORM, seed, rounds, mode, limit=limit)
+    print(found)
+    assert found["known"] > rounds / 50
+    assert found["stopped"] > 0
+    assert found["took"] < 20
+    if mode == "raise":
+        assert found["raised"] > 0
+
+
+@pytest.mark.parametrize("mode", ["call", "raise"])
+def test_handlers_deadlock_nothing_and_lose_nothing_that(host, cores, mode):
+    storm(host, 600, mode, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["call", "raise"])
+def test_handlers_deadlock_nothing_and_lose_nothing_in_the_long_run_that(host, cores, mode):
+    storm(host, 8000, mode, 200)
+
+
+# A trace function stands for the signal handler, so that each place is met once. Python
+# 3.9 runs handlers between any two instructions, later ones at fewer places.
+EVERYWHERE = """
+op, act, step, offset = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+home = os.path.dirname(sidexec.__file__)
+SLEEP = "import time\\nprint('ready')\\ntime.sleep(600)"
+
+class Interrupt(Exception):
+    pass
+
+def start(code=SLEEP):
+    return manager.start_with_code(code).raise_for_error().data.side_execution_id
+
+other = None
+OPS = {
+    "start": lambda: start(),
+    "stop": lambda: manager.stop(id),
+    "wait": lambda: manager.wait(id, timeout=0),
+    "status": lambda: manager.get_status(id),
+    "list": lambda: manager.list_executions(),
+    "stop_all": lambda: manager.stop_all(),
+    "close": lambda: manager.close(),
+}
+
+def run_with_handler(call, place):
+    # Call `call`, with the handler run at the place-th instruction of the library: whether it was.
+    count = 0
+    fired = False
+    def trace(frame, event, arg):
+        nonlocal count, fired
+        if not frame.f_code.co_filename.startswith(home):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and not fired:
+            count += 1
+            if count == place:
+                fired = True
+                sys.settrace(None)
+                if act == "raise":
+                    raise Interrupt
+                elif act == "stop":
+                    asked = ["already_stopped"] if op == "stop_all" else []  # by what it interrupts
+                    status = manager.stop(other).data.status
+                    assert status in ["stopped", *asked], (place, status)
+                elif act == "start":
+                    manager.wait(start("pass"))
+                elif act == "close":
+                    manager.close()
+        return trace
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        pass
+    except sidexec.SideExecutionError:
+        if act != "close":
+            raise
+    finally:
+        sys.settrace(None)
+    return fired
+
+def fresh():
+    return sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=2)
+
+place = 1 + offset
+places = 0
+manager = fresh()
+while True:
+    if op in ("stop", "stop_all", "wait", "status", "list"):
+        id = start()
+    if act == "stop":
+        other = start()
+    fired = run_with_handler(OPS[op], place)
+    if not fired:
+        break
+    places += 1
+    if act == "close" or op == "close":
+        manager.close()
+        running = manager.list_executions("running").data.executions
+        assert not running, (place, sys.version, running)
+        manager = fresh()
+    else:
+        assert manager.wait(start("pass"), timeout=10).data.status == "completed", place
+        for each in manager.stop_all():
+            assert each.success, (place, each)
+    place += step
+manager.close()
+assert_nothing_left()
+report(places)
+"""
+
+OPS = ["start", "stop", "wait", "status", "list", "stop_all"]
+PLACES = [(op, act) for op in OPS for act in ("raise", "stop", "start")]
+PLACES += [("close", "raise"), ("start", "close"), ("stop", "close"), ("close", "close")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op, act", PLACES, ids=["-".join(each) for each in PLACES])
+def test_a_handler_may_come_between_any_two_instructions(host, op, act):
+    step = 9 if "close" in (op, act) else 3
+    offset = random.randrange(step)
+    print("offset", offset)
+    assert host(EVERYWHERE, op, act, step, offset, limit=100) > 0
+
+
+@pytest.mark.parametrize("op, act", [("start", "raise"), ("stop", "raise"), ("stop", "start")])
+def test_a_handler_may_come_between_two_instructions(host, op, act):
+    offset = random.randrange(9)
+    print("offset", offset)
+    assert host(EVERYWHERE, op, act, 9, offset) > 0
+
+
+@pytest.mark.parametrize("act", ["raise", "stop", "start"])
+def test_a_handler_may_come_while_a_call_is_handed_to_the_manager(host, act):
+    script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/loop.py')")
+    assert host(script, "stop", act, 1, 0) > 5

@@ -1,0 +1,281 @@
+"""Whatever an execution has spawned and however it ends: nothing of it is left."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import programs
+import sidexec
+from conftest import eventually, nothing_left, tree
+from programs import Bystander, Trace
+
+GRACE = 0.3
+TICKS = os.sysconf("SC_CLK_TCK")
+BY_ITSELF = {
+    "return": 'return {"done": True}',
+    "exception": 'raise RuntimeError("on purpose")',
+    "os._exit": "os._exit(7)",
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+}
+ENDS = ("graceful_stop", "forced_stop", *BY_ITSELF, "timeout", "close")
+
+
+@pytest.fixture(scope="module")
+def bystander(tmp_path_factory):
+    found = Bystander(tmp_path_factory.mktemp("bystander") / "log")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def shared(bystander):
+    with nothing_left():
+        with sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0) as manager:
+            yield manager
+
+
+@pytest.fixture
+def trace(tmp_path):
+    trace = Trace(tmp_path / "trace")
+    yield trace
+    trace.kill()
+
+
+def begin(manager, code, params, **options):
+    """Start code, and wait until it has written `ready`."""
+    started = manager.start_with_code(code, params, **options).raise_for_error()
+    id = started.data.side_execution_id
+    eventually(
+        lambda: "ready\n" in manager.get_status(id).data.output
+        or manager.get_status(id).data.status != "running"
+    )
+    assert manager.get_status(id).data.status == "running", manager.get_status(id)
+    return id
+
+
+def bring_to_its_end(manager, trace, kind, end, **params):
+    """Run a snippet with a descendant, end it, and say what was left at that moment."""
+    params = {**trace.params, **params}
+    if end in BY_ITSELF:
+        code = programs.with_descendant(kind, BY_ITSELF[end])
+        started = manager.start_with_code(code, params).raise_for_error()
+        data = manager.wait(started.data.side_execution_id, 30).data
+        left = trace.left()
+        expected = {
+            "return": ("completed", None),
+            "exception": ("failed", "RuntimeError: on purpose"),
+            "os._exit": ("failed", "exit code 7"),
+            "SIGKILL": ("failed", "killed by SIGKILL"),
+        }[end]
+        assert (data.status, data.error and data.error.splitlines()[0]) == expected
+        assert data.result == ({"done": True} if end == "return" else None)
+        return left
+    code = programs.with_descendant(kind)
+    if end == "timeout":
+        for timeout in (0.4, 2.0, 10.0):  # a busy machine may need longer to get there
+            started = manager.start_with_code(code, params, timeout).raise_for_error()
+            data = manager.wait(started.data.side_execution_id, 30).data
+            left = trace.left()
+            assert (data.status, data.stop_reason) == ("stopped", "timeout")
+            if left or "ready\n" in data.output:
+                return left
+        raise AssertionError("the snippet did not get ready")
+    if end == "close":
+        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
+            id = begin(manager, code, params)
+        left = trace.left()
+        data = manager.get_status(id).data
+        assert (data.status, data.stop_reason) == ("stopped", "closed")
+        return left | {f"{each} " for each in trace.noted("keeper") if each.is_alive}
+    id = begin(manager, code, params)
+    stopped = manager.stop(id, force=end == "forced_stop")
+    left = trace.left()
+    assert (stopped.success, stopped.data.status) == (True, "stopped"), stopped
+    if end == "forced_stop" or kind == "deaf":
+        assert stopped.data.forced
+    return left
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("kind", programs.DESCENDANTS)
+def test_nothing_is_left(shared, trace, bystander, kind, end):
+    left = bring_to_its_end(shared, trace, kind, end)
+    assert left == set()
+    assert trace.noted("descendant") and trace.noted("keeper")
+    eventually(lambda: not any(each.exists for each in trace.noted("keeper")))
+    assert bystander.is_untouched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+def test_nothing_is_left_of_a_storm_of_32_processes(shared, trace, bystander, end):
+    assert bring_to_its_end(shared, trace, "storm", end, storms=32) == set()
+    assert trace.noted("descendant")
+    assert bystander.is_untouched
+
+
+def test_nothing_is_left_of_all_kinds_at_once(shared, tmp_path, bystander):
+    with contextlib.ExitStack() as stack:
+        traces = {}
+        for kind in programs.DESCENDANTS:
+            traces[kind] = Trace(tmp_path / kind)
+            stack.callback(traces[kind].kill)
+            begin(shared, programs.with_descendant(kind), traces[kind].params)
+        responses = shared.stop_all()
+        left = {kind: trace.left() for kind, trace in traces.items()}
+        assert [each.data.status for each in responses] == ["stopped"] * len(traces)
+        assert not any(left.values()), left
+        assert bystander.is_untouched
+
+
+def test_children_forked_while_the_sweep_runs_are_gone(shared, trace):
+    code = programs.PRELUDE + """
+def body():
+    quiet()
+    def fork_on(signum, frame):
+        for _ in range(3):
+            if os.fork() == 0:
+                os.setsid()
+    signal.signal(signal.SIGTERM, fork_on)
+    note("descendant")
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        time.sleep(0.01)
+        if len(os.listdir(f"/proc/{os.getpid()}/task")) and os.getppid() != 1:
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(0.05)
+                os._exit(0)
+daemon(body)
+wait_for_note("descendant")
+return 1
+"""
+    started = shared.start_with_code(code, trace.params).raise_for_error()
+    data = shared.wait(started.data.side_execution_id, 30).data
+    left = trace.left()
+    assert (data.status, data.result) == ("completed", 1)
+    assert left == set()
+
+
+def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace):
+    code = programs.PRELUDE + """
+def body():
+    quiet()
+    os.setsid()
+    def leave(signum, frame):
+        note("asked")
+        os._exit(0)
+    signal.signal(signal.SIGTERM, leave)
+    linger("descendant")
+daemon(body)
+wait_for_note("descendant")
+"""
+    started = shared.start_with_code(code, trace.params).raise_for_error()
+    assert shared.wait(started.data.side_execution_id, 30).data.status == "completed"
+    assert trace.left() == set()
+    assert len(trace.noted("asked")) == 1
+
+
+def test_nothing_is_left_of_what_the_executions_own_cleanup_starts(shared, trace):
+    code = programs.PRELUDE + """
+def body():
+    quiet()
+    deaf()
+    linger("descendant")
+print("ready", flush=True)
+try:
+    time.sleep(60)
+finally:
+    daemon(body)
+    wait_for_note("descendant")
+"""
+    id = begin(shared, code, trace.params)
+    stopped = shared.stop(id)
+    left = trace.left()
+    assert stopped.data.status == "stopped"
+    assert trace.noted("descendant")
+    assert left == set()
+
+
+needs_pids = pytest.mark.skipif(
+    not programs.can_choose_pids(), reason="only root may say which pid comes next"
+)
+
+
+def take_pids(stack, directory, trace, *names):
+    """Start bystanders that have the pids of processes that have ended."""
+    ended = [each for name in names for each in trace.noted(name)]
+    assert len(ended) == len(names)
+    # Start times are told in ticks, and no two processes of a pid may have the same one.
+    last = max(each.started for each in ended)
+    eventually(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS > last + 2)
+    found = []
+    # From the highest down, or a stranger's process would take the next one meanwhile.
+    for each in sorted(ended, key=lambda each: each.pid, reverse=True):
+        eventually(lambda each=each: not each.exists)
+        found.append(Bystander.with_pid(directory / f"log {each.pid}", each.pid))
+        assert found[-1], f"could not start a process as {each.pid}"
+        stack.callback(found[-1].close)
+    return found
+
+
+@needs_pids
+@pytest.mark.parametrize("force", (False, True))
+def test_a_process_with_the_pid_of_an_ended_descendant_is_not_touched(
+    shared, trace, tmp_path, force
+):
+    code = programs.PRELUDE + programs.DESCENDANTS["deaf"] + """
+wait_for_note("descendant")
+os.waitpid(in_child(lambda: note("member")), 0)
+os.waitpid(in_child(lambda: (os.setsid(), note("leader"))), 0)
+daemon(lambda: note("daemon"))
+wait_for_note("daemon")
+""" + programs.WAIT
+    id = begin(shared, code, trace.params)
+    with contextlib.ExitStack() as stack:
+        others = take_pids(stack, tmp_path, trace, "member", "leader", "daemon")
+        shared.stop(id, force=force).raise_for_error()
+        assert trace.left() == set()
+        assert all(each.is_untouched for each in others)
+
+
+@needs_pids
+def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(trace, tmp_path):
+    with contextlib.ExitStack() as stack:
+        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
+            id = begin(manager, programs.with_descendant("daemon"), trace.params)
+            manager.stop(id).raise_for_error()
+            others = take_pids(stack, tmp_path, trace, "keeper", "snippet", "descendant")
+            assert manager.stop(id, force=True).data.status == "already_stopped"
+            assert manager.get_status(id).data.memory_usage is None
+            assert manager.start_with_code("pass").success
+        assert all(each.is_untouched for each in others)
+
+
+@pytest.mark.slow
+def test_200_rounds_with_both_cores_busy(tmp_path, bystander):
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+    ]
+    try:
+        with nothing_left(), sidexec.ExecutionManager(grace_period=5.0) as manager:
+            for number in range(200):
+                trace = Trace(tmp_path / str(number))
+                id = begin(manager, programs.with_descendant("daemon"), trace.params)
+                began = time.monotonic()
+                stopped = manager.stop(id, force=number % 3 == 0)
+                left = trace.left()
+                assert stopped.data.status == "stopped"
+                assert left == set()
+                assert time.monotonic() - began < 15
+        assert bystander.is_untouched
+    finally:
+        for each in busy:
+            each.kill()
+            each.wait()
+    assert not set(tree(os.getpid())) & {each.pid for each in busy}

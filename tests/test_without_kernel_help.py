@@ -1,0 +1,288 @@
+"""Where the kernel offers neither subreapers nor pidfds nor /proc: the group is swept."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import programs
+import sidexec
+from conftest import children, eventually, nothing_left, tree
+from programs import Process, Trace
+from sidexec import payload
+
+GRACE = 0.5
+MOMENT = 2.0
+
+# What a platform without them would answer, put after the real functions.
+WITHOUT = """
+
+def become_subreaper():
+    return False
+
+def children():
+    return None
+
+def group(leader):
+    return None
+
+def open_pidfd(pid):
+    return None
+"""
+
+REPLACE = """
+import sys
+import sidexec
+from sidexec import payload
+
+def take_away(without, load=payload.load):
+    def variant(as_source=False):
+        modules = []
+        texts = {name: text for name, _, text in load(True)}
+        for name, is_package, code in load(as_source):
+            if name.endswith(".kernel"):
+                code = texts[name] + without
+                if not as_source:
+                    code = compile(code, "kernel", "exec", dont_inherit=True)
+            modules.append((name, is_package, code))
+        return modules
+    payload.load = variant
+"""
+
+IN_GROUP = ("plain", "deaf", "stopped")
+
+
+@contextlib.contextmanager
+def taken_away():
+    load = payload.load
+    namespace = {}
+    exec(REPLACE, namespace)
+    namespace["take_away"](WITHOUT)
+    try:
+        yield
+    finally:
+        payload.load = load
+
+
+@pytest.fixture(autouse=True)
+def without_help():
+    with taken_away():
+        yield
+
+
+@pytest.fixture
+def manager(without_help):
+    with nothing_left():
+        with sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0) as manager:
+            yield manager
+
+
+@pytest.fixture
+def trace(tmp_path):
+    trace = Trace(tmp_path / "trace")
+    yield trace
+    trace.kill()
+
+
+def begin(manager, trace, code):
+    started = manager.start_with_code(code, trace.params).raise_for_error()
+    id = started.data.side_execution_id
+    eventually(
+        lambda: "ready\n" in manager.get_status(id).data.output
+        or manager.get_status(id).data.status != "running"
+    )
+    assert manager.get_status(id).data.status == "running", manager.get_status(id)
+    return id
+
+
+def test_it_is_what_runs(manager, trace):
+    """The orphan of an execution under way is no child of its keeper here."""
+    id = begin(manager, trace, programs.with_descendant("daemon"))
+    (daemon,) = trace.noted("descendant")
+    (keeper,) = trace.noted("keeper")
+    assert daemon.pid not in children(keeper.pid)
+    manager.stop(id)
+    daemon.kill()
+
+
+# For each end: what ends the snippet, and the status, error and exit code then.
+ENDS = {
+    "return": ('return {"done": True}', "completed", None, 0),
+    "exception": ('raise RuntimeError("on purpose")', "failed", "RuntimeError: on purpose", 1),
+    "os._exit": ("os._exit(7)", "failed", "exit code 7", 7),
+    "SIGKILL": ("os.kill(os.getpid(), 9)\ntime.sleep(60)", "failed", "killed by SIGKILL", -9),
+    "graceful_stop": (programs.WAIT, "stopped", None, 128 + signal.SIGTERM),
+    "forced_stop": (programs.WAIT, "stopped", None, -signal.SIGKILL),
+    "timeout": (programs.WAIT, "stopped", None, 128 + signal.SIGTERM),
+}
+PAIRS = [(kind, end) for kind in IN_GROUP for end in ENDS]
+
+
+def bring_to_its_end(manager, trace, kind, end):
+    """The final answer, and which processes of the group were alive when it came."""
+    code = programs.with_descendant(kind, ENDS[end][0])
+    for timeout in (2.0, 20.0):  # a busy machine may need longer to get ready
+        if end != "timeout":
+            timeout = None
+        started = manager.start_with_code(code, trace.params, timeout).raise_for_error()
+        id = started.data.side_execution_id
+        if end.endswith("stop"):
+            eventually(lambda: "ready\n" in manager.get_status(id).data.output)
+            manager.stop(id, force=end == "forced_stop")
+        answer = manager.wait(id, 60)
+        if trace.noted("descendant"):
+            break
+    return answer, [each for each in group(trace) if each.is_alive]
+
+
+def group(trace):
+    return trace.noted("descendant") + trace.noted("snippet")
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """All pairs side by side: where init is slow to reap orphans, each of them takes a while."""
+    with taken_away(), nothing_left(), contextlib.ExitStack() as stack:
+        manager = sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0)
+        stack.enter_context(manager)
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(PAIRS)))
+        found = {}
+        for pair in PAIRS:
+            trace = Trace(tmp_path_factory.mktemp("trace"))
+            stack.callback(trace.kill)
+            found[pair] = trace, pool.submit(bring_to_its_end, manager, trace, *pair)
+        return {pair: (trace, *future.result()) for pair, (trace, future) in found.items()}
+
+
+@pytest.mark.parametrize("kind, end", PAIRS)
+def test_every_end_sweeps_the_group(ends, kind, end):
+    trace, answer, alive = ends[kind, end]
+    _, status, error, exit_code = ENDS[end]
+    assert answer.success, answer.error
+    assert alive == []
+    assert len(group(trace)) >= 2
+    data = answer.data
+    assert (data.status, data.error and data.error.splitlines()[0]) == (status, error)
+    assert data.exit_code == exit_code
+    assert data.result == ({"done": True} if end == "return" else None)
+    expected = {"timeout": "timeout"}.get(end, "requested" if end.endswith("stop") else None)
+    assert data.stop_reason == expected
+
+
+def test_cleanup_and_output_are_as_anywhere(manager, trace):
+    id = begin(manager, trace, programs.PRELUDE + programs.CLEAN_UP)
+    stopped = manager.stop(id)
+    assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
+    assert stopped.data.output == "ready\ncleaning up\n" + "x" * 200_000 + "\n"
+    assert len(trace.noted("cleaned")) == 1
+
+
+def test_a_daemon_that_holds_the_pipes_does_not_hold_up_the_end(manager, trace):
+    id = begin(manager, trace, programs.with_descendant("pipe_holder"))
+    began = time.monotonic()
+    stopped = manager.stop(id)
+    assert time.monotonic() - began < GRACE + 10
+    assert (stopped.success, stopped.data.status) == (True, "stopped")
+    trace.kill()  # left, as nothing but the group can be told here
+
+
+def test_a_zombie_in_the_group_is_not_taken_for_a_process_that_cannot_be_killed(manager, trace):
+    """Its parent, in a session of its own, never reaps it: signal 0 still finds the group."""
+    code = programs.PRELUDE + """
+def body():
+    quiet()
+    in_child(lambda: note("zombie"))
+    os.setsid()
+    linger("descendant")
+in_child(body)
+wait_for_note("descendant")
+wait_for_note("zombie")
+return 1
+"""
+    started = manager.start_with_code(code, trace.params).raise_for_error()
+    answer = manager.wait(started.data.side_execution_id, 30)
+    (zombie,) = trace.noted("zombie")
+    assert zombie.state == "Z"
+    trace.kill()
+    assert answer.success, answer.error
+    assert (answer.data.status, answer.data.result) == ("completed", 1)
+
+
+def test_a_killed_keeper(manager, trace):
+    id = begin(manager, trace, programs.with_descendant("deaf"))
+    trace.noted("keeper")[0].kill()
+    data = manager.wait(id, 30).data
+    assert data.status == "failed"
+    assert "the keeper" in data.error and "SIGKILL" in data.error
+    eventually(lambda: not any(each.is_alive for each in trace.noted()))
+    started = manager.start_with_code("return 5").raise_for_error()
+    assert manager.wait(started.data.side_execution_id, 30).data.result == 5
+
+
+# -- the host's death: the control sockets, and the launcher's look at its parent
+
+HOST = REPLACE + """
+import json, os, time
+without, code, params, grace, has_worker = json.loads(sys.argv[1])
+take_away(without)
+manager = sidexec.ExecutionManager(grace_period=grace)
+id = manager.start_with_code(code, params, None).raise_for_error().data.side_execution_id
+while "ready\\n" not in manager.get_status(id).data.output:
+    assert manager.get_status(id).data.status == "running", manager.get_status(id)
+    time.sleep(0.002)
+worker = 0
+if has_worker:
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+        os._exit(0)
+print(worker, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, has_worker",
+    [
+        ("plain", False),
+        ("deaf", True),
+        pytest.param("plain", True, marks=pytest.mark.slow),
+        pytest.param("deaf", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_hosts_death_is_noticed(trace, kind, has_worker):
+    package = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
+    code = programs.with_descendant(kind, programs.CLEAN_UP)
+    host = subprocess.Popen(
+        [sys.executable, "-c", HOST, json.dumps([WITHOUT, code, trace.params, GRACE, has_worker])],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": package},
+        text=True,
+    )
+    worker = 0
+    try:
+        worker = int(host.stdout.readline())
+        others = [Process(pid) for pid in tree(host.pid) if pid != worker]
+        assert len(others) >= 4  # the launcher, the keeper, the snippet, its child
+    finally:
+        host.kill()
+        host.wait()
+        host.stdout.close()
+        killed_at = time.monotonic()
+    try:
+        deadline = killed_at + GRACE + MOMENT
+        while time.monotonic() < deadline and any(each.is_alive for each in group(trace)):
+            time.sleep(0.01)
+        assert [each for each in group(trace) if each.is_alive] == []
+        assert len(trace.noted("cleaned")) == 1
+        # Until init has reaped the group, a keeper can't tell its zombies from a member.
+        eventually(lambda: not any(each.is_alive for each in others))
+    finally:
+        if worker:
+            os.kill(worker, signal.SIGKILL)
