@@ -63,8 +63,9 @@ class Loop:
         self._sequence = itertools.count()
         self._unclaimed = [None]
         self._stopping = False
-        self.ended = False
-        self.ending = Bell()  # rings when the loop has ended
+        self.ended = False  # no call that is posted will be made any more
+        self.is_closed = False  # and its descriptors are given back
+        self.ending = Bell()  # rings then
 
     # -- from any thread
 
@@ -151,6 +152,7 @@ class Loop:
         self._selector.close()
         self._wake.close()
         self._wake_end.close()
+        self.is_closed = True
         self.ending.ring()
 
     def _make(self, call: Call) -> bool:

@@ -477,9 +477,10 @@ class ExecutionManager:
         host: Host | None = self.__dict__.get("_host")
         if host is None or self._is_foreign():
             return
+        host.is_closing = True  # from here on, what a start has posted already is refused
         host.loop.close_unstarted()
         host.loop.post(lambda: host.close(seconds))
-        host.loop.ending.wait_for(lambda: host.loop.ended)
+        host.loop.ending.wait_for(lambda: host.loop.is_closed)
         for execution in list(self._executions.values()):
             if execution.delivery is not None:
                 execution.delivery.wait()

@@ -190,7 +190,8 @@ class Process:
 
     def kill(self, signum=signal.SIGKILL):
         if self.exists:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signum)
 
 
 class Trace:
