@@ -275,6 +275,9 @@ class ExecutionManager:
             host = self._running_host()
         except (OSError, RuntimeError) as problem:
             return answer(None, f"could not start the manager's thread: {problem}")
+        if self._is_closed:
+            self.close()  # a call of it has come in between, and found no host yet
+            return answer(None, _CLOSED)
         execution = Execution(
             os.urandom(16).hex(),
             Output(self._max_output, self._texts),
