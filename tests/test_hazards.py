@@ -659,8 +659,8 @@ def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):
 
     code = """
 import time
-print("ready", flush=True)
 try:
+    print("ready\\n", end="")
     time.sleep(60)
 finally:
     print("x" * 3_000_000, flush=True)

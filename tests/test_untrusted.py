@@ -430,5 +430,7 @@ def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(
     found = memory(tmp_path, code, neighbours=True)
     assert found["status"] in ("completed", "failed")
     print(found)
-    assert found["growth"] < 400 * MIB
+    # Three bytes of JSON make an object of 88, and two at a time may be parsed: by the
+    # manager, which judges the result, and by the caller, who asks for it meanwhile.
+    assert found["growth"] < 2 * 88 / 3 * MAX_RESULT + 100 * MIB
     assert found["slowest"] < 5
