@@ -207,7 +207,10 @@ needs_pids = pytest.mark.skipif(
 
 
 def take_pids(stack, directory, trace, *names):
-    """Start bystanders that have the pids of processes that have ended."""
+    """Start bystanders that have the pids of processes that have ended.
+
+    None where a stranger's process has been quicker to get one of them.
+    """
     ended = [each for name in names for each in trace.noted(name)]
     assert len(ended) == len(names)
     # Start times are told in ticks, and no two processes of a pid may have the same one.
@@ -217,17 +220,28 @@ def take_pids(stack, directory, trace, *names):
     # From the highest down, or a stranger's process would take the next one meanwhile.
     for each in sorted(ended, key=lambda each: each.pid, reverse=True):
         eventually(lambda each=each: not each.exists)
-        found.append(Bystander.with_pid(directory / f"log {each.pid}", each.pid))
-        assert found[-1], f"could not start a process as {each.pid}"
-        stack.callback(found[-1].close)
+        other = Bystander.with_pid(directory / f"log {each.pid}", each.pid, tries=10)
+        if other is None:
+            return None
+        stack.callback(other.close)
+        found.append(other)
     return found
+
+
+def until_not_too_late(attempt, directory):
+    """Try again with new processes for as long as `attempt` says that it came too late."""
+    for number in range(10):
+        trace = Trace(directory / str(number))
+        with contextlib.ExitStack() as stack:
+            stack.callback(trace.kill)
+            if attempt(stack, trace):
+                return
+    raise AssertionError("other processes have always been quicker")
 
 
 @needs_pids
 @pytest.mark.parametrize("force", (False, True))
-def test_a_process_with_the_pid_of_an_ended_descendant_is_not_touched(
-    shared, trace, tmp_path, force
-):
+def test_a_process_with_the_pid_of_an_ended_descendant_is_not_touched(shared, tmp_path, force):
     code = programs.PRELUDE + programs.DESCENDANTS["deaf"] + """
 wait_for_note("descendant")
 os.waitpid(in_child(lambda: note("member")), 0)
@@ -235,17 +249,21 @@ os.waitpid(in_child(lambda: (os.setsid(), note("leader"))), 0)
 daemon(lambda: note("daemon"))
 wait_for_note("daemon")
 """ + programs.WAIT
-    id = begin(shared, code, trace.params)
-    with contextlib.ExitStack() as stack:
+
+    def attempt(stack, trace):
+        id = begin(shared, code, trace.params)
         others = take_pids(stack, tmp_path, trace, "member", "leader", "daemon")
         shared.stop(id, force=force).raise_for_error()
         assert trace.left() == set()
-        assert all(each.is_untouched for each in others)
+        assert all(each.is_untouched for each in others or ())
+        return others is not None
+
+    until_not_too_late(attempt, tmp_path)
 
 
 @needs_pids
-def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(trace, tmp_path):
-    with contextlib.ExitStack() as stack:
+def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(tmp_path):
+    def attempt(stack, trace):
         with sidexec.ExecutionManager(grace_period=GRACE) as manager:
             id = begin(manager, programs.with_descendant("daemon"), trace.params)
             manager.stop(id).raise_for_error()
@@ -253,7 +271,10 @@ def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(trace, tmp_
             assert manager.stop(id, force=True).data.status == "already_stopped"
             assert manager.get_status(id).data.memory_usage is None
             assert manager.start_with_code("pass").success
-        assert all(each.is_untouched for each in others)
+        assert all(each.is_untouched for each in others or ())
+        return others is not None
+
+    until_not_too_late(attempt, tmp_path)
 
 
 @pytest.mark.slow

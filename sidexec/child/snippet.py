@@ -314,9 +314,10 @@ class Snippet:
         waits for that task: out of the loop again, in the middle of the others' cleanup.
         """
         call_handler = loop.call_exception_handler
+        expected = (StopRequested, sys.modules["asyncio.exceptions"].CancelledError)
 
         def call_exception_handler(context: dict[str, Any]) -> None:
-            if not isinstance(context.get("exception"), StopRequested):
+            if not isinstance(context.get("exception"), expected):
                 call_handler(context)
 
         def cancel_all_tasks(loop: Any) -> None:
