@@ -2,12 +2,20 @@
 
 import contextlib
 import os
+import signal
 import threading
 import time
 
 import pytest
 
 import sidexec
+
+
+# Ignored by `nohup` or a shell's `&`, they would be in the plain interpreters as well
+# that tests compare with.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def eventually(condition, timeout=20.0):
