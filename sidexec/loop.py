@@ -29,6 +29,8 @@ Call = Callable[[], object]
 _OWN_FAULT = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"}
 
 
+# For a host that has SIGPIPE end it, where a call meets the end of the loop.
+NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 MAX_TIMEOUT = 86400.0  # for `select`, which does not take just any number
 
 
@@ -75,7 +77,7 @@ class Loop:
         # Each time: were it left out after another post's, a signal handler that comes
         # in between that one's append and its send would wait for ever.
         try:
-            self._wake_end.send(b"\0")
+            self._wake_end.send(b"\0", NO_SIGPIPE)
         except OSError:
             pass  # full, so it wakes anyway; or closed, so there is nothing to wake
 
@@ -150,8 +152,8 @@ class Loop:
         self.ended = True  # before the last look, so that no post can fall in between
         self._run_posted()
         self._selector.close()
-        self._wake.close()
         self._wake_end.close()
+        self._wake.close()
         self.is_closed = True
         self.ending.ring()
 

@@ -216,7 +216,8 @@ class Trace:
     def left(self):
         """What is left of the execution, zombies too; the keeper does not count."""
         keepers = {each.pid for each in self.noted("keeper")}
-        found = {f"pid {each.pid}" for each in self.noted() if each.exists and each.pid not in keepers}
+        others = [each for each in self.noted() if each.pid not in keepers]
+        found = {f"pid {each.pid}" for each in others if each.exists}
         found |= {f"pid {pid} by its directory" for pid in self._standing_here()}
         if self._is_locked():
             found.add(f"a holder of the lock: {self._lock_holders()}")

@@ -6,7 +6,7 @@ What stands elsewhere:
 - a worker that the host forks keeps the sockets open: test_host_death (with_worker)
 - `Thread.start()` at interpreter exit raises: test_host_death (exit handlers)
 - `killpg(pid, 0)` succeeds on a group of zombies, without /proc: test_without_kernel_help
-- pids that go to somebody else: test_no_survivors (the_pid_of)
+- `Popen.send_signal` reaps and so frees the pid: here, and test_no_survivors (the_pid_of)
 """
 
 import functools
@@ -677,7 +677,7 @@ finally:
 def test_an_on_output_that_never_returns_holds_up_neither_output_nor_stop(manager):
     release = threading.Event()
     try:
-        code = "import time\nprint('x' * 1_000_000, flush=True)\nprint('ready', flush=True)\ntime.sleep(60)"
+        code = "import time\nprint('x' * 1_000_000)\nprint('ready', flush=True)\ntime.sleep(60)"
         started = manager.start_with_code(code, on_output=lambda chunk: release.wait(60))
         id = started.raise_for_error().data.side_execution_id
         eventually(lambda: manager.get_status(id).data.output.endswith("ready\n"))

@@ -53,12 +53,13 @@ if options["has_worker"]:
         finally:
             os._exit(0)
 print(worker, flush=True)
+while options["death"].startswith("SIG"):
+    time.sleep(0.02)  # a signal just before a call that blocks would wait for its end
 sys.stdin.readline()
 if options["death"] == "exception":
     raise RuntimeError("on purpose")
 if options["death"] == "exit":
     sys.exit(3)
-time.sleep(60)
 """
 
 DEATHS = {

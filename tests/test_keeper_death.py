@@ -86,7 +86,8 @@ def test_a_keeper_killed_by_its_snippet(manager, trace):
     left = trace.left()
     (keeper,) = trace.noted("keeper")
     assert data.status == "failed"
-    assert data.error == f"the keeper (pid {keeper.pid}) of this execution is gone: killed by SIGKILL"
+    gone = f"the keeper (pid {keeper.pid}) of this execution is gone"
+    assert data.error == f"{gone}: killed by SIGKILL"
     assert left == set()
     assert len(trace.noted("descendant")) == 3
     check_that_it_goes_on(manager)

@@ -267,20 +267,22 @@ report(ends)
 
 def test_a_host_with_a_deadly_sigpipe_survives_calls_that_race_with_the_end(host, cores):
     host("""
+        import socket
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        sys.setswitchinterval(1e-5)
-        for _ in range(15):
+        close = socket.socket.close
+        def close_slowly(self):
+            close(self)
+            time.sleep(0.02)  # other threads may run after any close
+        socket.socket.close = close_slowly
+        for _ in range(4):
             manager = sidexec.ExecutionManager()
             manager.start_with_code("pass").raise_for_error()
-            over = []
-            def hammer():
-                while not over:
-                    manager.close()
-            threads = [threading.Thread(target=hammer) for _ in range(6)]
-            for each in threads: each.start()
-            manager.close()
-            over.append(1)
-            for each in threads: each.join()
+            threads = [threading.Thread(target=manager.close) for _ in range(100)]
+            for each in threads:
+                each.start()
+                time.sleep(0.001)
+            for each in threads:
+                each.join()
         assert_nothing_left()
         report("done")
     """)
