@@ -15,7 +15,8 @@ import sidexec
 from conftest import eventually, tree
 from programs import Process, Trace
 
-GRACE = 1.0
+GRACE = 4.0  # in which a busy machine comes to the end of a cleanup
+DEAF_GRACE = 1.0
 MOMENT = 2.0
 HANG = 30.0
 
@@ -169,9 +170,11 @@ def test_executions_clean_up_and_nothing_is_left(trace, death, has_worker, in_th
 
 @pytest.mark.parametrize("death, has_worker", (("SIGKILL", True), ("exit", False)))
 def test_what_is_deaf_is_killed_after_the_grace(trace, death, has_worker):
-    with running_host(trace, death, DEAF, has_worker=has_worker) as (host, others, worker):
+    with running_host(
+        trace, death, DEAF, has_worker=has_worker, grace=DEAF_GRACE
+    ) as (host, others, worker):
         die(host, death)
-        check_that_nothing_is_left(trace, others)
+        check_that_nothing_is_left(trace, others, DEAF_GRACE)
 
 
 def test_a_worker_forked_by_the_host_can_end_without_harm(trace):
@@ -371,5 +374,5 @@ def test_the_host_neither_hangs_nor_complains_at_its_exit(trace, name):
     assert done.stderr == ""
     assert done.returncode == 0
     assert done.stdout == expected
-    check_that_nothing_is_left(trace, [])
+    check_that_nothing_is_left(trace, [], 1.0)
     eventually(lambda: not any(each.is_alive for each in trace.noted("keeper")))
