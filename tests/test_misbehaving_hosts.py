@@ -647,7 +647,15 @@ PLACES = [(op, act) for op in OPS for act in ("raise", "stop", "start")]
 PLACES += [("close", "raise"), ("start", "close"), ("stop", "close"), ("close", "close")]
 
 
+# The places are found by tracing opcodes, of which CPython 3.12.1 reports none to a
+# function that is set while the frame runs.
+traces_opcodes = pytest.mark.skipif(
+    sys.version_info[:2] == (3, 12), reason="no opcode events in frames that run already"
+)
+
+
 @pytest.mark.slow
+@traces_opcodes
 @pytest.mark.parametrize("op, act", PLACES, ids=["-".join(each) for each in PLACES])
 def test_a_handler_may_come_between_any_two_instructions(host, op, act):
     step = 9 if "close" in (op, act) else 3
@@ -656,6 +664,7 @@ def test_a_handler_may_come_between_any_two_instructions(host, op, act):
     assert host(EVERYWHERE, op, act, step, offset, limit=100) > 0
 
 
+@traces_opcodes
 @pytest.mark.parametrize("op, act", [("start", "raise"), ("stop", "raise"), ("stop", "start")])
 def test_a_handler_may_come_between_two_instructions(host, op, act):
     offset = random.randrange(9)
@@ -663,6 +672,7 @@ def test_a_handler_may_come_between_two_instructions(host, op, act):
     assert host(EVERYWHERE, op, act, 9, offset) > 0
 
 
+@traces_opcodes
 @pytest.mark.parametrize("act", ["raise", "stop", "start"])
 def test_a_handler_may_come_while_a_call_is_handed_to_the_manager(host, act):
     script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/loop.py')")
