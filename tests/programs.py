@@ -136,8 +136,8 @@ while True:
 """
 
 CLEAN_UP = """
-print("ready", flush=True)
 try:
+    print("ready", flush=True)  # in the `try`, or the ask could come before it
     while True:
         time.sleep(60)
 finally:

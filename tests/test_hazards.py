@@ -67,8 +67,8 @@ def test_asking_leaves_the_helper_alone_that_a_finally_needs(manager, start):
         """
 import subprocess, time
 helper = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     time.sleep(0.1)
@@ -84,8 +84,8 @@ def test_a_second_sigterm_does_not_abort_the_cleanup(manager, start):
     id = start(
         """
 import os, signal, time
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     for _ in range(3):
@@ -263,8 +263,8 @@ with open("/proc/self/status") as file:
 show = ["/bin/grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]
 shown = subprocess.run(show, stdout=subprocess.PIPE, text=True).stdout
 print([int(line.split()[1], 16) & MASK for line in shown.splitlines()])
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     print("cleaned up")

@@ -180,8 +180,8 @@ def body():
     quiet()
     deaf()
     linger("descendant")
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     daemon(body)
