@@ -450,6 +450,7 @@ def test_asked_again_and_again_at_every_moment_of_a_short_life(manager):
 
 
 def stop_soon(manager, code, rounds, delay, check):
+    lost = []
     for _ in range(rounds):
         id = manager.start_with_code(code).raise_for_error().data.side_execution_id
         moment = delay()
@@ -457,10 +458,16 @@ def stop_soon(manager, code, rounds, delay, check):
             time.sleep(moment)
         data = manager.stop(id).data
         assert data.status == "stopped", data
-        assert not data.forced
+        try:
+            assert not data.forced
+            check(data.output)
+        except AssertionError:
+            if "await" not in code:
+                raise
+            lost.append(data)  # as in ask_at_random_moments
         # Asked while `asyncio.run` makes the main task, asyncio says so.
         assert data.error_output == "" or "await" in code, data
-        check(data.output)
+    assert len(lost) <= rounds // 20, lost
 
 
 EARLY = "try:\n    print('in\\n', end='')\n    import time\n    time.sleep(60)\nfinally:\n    print('out')"
