@@ -652,7 +652,7 @@ def _forget_launcher() -> None:
         atexit.register(modules["logging"].shutdown)
     if "multiprocessing.util" in modules:
         atexit.register(modules["multiprocessing.util"]._exit_function)
-    if "threading" in modules and sys.version_info < (3, 13):
+    if "threading" in modules:
         main_thread = modules["threading"].main_thread()
         if hasattr(main_thread, "_set_native_id"):
             main_thread._set_native_id()
