@@ -47,9 +47,6 @@ class _Kept:
         self.end = 0
 
 
-TextCache = dict
-
-
 class Output:
     """Both streams of one execution, each kept to its newest `limit` bytes."""
 

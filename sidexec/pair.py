@@ -7,7 +7,6 @@ them. What is read goes to the owner; what it means is the owner's business.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import termios
 import time
@@ -16,8 +15,6 @@ from typing import Protocol
 from . import protocol
 from .loop import Loop
 from .output import STREAMS, Stream
-
-logger = logging.getLogger(__name__)
 
 READ_SIZE = 256 * 1024
 PIPE_SIZE = 1024 * 1024
