@@ -450,7 +450,7 @@ def few_descriptors(more):
     while fillers[-1] < highest:  # what is limited is their numbers
         fillers.append(os.open(os.devnull, os.O_RDONLY))
     os.close(fillers.pop())
-    limit = max(highest, *fillers) + 1 + more
+    limit = max([highest, *fillers]) + 1 + more
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         yield
