@@ -225,12 +225,12 @@ def race(make_manager, seconds):
 
 
 def test_threads_that_do_everything_at_once_see_one_truth(make_manager):
-    race(make_manager, 3)
+    race(make_manager, 1.5)
 
 
 def test_threads_that_do_everything_at_once_on_busy_cores_see_one_truth(make_manager):
     with busy_cores():
-        race(make_manager, 2)
+        race(make_manager, 1)
 
 
 @pytest.mark.slow

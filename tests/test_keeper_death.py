@@ -12,8 +12,9 @@ import programs
 import sidexec
 from conftest import children, eventually, nothing_left
 from programs import Process, Trace
+from sidexec import supervision
 
-GRACE = 1.0
+GRACE = 0.5
 # How long past its grace a stop may take when the keeper itself does not answer.
 WITHOUT_KEEPER = 9.0
 
@@ -242,7 +243,8 @@ def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first)
 # -- stopped and idle ones
 
 
-def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace):
+def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
+    monkeypatch.setattr(supervision, "PATIENCE", 1.0)
     id = begin(manager, trace)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
     began = time.monotonic()
@@ -342,7 +344,8 @@ needs_freezer = pytest.mark.skipif(
 
 
 @needs_freezer
-@pytest.mark.parametrize("name", (pytest.param("snippet", marks=pytest.mark.slow), "descendant"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("snippet", "descendant"))
 def test_a_process_that_cannot_be_killed_is_named(trace, name):
     with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
         id = begin(manager, trace, programs.with_descendant("daemon"))

@@ -417,10 +417,8 @@ LARGE = {
 }
 
 
-SHAPES = ["empty_objects", *(pytest.param(shape, marks=pytest.mark.slow) for shape in list(LARGE)[1:])]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", list(LARGE))
 def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(tmp_path, shape):
     from sidexec.protocol import MAX_RESULT
 

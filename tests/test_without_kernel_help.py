@@ -192,6 +192,7 @@ def test_a_daemon_that_holds_the_pipes_does_not_hold_up_the_end(manager, trace):
     trace.kill()  # left, as nothing but the group can be told here
 
 
+@pytest.mark.slow
 def test_a_zombie_in_the_group_is_not_taken_for_a_process_that_cannot_be_killed(manager, trace):
     """Its parent, in a session of its own, never reaps it: signal 0 still finds the group."""
     code = programs.PRELUDE + """
@@ -250,7 +251,7 @@ time.sleep(60)
 @pytest.mark.parametrize(
     "kind, has_worker",
     [
-        ("plain", False),
+        pytest.param("plain", False, marks=pytest.mark.slow),
         ("deaf", True),
         pytest.param("plain", True, marks=pytest.mark.slow),
         pytest.param("deaf", False, marks=pytest.mark.slow),
