@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union
 
-from . import blocks, checks, protocol, usage
+from . import blocks, checks, procfs, protocol
 from .delivery import Delivery
 from .execution import Execution, Sample, parse_result
 from .host import Host, Settings
@@ -568,7 +568,7 @@ class ExecutionManager:
         last = execution.usage
         if last is not None and at - last.at < USAGE_AGE:
             return last.memory, last.percent
-        used = usage.of_tree(execution.keeper_pid)
+        used = procfs.usage_of_tree(execution.keeper_pid)
         if used is None:
             return None, None
         since, before = (execution.started_at, 0.0) if last is None else (last.at, last.cpu)

@@ -7,6 +7,7 @@ them. What is read goes to the owner; what it means is the owner's business.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import termios
 import time
@@ -60,10 +61,16 @@ class _Rhythm:
         return self._reads >= BUSY_READS and size < READ_SIZE
 
 
+def _boot_time() -> float:
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return math.inf if clock is None else time.clock_gettime(clock)
+
+
 class Pair:
     def __init__(self, loop: Loop, owner: Owner, keeper_pid: int, fds: list[int]) -> None:
         self.keeper_pid = keeper_pid
         self.snippet_pid = 0
+        self.ready_at = 0.0  # in seconds of CLOCK_BOOTTIME, as /proc counts
         self.has_tree = False
         self.owner = owner
         self._loop = loop
@@ -117,6 +124,7 @@ class Pair:
             if kind == protocol.READY:
                 snippet_pid, has_tree = text.split()
                 self.snippet_pid = int(snippet_pid)
+                self.ready_at = _boot_time()
                 self.has_tree = has_tree == "1"
                 self.owner.on_ready(self)
             elif kind == protocol.REFUSED:

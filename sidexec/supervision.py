@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import protocol
+from . import procfs, protocol
 from .execution import End, Execution, FinalStatus, StopReason, describe_exit, now, parse_result
 from .journal import Journal
 from .loop import Loop, Timer
@@ -185,10 +185,17 @@ class Supervision:
             self._watch_keeper(time.monotonic() + self._grace + PATIENCE, self._give_up)
 
     def _kill_group(self) -> None:
-        """All that can be done where nobody adopts what a keeper leaves."""
+        """All that can be done where nobody adopts what a keeper leaves.
+
+        The keeper may have reaped the leader of a group that had no other member, and
+        its number may have gone to somebody else: who then began after the snippet.
+        """
         assert self._pair is not None
+        leader = self._pair.snippet_pid
+        if (procfs.began_at(leader) or 0.0) > self._pair.ready_at:
+            return
         try:
-            os.killpg(self._pair.snippet_pid, signal.SIGKILL)
+            os.killpg(leader, signal.SIGKILL)
         except OSError:
             pass  # the group has ended by itself
 

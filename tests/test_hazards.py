@@ -23,7 +23,7 @@ import pytest
 
 import programs
 import sidexec
-from conftest import eventually
+from conftest import children, eventually
 from programs import Bystander, Trace
 
 HANG = 30.0
@@ -428,6 +428,33 @@ def test_whoever_gets_the_pid_of_a_leader_whose_group_is_gone_is_not_touched(
             if other is not None:
                 other.close()
         if other is not None and was_in_time:
+            return
+    raise AssertionError("the pid was always taken")
+
+
+@needs_pids
+def test_nor_is_it_when_keeper_and_launcher_are_killed(make_manager, tmp_path):
+    """Where the host itself kills the group, as nobody is left who would know better."""
+    for number in range(5):
+        before = set(children())
+        manager = make_manager(grace_period=30.0)
+        trace = Trace(tmp_path / str(number))
+        id = leave_a_deaf_stray(manager, trace, "daemon")
+        (launcher,) = set(children()) - before
+        other = Bystander.with_pid(tmp_path / "log", trace.noted("snippet")[0].pid, tries=10)
+        try:
+            os.kill(launcher, signal.SIGSTOP)  # so that it does not sweep
+            trace.noted("keeper")[0].kill()
+            os.kill(launcher, signal.SIGKILL)
+            data = manager.wait(id, 30).data
+            assert data.status == "failed"
+            assert "is gone" in data.error or "are gone" in data.error
+            assert other is None or other.is_untouched
+        finally:
+            trace.kill()
+            if other is not None:
+                other.close()
+        if other is not None:
             return
     raise AssertionError("the pid was always taken")
 

@@ -1,7 +1,7 @@
-"""What a keeper's tree uses of memory and processor time, read from /proc.
+"""What /proc tells the host: what a keeper's tree uses, when a process began.
 
 Reads only: nothing here signals a process, so a pid that has gone to somebody else
-can at worst spoil one figure.
+can at worst spoil one figure. Where there is no /proc, every answer is None.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Usage(NamedTuple):
     cpu: float  # seconds
 
 
-def of_tree(keeper_pid: int) -> Usage | None:
-    """What all descendants of the keeper use together; None where /proc can't tell."""
+def usage_of_tree(keeper_pid: int) -> Usage | None:
+    """What all descendants of the keeper use together."""
     memory = 0
     ticks = 0
     pids = _children(keeper_pid)
@@ -27,16 +27,28 @@ def of_tree(keeper_pid: int) -> Usage | None:
         return None
     while pids:
         pid = pids.pop()
-        try:
-            with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-                # Behind the name, which may hold anything, brackets and blanks too.
-                fields = file.read(4096).rpartition(b")")[2].split()
-        except OSError:
+        fields = _stat(pid)
+        if fields is None:
             continue  # it has ended meanwhile
         ticks += sum(map(int, fields[11:15]))  # its own, and that of reaped children
         memory += int(fields[21]) * _PAGE
         pids += _children(pid)
     return Usage(memory, ticks * _TICK)
+
+
+def began_at(pid: int) -> float | None:
+    """When a process began, in seconds of CLOCK_BOOTTIME, rounded down to a tick."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[19]) * _TICK
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields behind the name, which may hold anything, brackets and blanks too."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return file.read(4096).rpartition(b")")[2].split()
+    except OSError:
+        return None
 
 
 def _children(pid: int) -> list[int]:
