@@ -12,7 +12,7 @@ HEADER = 5
 # host -> launcher
 FORK = b"F"  # bring up one keeper and snippet, now
 FORK_AHEAD = b"A"  # the same, and it may take longer
-KILL = b"K"  # "<keeper pid> <group>": end a keeper that does not answer
+KILL = b"K"  # "<keeper pid>": end a keeper that does not answer
 
 # launcher -> host
 LOADED = b"L"  # the modules to preload are there; or why not, as text
@@ -24,7 +24,7 @@ REFUSED = b"R"  # the system did not give what a keeper or a snippet needs
 
 # keeper -> host
 READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
-END = b"e"  # "<exit code> <forced: 0 or 1> <pid that can't be killed>..."
+END = b"e"  # "<exit code or None> <forced: 0 or 1> <pid that can't be killed>..."
 
 # host -> keeper
 STOP = b"s"  # "<grace period in seconds>"

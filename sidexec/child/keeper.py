@@ -219,12 +219,14 @@ class Keeper:
                 return self._has_tree or not self._strays()
             if pid == 0:
                 return False
-            if pid == self._leader:
+            # A second one of this pid is a stray that was given the number of the first.
+            if pid == self._leader and not self._leader_reaped:
                 self._leader_reaped = True
                 self._exit_code = os.waitstatus_to_exitcode(status)
 
     def _adopted_strays(self) -> set[int]:
-        return (kernel.children() or set()) - {self._leader}
+        found = kernel.children() or set()
+        return found if self._leader_reaped else found - {self._leader}
 
     def _group_strays(self) -> set[int]:
         """The same where orphans go to init: the group, if it has a member left."""

@@ -211,6 +211,7 @@ class Launcher:
                 break
             if pid == 0:
                 break
+            self._bystanders.discard(pid)
             if pid in self._keepers:
                 self._keepers.discard(pid)
                 if status != 0:
