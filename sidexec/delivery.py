@@ -1,6 +1,6 @@
 """Handing an execution's output to `on_output`, in a thread of its own.
 
-Every chunk is handed over, in order. While the callback is far behind, the loop
+Every chunk is handed over, in order, unless it falls far behind during a stop. While the callback is far behind, the loop
 reads no further, and the snippet waits as it would for any slow reader: never once
 it is asked to stop, since its cleanup must not wait for the very callback that stops
 it. The loop's thread puts, this thread takes; neither ever waits for a lock.
@@ -12,6 +12,8 @@ import _thread
 import codecs
 import collections
 import logging
+import signal
+import time
 from collections.abc import Callable
 
 from .output import STREAMS, OutputChunk, Stream
@@ -23,8 +25,8 @@ logger = logging.getLogger(__package__)
 BEHIND = 1024 * 1024
 # As much is kept for it where it can't be waited for; the oldest is let go of.
 MOST = 16 * 1024 * 1024
-# How long, in seconds, a method waits for the callback to be through at the end.
-PATIENCE = 1.0
+# How long, in seconds, a method waits for callbacks to be through at the end.
+WAIT_LIMIT = 1.0
 
 
 class Delivery:
@@ -38,6 +40,9 @@ class Delivery:
         self._is_over = False
         self._over = Bell()
         self._thread: int | None = None
+        self._is_started = False
+        # The caller's: what the callback starts inherits it.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._resume: Callable[[], object] | None = None
 
     # -- from the loop's thread
@@ -62,9 +67,15 @@ class Delivery:
             self._resume = None
         return self._resume is not None
 
+    def start(self) -> None:
+        """Raises `RuntimeError` where there are no threads left."""
+        _thread.start_new_thread(self._run, ())
+        self._is_started = True
+
     def end(self) -> None:
         """Nothing more will be put."""
         self._has_ended = True
+        self._is_over = not self._is_started
         self._changed.ring()
 
     # -- from any thread
@@ -73,14 +84,10 @@ class Delivery:
     def _backlog(self) -> int:
         return self._put - self._taken - self._dropped
 
-    def start(self) -> None:
-        """Raises `RuntimeError` where there are no threads left."""
-        _thread.start_new_thread(self._run, ())
-
-    def wait(self) -> None:
-        """Wait until all of it is handed over, but not for ever, and not for oneself."""
+    def wait(self, until: float) -> None:
+        """Wait until all of it is handed over, but not for oneself, and not for ever."""
         if self._thread != _thread.get_ident():
-            self._over.wait_for(lambda: self._is_over, PATIENCE)
+            self._over.wait_for(lambda: self._is_over, max(0.0, until - time.monotonic()))
 
     # -- its own thread
 
@@ -112,9 +119,14 @@ class Delivery:
 
     def _hand_over(self, stream: Stream, text: str) -> None:
         if text:
+            # Blocked otherwise, as in the loop's thread, from which this one inherits
+            # it: a signal meant for the host must not come where no handler can run.
+            blocked = signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             try:
                 self._call(OutputChunk(stream, text))
             except BaseException:
                 # Whatever it is, it is the callback's own affair: even `SystemExit`
                 # would only end this thread, and the output after it would be lost.
                 logger.exception("on_output of %s raised", self._id)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

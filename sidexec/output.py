@@ -39,6 +39,16 @@ class _Chunk(NamedTuple):
     data: bytes
 
 
+def _inside_character(data: bytes, start: int) -> int:
+    """How many bytes from `start` on are the rest of a character; garbage is no character."""
+    rest = 0
+    while start + rest < len(data) and data[start + rest] & 0xC0 == 0x80:
+        rest += 1
+        if rest > 3:
+            return 0
+    return rest
+
+
 class _Kept:
     """The newest bytes of one stream."""
 
@@ -67,8 +77,7 @@ class Output:
     def _add(self, kept: _Kept, data: bytes) -> None:
         if len(data) > self._limit:
             cut = len(data) - self._limit
-            while cut < len(data) and data[cut] & 0xC0 == 0x80:
-                cut += 1
+            cut += _inside_character(data, cut)
             kept.end += cut
             data = data[cut:]
         chunks = kept.chunks
@@ -92,8 +101,7 @@ class Output:
                 return
             if excess < len(first.data):
                 # Not in the middle of a character, which would come out as garbage.
-                while excess < len(first.data) and first.data[excess] & 0xC0 == 0x80:
-                    excess += 1
+                excess += _inside_character(first.data, excess)
                 rest = first.data[excess:]
                 if rest:
                     chunks[0] = first._replace(offset=first.offset + excess, data=rest)

@@ -65,9 +65,15 @@ class Supervision:
         execution = self.execution
         self._pair = pair
         execution.keeper_pid = pair.keeper_pid
-        execution.is_started = True
+        if execution.delivery is not None:
+            try:
+                execution.delivery.start()
+            except RuntimeError as problem:
+                self.refuse(f"could not start a thread for on_output: {problem}")
+                return
         if execution.timeout is not None:
             self._timeout = self._loop.at(time.monotonic() + execution.timeout, self._time_out)
+        execution.is_started = True
         execution.changed.ring()
         # Last, since the snippet may take this processor as soon as it has its request.
         pair.run(self._request)
@@ -156,6 +162,7 @@ class Supervision:
         self._fault = f"the snippet broke the protocol on its channel: {reason}"
         if self._pair is not None and self._deadline is None:
             self._pair.stop(0.0)
+            self._watch_keeper(time.monotonic() + PATIENCE, self._end_keeper)
 
     def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None:
         self._finish(code, forced, stuck)
@@ -229,6 +236,9 @@ class Supervision:
             result=result,
             stuck=stuck,
         )
+        level = logging.WARNING if stuck else logging.INFO if forced else logging.DEBUG
+        how = "by force" if forced else "by itself" if execution.stop_reason is None else "as asked"
+        self._journal.log(level, "%s is %s, %s", execution.id, status, how)
         if self._launcher is not None:
             self._launcher.release(self, self._pair)
         self._on_end(self)
@@ -236,9 +246,6 @@ class Supervision:
         execution.output.changed.ring()
         if execution.delivery is not None:
             execution.delivery.end()
-        level = logging.WARNING if stuck else logging.INFO if forced else logging.DEBUG
-        how = "by force" if forced else "by itself" if execution.stop_reason is None else "as asked"
-        self._journal.log(level, "%s is %s, %s", execution.id, status, how)
 
     def _judge(self, code: int | None) -> tuple[FinalStatus, str | None, bytes | None]:
         execution = self.execution

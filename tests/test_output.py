@@ -5,7 +5,9 @@ import concurrent.futures
 import hashlib
 import logging
 import os
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -539,3 +541,85 @@ def test_a_descriptor_that_a_stranger_holds_does_not_keep_the_execution(manager)
             finally:
                 for fd in fds:
                     os.close(fd)
+
+
+def test_callbacks_that_hang_are_waited_for_together(make_manager):
+    over = threading.Event()
+    manager = make_manager(grace_period=1)
+    try:
+        ids = []
+        for _ in range(12):
+            started = manager.start_with_code("print(1)", on_output=lambda chunk: over.wait(60))
+            ids.append(started.raise_for_error().data.side_execution_id)
+        eventually(lambda: manager.list_executions("running").data.count == 0)
+        at = time.monotonic()
+        assert manager.wait(ids[0], 0.05).data.status == "completed"
+        assert time.monotonic() - at < 0.9
+        manager.close()
+        assert time.monotonic() - at < 8  # one after the other, they would take twelve
+    finally:
+        over.set()
+
+
+def test_on_output_is_called_also_where_a_handler_has_interrupted_the_start(
+    make_manager, tmp_path
+):
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(signum, frame):
+        raise Interrupt
+
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho > {tmp_path}/up\nsleep 0.2\nexec {sys.executable} \"$@\"\n")
+    python.chmod(0o755)
+    got = []
+    manager = make_manager(grace_period=1, python=python)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        ask = threading.Thread(
+            target=lambda: (
+                eventually(lambda: (tmp_path / "up").exists()),
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1),
+            )
+        )
+        ask.start()
+        with pytest.raises(Interrupt):
+            manager.start_with_code("print('x' * 3_000_000)", on_output=got.append)
+    finally:
+        ask.join()
+        signal.signal(signal.SIGUSR1, before)
+    (summary,) = manager.list_executions().data.executions
+    assert manager.wait(summary.side_execution_id).data.status == "completed"
+    assert "".join(chunk.text for chunk in got) == "x" * 3_000_000 + "\n"
+
+
+def test_the_thread_of_on_output_takes_signals_from_nobody_but_its_callback(make_manager):
+    masks = []
+    threads = []
+
+    def call(chunk):
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        threads.append(threading.get_native_id())
+
+    manager = make_manager()
+    id = manager.start_with_code(
+        "import time\nprint('x')\ntime.sleep(60)", on_output=call
+    ).data.side_execution_id
+    eventually(lambda: threads)
+
+    def is_blocked():
+        with open(f"/proc/self/task/{threads[0]}/status") as file:
+            (line,) = [line for line in file if line.startswith("SigBlk:")]
+        return int(line.split()[1], 16) >> (signal.SIGINT - 1) & 1
+
+    eventually(is_blocked)
+    manager.stop(id)
+    assert set(map(frozenset, masks)) == {frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ()))}
+
+
+def test_bytes_that_are_no_text_are_kept_as_any_others(make_manager):
+    manager = make_manager(max_output=1000)
+    started = manager.start_with_code(r"import os; os.write(1, b'\x80' * 5000)")
+    data = manager.wait(started.data.side_execution_id).data
+    assert (data.output, data.output_dropped) == ("\ufffd" * 1000, 4000)
