@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
+from . import checks
 from .responses import ActionBlock, ListActionBlocksData, ListActionBlocksResponse
 
 MAIN = "__main__.py"
@@ -38,8 +39,8 @@ def why_not_runnable(path: str) -> str | None:
 
 def find(path: str) -> ListActionBlocksResponse:
     """The action blocks below `path`, by path."""
-    root = os.path.abspath(path)
-    if not os.path.isdir(root):
+    root = checks.absolute(path)
+    if not checks.is_directory(root):
         error = f"no such directory: {root!r}; pass one that exists"
         return ListActionBlocksResponse(ListActionBlocksData((), 0, root), False, None, error)
     found = tuple(sorted(_walk(root), key=lambda block: block.path))

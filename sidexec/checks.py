@@ -39,6 +39,19 @@ def path(name: str, value: object) -> str:
     return checked
 
 
+def absolute(path: str) -> str:
+    """`path` itself where the current directory is gone: nothing will be found there."""
+    try:
+        return os.path.abspath(path)
+    except OSError:
+        return path
+
+
+def is_directory(path: str) -> bool:
+    """Of what `absolute` made: a directory that is gone is still its own `.`."""
+    return os.path.isabs(path) and os.path.isdir(path)
+
+
 def seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
@@ -115,5 +128,6 @@ def params(name: str, value: object) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{name} must be JSON: it is nested too deeply") from None
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name} must be JSON: {error}") from None
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be JSON: {error}") from None
     return copy

@@ -27,6 +27,7 @@ from .launching import Launcher
 from .loop import Loop
 from .supervision import Supervision
 
+CLOSED = "this manager is closed: make a new ExecutionManager"
 # What finished executions may hold together, of output and results.
 MAX_REMEMBERED_BYTES = 256 * 1024 * 1024
 
@@ -44,7 +45,7 @@ class Host:
     def __init__(self, settings: Settings, executions: dict[str, Execution]) -> None:
         """Raises `OSError` where the system has no descriptors left."""
         self.journal = Journal()
-        self.loop = Loop(self.journal)
+        self.loop = Loop(self.journal, self._on_loop_end)
         self.is_closing = False
         self._settings = settings
         self._executions = executions
@@ -66,11 +67,11 @@ class Host:
         self._executions[execution.id] = execution
         self._supervisions[execution.id] = supervision
         if self.is_closing:
-            supervision.refuse("the manager is closed: make a new ExecutionManager")
+            supervision.refuse(CLOSED)
             return
         try:
             launcher = self._launcher(environment)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is, who waits for the start has to hear of it
             supervision.refuse(self._explain(error))
             return
         if is_default and launcher is not self._default:
@@ -102,6 +103,12 @@ class Host:
             if not self._launchers:
                 self.journal.close()
                 self.loop.stop()
+
+    def _on_loop_end(self) -> None:
+        """Let go of whoever waits for what can't come any more, if the loop has failed."""
+        for execution in list(self._executions.values()):
+            execution.changed.ring()
+            execution.output.changed.ring()
 
     # -- launchers
 

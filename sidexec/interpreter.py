@@ -62,17 +62,22 @@ class Interpreter:
                 self._exit_code = 0  # the host ignores SIGCHLD, or reaps whatever it finds
         return self._exit_code
 
-    def wait(self, timeout: float) -> int:
-        """Wait for its end, and bring it about when `timeout` seconds are over."""
-        deadline = time.monotonic() + timeout
+    def wait(self, timeout: float) -> int | None:
+        """Wait for its end, and bring it about when `timeout` seconds are over.
+
+        None if the kernel does not let go of it for as long again.
+        """
+        began = time.monotonic()
         interval = FIRST_INTERVAL
+        is_killed = False
         while True:
             code = self.poll()
-            if code is not None:
+            waited = time.monotonic() - began
+            if code is not None or waited >= 2 * timeout:
                 return code
-            if time.monotonic() >= deadline:
+            if waited >= timeout and not is_killed:
                 self.kill()
-                deadline += timeout
+                is_killed = True
             time.sleep(interval)
             interval = min(2 * interval, LAST_INTERVAL)
 

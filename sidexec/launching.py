@@ -7,6 +7,7 @@ them, and for keeping one ready ahead of need. All of it runs in the loop's thre
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import socket
 import time
@@ -54,6 +55,7 @@ class Launcher:
         self._has_ended = False
         self._failure: str | None = None
         self._unsent = b""
+        self._said = b""  # the end of what it has written to its standard error
         self._fds: list[int] = []
         self._pending = 0  # forks asked for that have neither come nor been refused
         self._ahead: Timer | None = None
@@ -93,6 +95,7 @@ class Launcher:
         self._socket.setblocking(False)
         self._limit = self._loop.at(time.monotonic() + BOOT_LIMIT, self._on_boot_limit)
         self._loop.watch(self._socket.fileno(), self._on_socket)
+        self._loop.watch(self._errors, self._on_errors)
         try:
             # A worker that the host forks just now holds the launcher's end of the
             # socket as well, which then never comes to its end of file.
@@ -111,7 +114,8 @@ class Launcher:
             self.is_up = False
             self._limit.cancel()
             if self._is_loaded:
-                self._socket.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # it may have ended meanwhile
+                    self._socket.shutdown(socket.SHUT_WR)
                 self._limit = self._loop.at(time.monotonic() + EXIT_LIMIT, self._on_exit_limit)
                 self._look_for_exit()
             else:
@@ -142,6 +146,17 @@ class Launcher:
             pass
         self._end()
 
+    def _on_errors(self) -> bool:
+        """Read what it says while it comes up, which it would wait for otherwise."""
+        try:
+            data = os.read(self._errors, 65536)
+        except BlockingIOError:
+            return False
+        self._said = (self._said + data)[-2000:]
+        if not data:
+            self._loop.unwatch(self._errors)
+        return bool(data)
+
     def _on_socket(self) -> bool:
         """Handle what the launcher has sent; whether there was anything."""
         if self._unsent:
@@ -157,9 +172,8 @@ class Launcher:
         self._fds += fds
         if len(self._greeting) < payload.GREETING:
             self._greeting += data
-            if len(self._greeting) == payload.GREETING:
-                self._send(payload.pack(self._greeting, self._config))
-                self._fork_what_is_needed()
+            if len(self._greeting) >= payload.GREETING:
+                self._answer_greeting()
         else:
             try:
                 frames = self._inbox.feed(data)
@@ -172,6 +186,16 @@ class Launcher:
         if not data:
             self._end()
         return bool(data)
+
+    def _answer_greeting(self) -> None:
+        try:
+            modules = payload.pack(self._greeting, self._config)
+        except Exception as error:  # such as a package without its source, for another version
+            self._failure = f"could not read this package's own code: {error}"
+            self._process.kill()
+            return
+        self._send(modules)
+        self._fork_what_is_needed()
 
     def _on_frame(self, kind: bytes, text: str) -> None:
         if kind == protocol.LOADED:
@@ -205,7 +229,10 @@ class Launcher:
         if not self._is_loaded:
             self._process.kill_group()  # a script, perhaps, with children of its own
         code = self._process.wait(EXIT_LIMIT)
+        while self._on_errors():
+            pass
         failure = self._failure or self._describe_exit(code)
+        self._loop.unwatch(self._errors)
         os.close(self._errors)
         for fd in self._fds:
             os.close(fd)
@@ -220,17 +247,14 @@ class Launcher:
                 each.on_launcher_gone(failure)
         self._on_gone(self)
 
-    def _describe_exit(self, code: int) -> str:
-        how = describe_exit(code)
+    def _describe_exit(self, code: int | None) -> str:
+        how = "the kernel does not let go of it" if code is None else describe_exit(code)
         if self._is_loaded:
             return f"the launcher (pid {self._process.pid}) of this execution is gone: {how}"
-        try:
-            said = os.read(self._errors, 65536).decode("utf-8", "replace").strip()
-        except OSError:
-            said = ""
+        said = self._said.decode("utf-8", "replace").strip()
         return (
             f"the interpreter {self._python!r} did not start ({how}); it must be a"
-            f" Python 3.9 or newer{': ' if said else ''}{said[-2000:]}"
+            f" Python 3.9 or newer{': ' if said else ''}{said}"
         )
 
     def _send(self, data: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import collections
+import contextlib
 import heapq
 import itertools
 import logging
@@ -47,9 +48,10 @@ class Timer:
 
 
 class Loop:
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, on_end: Call) -> None:
         """Raises `OSError` where the system has no descriptors left."""
         self._journal = journal
+        self._on_end = on_end
         self._selector = selectors.DefaultSelector()
         try:
             self._wake, self._wake_end = socket.socketpair()
@@ -132,13 +134,17 @@ class Loop:
         own_fault = {getattr(signal, name) for name in _OWN_FAULT}
         # A signal meant for the host must not come here, where no handler can run.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own_fault)
-        while not self._stopping:
-            for key, _ in self._selector.select(self._timeout()):
-                if not self._make(key.data):
-                    self.unwatch(key.fd)  # or it would fail again and again
-            self._run_posted()
-            self._run_timers()
-        self._close()
+        try:
+            while not self._stopping:
+                for key, _ in self._selector.select(self._timeout()):
+                    if not self._make(key.data):
+                        self.unwatch(key.fd)  # or it would fail again and again
+                self._run_posted()
+                self._run_timers()
+        except Exception:  # such as of descriptors that somebody else has closed
+            self._report_fault()
+        finally:
+            self._close()
 
     def _claim(self) -> bool:
         """Whether the loop is the caller's to run: true once."""
@@ -151,11 +157,12 @@ class Loop:
     def _close(self) -> None:
         self.ended = True  # before the last look, so that no post can fall in between
         self._run_posted()
-        self._selector.close()
-        self._wake_end.close()
-        self._wake.close()
+        for each in (self._selector, self._wake_end, self._wake):
+            with contextlib.suppress(OSError):
+                each.close()
         self.is_closed = True
         self.ending.ring()
+        self._make(self._on_end)
 
     def _make(self, call: Call) -> bool:
         try:
@@ -163,8 +170,11 @@ class Loop:
             return True
         except Exception:
             # A fault of ours: whatever it was about, the other executions go on.
-            self._journal.log(logging.ERROR, "internal error\n%s", traceback.format_exc())
+            self._report_fault()
             return False
+
+    def _report_fault(self) -> None:
+        self._journal.log(logging.ERROR, "internal error\n%s", traceback.format_exc())
 
     def _on_wake(self) -> None:
         try:

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 from . import blocks, checks, procfs, protocol
-from .delivery import Delivery
+from .delivery import WAIT_LIMIT, Delivery
 from .execution import Execution, Sample, parse_result
-from .host import Host, Settings
 from .output import Output, OutputChunk, Stream
 from .responses import (
     ExecutionSummary,
@@ -39,6 +38,9 @@ from .responses import (
     StopData,
     StopSideExecutionResponse,
 )
+
+if os.name == "posix":  # elsewhere the constructor says so, not an import
+    from .host import CLOSED, Host, Settings
 
 logger = logging.getLogger(__package__)
 
@@ -142,15 +144,18 @@ class ExecutionManager:
         limits: Limits | None = None,
     ) -> None:
         if os.name != "posix":
-            raise NotImplementedError("only POSIX systems have what stopping a process tree takes")
-        self._cwd = None if cwd is None else os.path.abspath(checks.path("cwd", cwd))
+            raise NotImplementedError(
+                "sidexec needs a POSIX system, such as Linux: others lack what it takes to"
+                " stop a process with all that it has started"
+            )
+        self._cwd = None if cwd is None else checks.absolute(checks.path("cwd", cwd))
         self._environment = checks.environment("env", env)
         self._default_timeout = checks.seconds_or_none("default_timeout", default_timeout)
         self._grace = checks.seconds("grace_period", grace_period)
         self._max_output = checks.count("max_output", max_output, 1)
         self._limits = _check_limits(limits) or Limits()
         self._settings = Settings(
-            python=checks.path("python", python),
+            python=_interpreter(checks.path("python", python)),
             cwd=self._cwd,
             preload=checks.names("preload", preload),
             grace=self._grace,
@@ -247,7 +252,7 @@ class ExecutionManager:
         if timeout is not DEFAULT:
             seconds = checks.seconds_or_none("timeout", timeout)
         thread = None if thread_id is None else checks.text("thread_id", thread_id)
-        directory = self._cwd if cwd is None else os.path.abspath(checks.path("cwd", cwd))
+        directory = self._cwd if cwd is None else checks.absolute(checks.path("cwd", cwd))
         environment = checks.environment("env", env)
         bounds = _check_limits(limits) or self._limits
         if on_output is not None and not callable(on_output):
@@ -277,7 +282,7 @@ class ExecutionManager:
             return answer(None, f"could not start the manager's thread: {problem}")
         if self._is_closed:
             self.close()  # a call of it has come in between, and found no host yet
-            return answer(None, _CLOSED)
+            return answer(None, CLOSED)
         execution = Execution(
             os.urandom(16).hex(),
             Output(self._max_output, self._texts),
@@ -289,7 +294,7 @@ class ExecutionManager:
             execution.delivery = Delivery(execution.id, on_output)
         request = {
             "code": source,
-            "block": None if block is None else os.path.abspath(block),
+            "block": None if block is None else checks.absolute(block),
             "params": copied,
             "cwd": directory or _current_directory(),
             "limits": bounds._to_request(),
@@ -299,7 +304,7 @@ class ExecutionManager:
         if environment is None:
             environment = self._environment
         if environment is None:
-            environment = dict(os.environ)
+            environment = _current_environment()
         host.journal.level = logger.getEffectiveLevel()
         # The loop makes it known before it sends it: whatever a signal handler raises
         # in here, there is either nothing to lose or an execution that can be listed.
@@ -308,24 +313,17 @@ class ExecutionManager:
             lambda: execution.is_started or execution.end is not None or host.loop.ended
         )
         if not execution.is_started and execution.stop_reason is None:
-            return answer(None, execution.refused or _CLOSED)
-        if execution.delivery is not None:
-            try:
-                execution.delivery.start()
-            except RuntimeError as problem:
-                execution.delivery = None
-                self._stop([execution.id], 0.0)
-                return answer(None, f"could not start a thread for on_output: {problem}")
+            return answer(None, execution.refused or CLOSED)
         logger.debug("%s is started", execution.id)
         return answer(execution, None)
 
     def _why_not(self, cwd: str | None, block: str | None) -> str | None:
         """What can be seen to be wrong before anything is started."""
         if self._is_closed:
-            return _CLOSED
+            return CLOSED
         if self._is_foreign():
             return self._foreign()
-        if cwd is not None and not os.path.isdir(cwd):
+        if cwd is not None and not checks.is_directory(cwd):
             return f"no such directory: {cwd!r}; cwd must be one that exists"
         if block is not None:
             return blocks.why_not_runnable(block)
@@ -406,7 +404,10 @@ class ExecutionManager:
         limit = checks.seconds_or_none("timeout", timeout)
         execution = self._executions.get(id)
         if execution is not None:
-            self._wait_for_end(execution, limit)
+            began = time.monotonic()
+            if execution.changed.wait_for(self._is_over(execution), limit):
+                left = math.inf if limit is None else limit - (time.monotonic() - began)
+                self._wait_for_callbacks([execution], min(WAIT_LIMIT, left))
         # Of the one that was waited for, which may be forgotten already.
         return self._status_response(id, execution)
 
@@ -484,9 +485,7 @@ class ExecutionManager:
         host.loop.close_unstarted()
         host.loop.post(lambda: host.close(seconds))
         host.loop.ending.wait_for(lambda: host.loop.is_closed)
-        for execution in list(self._executions.values()):
-            if execution.delivery is not None:
-                execution.delivery.wait()
+        self._wait_for_callbacks(list(self._executions.values()))
 
     def _grace_of(self, grace: float | None, force: bool) -> float:
         own = self._grace if grace is None else checks.seconds("grace", grace)
@@ -501,7 +500,8 @@ class ExecutionManager:
                 host.loop.post(functools.partial(host.stop, id, "requested", grace, caller))
         for execution in executions.values():
             if execution is not None:
-                self._wait_for_end(execution, None)
+                execution.changed.wait_for(self._is_over(execution))
+        self._wait_for_callbacks([each for each in executions.values() if each is not None])
         return [self._stop_response(id, executions[id], caller) for id in ids]
 
     def _stop_response(
@@ -515,7 +515,7 @@ class ExecutionManager:
         status = execution.status
         error = None
         if end is None:
-            error = self._foreign() if self._is_foreign() else "the interpreter is shutting down"
+            error = self._foreign() if self._is_foreign() else _LOST
         elif end.stuck:
             error = end.error
         elif status != "stopped":
@@ -555,10 +555,14 @@ class ExecutionManager:
         process = self._process
         return lambda: execution.end is not None or loop.ended or os.getpid() != process
 
-    def _wait_for_end(self, execution: Execution, timeout: float | None) -> None:
-        if execution.changed.wait_for(self._is_over(execution), timeout):
+    def _wait_for_callbacks(
+        self, executions: list[Execution], timeout: float = WAIT_LIMIT
+    ) -> None:
+        """Let `on_output` come to an end for all of them, `timeout` seconds at most."""
+        until = time.monotonic() + timeout
+        for execution in executions:
             if execution.delivery is not None:
-                execution.delivery.wait()
+                execution.delivery.wait(until)
 
     def _usage(self, execution: Execution) -> tuple[int | None, float | None]:
         """Memory in bytes and processor time in percent, read anew when they are old."""
@@ -577,7 +581,10 @@ class ExecutionManager:
         return used.memory, percent
 
 
-_CLOSED = "this manager is closed: make a new ExecutionManager"
+_LOST = (
+    "this manager's thread is gone, as the interpreter is shutting down or its descriptors"
+    " were closed: make a new ExecutionManager"
+)
 
 
 def _unknown(id: str) -> str:
@@ -587,10 +594,23 @@ def _unknown(id: str) -> str:
     )
 
 
+def _interpreter(python: str) -> str:
+    """An absolute path, unless it is a bare name, to be looked up on PATH."""
+    return checks.absolute(python) if os.sep in python else python
+
+
 def _check_limits(limits: object) -> Limits | None:
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
     return limits
+
+
+def _current_environment() -> dict[str, str]:
+    while True:
+        try:
+            return dict(os.environ)
+        except (KeyError, RuntimeError):
+            pass  # another thread has just changed it
 
 
 def _current_directory() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import sys
 import termios
 import time
 from typing import Protocol
@@ -221,7 +222,7 @@ class Pair:
             return 0
         count = bytearray(4)
         fcntl.ioctl(fd, termios.FIONREAD, count)
-        return int.from_bytes(count, "little")
+        return int.from_bytes(count, sys.byteorder)
 
     # -- descriptors
 

@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-_TICK = 1 / os.sysconf("SC_CLK_TCK")
-
 
 class Usage(NamedTuple):
     memory: int  # resident, in bytes
@@ -31,15 +28,19 @@ def usage_of_tree(keeper_pid: int) -> Usage | None:
         if fields is None:
             continue  # it has ended meanwhile
         ticks += sum(map(int, fields[11:15]))  # its own, and that of reaped children
-        memory += int(fields[21]) * _PAGE
+        memory += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         pids += _children(pid)
-    return Usage(memory, ticks * _TICK)
+    return Usage(memory, ticks * _tick())
 
 
 def began_at(pid: int) -> float | None:
     """When a process began, in seconds of CLOCK_BOOTTIME, rounded down to a tick."""
     fields = _stat(pid)
-    return None if fields is None else int(fields[19]) * _TICK
+    return None if fields is None else int(fields[19]) * _tick()
+
+
+def _tick() -> float:
+    return 1 / os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: int) -> list[bytes] | None:

@@ -5,16 +5,20 @@ import contextlib
 import enum
 import errno
 import glob
+import importlib.util
 import os
 import pathlib
 import resource
+import subprocess
 import sys
 
 import pytest
 from conftest import children, descriptors, eventually, is_alive, nothing_left, tree
 
 import sidexec.launching
-from sidexec import ExecutionManager, Limits
+from sidexec import ExecutionManager, Limits, payload
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 NAN = float("nan")
 HUGE = 10**400
@@ -623,3 +627,108 @@ def test_a_partial_result_that_is_no_json_is_not_believed(manager, start):
     )
     assert manager.get_status(id).data.result is None
     assert manager.stop(id).data.result is None
+
+
+# -- what nobody expects
+
+
+def test_code_of_ours_that_can_not_be_read_is_an_answer(make_manager, monkeypatch):
+    def fail(as_source=False):
+        raise ImportError("the archive has been replaced")
+
+    manager = make_manager()
+    with monkeypatch.context() as patch:
+        patch.setattr(payload, "load", fail)
+        error = leaves_nothing(lambda: manager.start_with_code("pass"))
+    assert "the archive has been replaced" in error
+    assert manager.start_with_code("pass").success
+
+
+def test_code_of_ours_without_its_source_for_another_version_is_an_answer(
+    make_manager, monkeypatch
+):
+    load = payload.load
+
+    def fail(as_source=False):
+        if as_source:
+            raise OSError("there is no source")
+        return load()
+
+    manager = make_manager()
+    monkeypatch.setattr(payload, "load", fail)
+    monkeypatch.setattr(importlib.util, "MAGIC_NUMBER", b"\0\0\0\0")
+    error = leaves_nothing(lambda: manager.start_with_code("pass"))
+    assert "there is no source" in error
+
+
+def test_an_environment_that_changes_while_it_is_copied(make_manager, monkeypatch):
+    class Changing(dict):
+        fails = 2
+
+        def keys(self):
+            if self.fails:
+                self.fails -= 1
+                raise KeyError("gone")
+            return super().keys()
+
+        def __iter__(self):
+            return iter(self.keys())
+
+    manager = make_manager()
+    monkeypatch.setattr(os, "environ", Changing(os.environ))
+    started = manager.start_with_code("return 1").raise_for_error()
+    assert manager.wait(started.data.side_execution_id).data.result == 1
+
+
+def test_an_interpreter_is_found_from_where_the_manager_was_made(
+    make_manager, monkeypatch, tmp_path
+):
+    (tmp_path / "interpreter").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    manager = make_manager(python="./interpreter")
+    monkeypatch.chdir("/")
+    started = manager.start_with_code("return 1").raise_for_error()
+    assert manager.wait(started.data.side_execution_id).data.result == 1
+
+
+def test_a_relative_path_in_a_directory_that_is_gone_is_an_answer(
+    make_manager, monkeypatch, tmp_path
+):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    manager = make_manager()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "no such directory" in manager.list_action_blocks().error
+    assert "no such directory" in manager.start_with_code("pass", cwd="here").error
+    assert "no such action block" in manager.start_with_action_block("block.py").error
+    other = make_manager(cwd="here")
+    assert "no such directory" in other.start_with_code("pass").error
+    assert manager.start_with_code("pass").success
+
+
+def test_params_whose_own_code_fails_name_the_argument(manager):
+    class Failing(dict):
+        def items(self):
+            return b"\xff".decode()
+
+    with pytest.raises(ValueError, match="params must be JSON"):
+        manager.start_with_code("pass", Failing(a=1))
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "termios", "_posixsubprocess"])
+def test_where_there_is_no_posix_the_constructor_says_so(missing):
+    code = """
+import os, sys
+sys.modules[sys.argv[1]] = None
+os.name = "nt"
+import sidexec
+try:
+    sidexec.ExecutionManager()
+except NotImplementedError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, missing], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "POSIX" in done.stdout, done.stderr

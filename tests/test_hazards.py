@@ -25,6 +25,7 @@ import programs
 import sidexec
 from conftest import children, eventually
 from programs import Bystander, Trace
+from sidexec import supervision
 
 HANG = 30.0
 ASKED = 128 + signal.SIGTERM
@@ -459,6 +460,48 @@ def test_nor_is_it_when_keeper_and_launcher_are_killed(make_manager, tmp_path):
     raise AssertionError("the pid was always taken")
 
 
+@needs_pids
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_stray_that_gets_the_pid_of_the_leader_is_a_stray_like_any_other(
+    make_manager, trace, ends
+):
+    manager = make_manager(grace_period=1.0)
+    code = programs.PRELUDE + f"""
+leader = os.getpid()
+def body():
+    quiet()
+    deaf()
+    while True:
+        try: os.kill(leader, 0)
+        except ProcessLookupError: break
+        time.sleep(0.0005)
+    for _ in range(200):
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write(str(leader - 1))
+        pid = os.fork()
+        if pid == 0:
+            if os.getpid() == leader:
+                os.setsid()
+                note("descendant")
+                if {ends}: time.sleep(0.05); os._exit(7)
+                time.sleep(60)
+            os._exit(0)
+        if pid == leader: os._exit(0)
+        os.waitpid(pid, 0)
+    os._exit(0)
+daemon(body)
+os._exit(0)
+"""
+    for _ in range(5):
+        started = manager.start_with_code(code, trace.params).raise_for_error()
+        answer = manager.wait(started.data.side_execution_id, HANG)
+        assert (answer.data.status, answer.data.exit_code) == ("completed", 0)
+        assert trace.left() == set()
+        if trace.noted("descendant"):
+            return
+    raise AssertionError("the pid was always taken")
+
+
 # -- the host
 
 
@@ -787,3 +830,40 @@ atexit.register(lambda: os.write(1, b"left "))
     for _ in range(2):
         started = manager.start_with_code(code).raise_for_error()
         assert manager.wait(started.data.side_execution_id).data.output == "left "
+
+
+# -- what must not bring the host's thread down
+
+
+def test_a_host_that_closes_all_descriptors_is_not_held_up():
+    """Those of the manager, too: its calls return, whatever they can still say."""
+    code = """
+import os, sidexec
+manager = sidexec.ExecutionManager(grace_period=1)
+id = manager.start_with_code("import time; time.sleep(60)").data.side_execution_id
+os.closerange(3, 200)
+response = manager.stop(id)
+assert not response.success and response.error, response
+assert not manager.start_with_code("pass").success
+os._exit(0)
+"""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
+    env = {**os.environ, "PYTHONPATH": package}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=HANG).returncode == 0
+
+
+def test_a_snippet_that_stops_its_keeper_and_breaks_the_protocol_is_ended(
+    make_manager, monkeypatch
+):
+    monkeypatch.setattr(supervision, "PATIENCE", 0.5)
+    manager = make_manager(grace_period=0.5, default_timeout=None)
+    started = manager.start_with_code("""
+import os, signal, time
+os.kill(os.getppid(), signal.SIGSTOP)
+for fd in range(3, 20):
+    try: os.write(fd, b"garbage!!!!")
+    except OSError: pass
+time.sleep(100)
+""")
+    data = manager.wait(started.data.side_execution_id, HANG).data
+    assert data.status == "failed"

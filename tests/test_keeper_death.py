@@ -397,3 +397,17 @@ def test_close_does_not_wait_for_what_cannot_be_killed(trace):
         assert status.success is False and str(held.pid) in status.error
         freeze.thaw()
         eventually(lambda: not held.is_alive)
+
+
+@needs_freezer
+@pytest.mark.slow
+def test_close_does_not_wait_for_a_launcher_that_cannot_be_killed(launcher_of, manager):
+    check_that_it_goes_on(manager)
+    launcher = launcher_of()
+    with freezer() as freeze:
+        freeze(launcher.pid)
+        began = time.monotonic()
+        manager.close()
+        assert time.monotonic() - began < 25
+        freeze.thaw()
+        os.waitpid(launcher.pid, 0)  # nobody waits for it any more
