@@ -21,8 +21,11 @@ _ROOT = "<side>"
 _MODULES = (
     "protocol",
     "child.kernel",
+    "child.library",
     "child.source",
     "child.streams",
+    "child.asking",
+    "child.leaving",
     "child.snippet",
     "child.keeper",
     "child.launcher",
@@ -53,7 +56,7 @@ for n,k,s in l:
  m.__package__=n if k else n.rpartition(".")[0]
  if k:m.__path__=[]
  m.__builtins__=b
- exec(s,m.__dict__)
+ exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
 m.main(c,p)
 """

@@ -4,7 +4,7 @@ A frame is one byte for its kind, four for the length of its payload, most
 significant first, and the payload. This module packs frames and takes byte
 streams apart again, with a bound on each kind's length, since one of the peers
 is never trusted. It never reads or writes a descriptor, and imports nothing:
-both sides run it.
+both sides run it. How deep a result may be is judged here as well, as both do that.
 """
 
 HEADER = 5

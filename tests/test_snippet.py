@@ -4,6 +4,7 @@ Most tests run the same code twice, here and in an interpreter of its own.
 """
 
 import functools
+import glob
 import os
 import re
 import subprocess
@@ -70,6 +71,13 @@ def plain_file(code, name="<snippet>"):
             timeout=60,
         )
     return done.returncode, done.stdout.replace(path, name), done.stderr.replace(path, name)
+
+
+INTERPRETERS = [
+    path
+    for path in sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python")))
+    if int(path.split("versions/3.")[1].split(".")[0]) >= 9
+]
 
 
 def completed(data):
@@ -1410,3 +1418,116 @@ def test_nothing_is_lost_by_os_exit_or_a_kill(run):
 def test_carriage_returns_and_bytes_come_through(run):
     data = completed(run("import os\nos.write(1, b'a\\r\\nb\\rc\\x00d\\xff\\n')"))
     assert data.output == "a\r\nb\rc\0d\ufffd\n"
+
+
+# -- code that takes away what the library needs
+
+
+def test_modules_that_are_thrown_away_are_not_missed(run):
+    assert completed(run("import sys\nprint('end')\nsys.modules.clear()")).output == "end\n"
+    limits = sidexec.Limits(open_files=64)
+    code = "import sys\nsys.modules.pop('resource', None)\nsys.modules['resource'] = 5"
+    assert completed(run(code, limits=limits)).error_output == ""
+
+
+# Since 3.13, a plain interpreter, too, has `linecache` loaded when it begins.
+@pytest.mark.parametrize(
+    "name", ["json", "opcode", "traceback", *(["linecache"] if NEW < (3, 13) else [])]
+)
+def test_a_block_may_have_modules_named_like_those_of_the_library(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("MINE = 1\n")
+    (tmp_path / "__main__.py").write_text(
+        f"import {name}\nprint({name}.MINE, flush=True)\n"
+        "if params['fail']: 1 / 0\n"
+        f"import {name}\nreturn {{'mine': {name}.MINE}}\n"
+    )
+    for fail in (False, True):
+        # The first execution: later ones find the library's, which are loaded already.
+        with sidexec.ExecutionManager(env=ENVIRONMENT) as manager:
+            started = manager.start_with_action_block(tmp_path, {"fail": fail})
+            data = manager.wait(started.data.side_execution_id).data
+            assert data.output == "1\n"
+            assert (data.result == {"mine": 1}) is not fail, data
+            if fail:
+                assert data.error.startswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_busy_loop_is_asked_whatever_is_named_opcode(tmp_path, first):
+    (tmp_path / "opcode.py").write_text("ADD = 1\n")
+    (tmp_path / "__main__.py").write_text(
+        "try:\n    print('ready', flush=True)\n    while True: pass\n"
+        "except Exception as error: print('wrong', error)\n"
+        "finally: print('clean')\n"
+    )
+    with sidexec.ExecutionManager(env=ENVIRONMENT) as manager:
+        if not first:
+            manager.wait(manager.start_with_code("pass").data.side_execution_id)
+        id = manager.start_with_action_block(tmp_path).data.side_execution_id
+        eventually(lambda: manager.get_status(id).data.output == "ready\n")
+        data = manager.stop(id).data
+        assert (data.output, data.error_output, data.forced) == ("ready\nclean\n", "", False)
+
+
+@pytest.mark.parametrize("line", [1, 99, 0, -5, None])
+def test_a_syntax_error_of_the_snippets_own_making(run, line):
+    data = run(f"raise SyntaxError('bad', ('<snippet>', {line}, 1, None))")
+    assert data.status == "failed"
+    assert data.error.startswith("SyntaxError: bad")
+    assert "sidexec" not in data.error_output and "IndexError" not in data.error_output
+
+
+def test_a_hook_for_errors_that_fails_hides_no_error(run):
+    code = "import sys\ndef hook(*args): raise ValueError('hook')\nsys.excepthook = hook\n1 / 0"
+    data = run(code)
+    done = plain(code)
+    assert data.error.startswith("ZeroDivisionError: division by zero\n")
+    assert data.error_output.replace('"<snippet>"', '"<string>"').count("<string>") == 2
+    told = [line for line in data.error_output.splitlines() if line and line[0] != " "]
+    assert told == [line for line in done.stderr.splitlines() if line and line[0] != " "]
+
+
+@pytest.mark.parametrize("code", ["import os\nos.close(1)\nprint('x')", "report_progress('x')"])
+def test_an_error_shows_no_code_but_the_users(run, code):
+    data = run(code)
+    assert data.status == "failed"
+    files = set(re.findall('File "(.*?)"', data.error + data.error_output))
+    assert files == {"<snippet>"}
+
+
+def test_code_of_the_users_that_is_named_string_is_shown_by_any_version():
+    others = [python for python in INTERPRETERS if python != os.path.realpath(sys.executable)]
+    for python in others[:2] or [sys.executable]:
+        with sidexec.ExecutionManager(python=python) as manager:
+            started = manager.start_with_code("exec('def f(): 1 / 0')\nf()")
+            data = manager.wait(started.data.side_execution_id).data
+            assert 'File "<string>", line 1, in f' in data.error
+
+
+def test_large_params_take_no_longer_than_their_size_says(run):
+    data = run("return len(params['text'])", {"text": "x" * 40_000_000})
+    assert data.result == 40_000_000
+
+
+def test_an_ask_that_comes_while_a_report_fails_is_not_lost(manager):
+    """The channel is closed: what was held back is raised all the same."""
+    code = """
+import os, signal
+write = os.write
+def slow(fd, data):
+    if fd > 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise BrokenPipeError
+    return write(fd, data)
+os.write = slow
+try:
+    try: report_progress(5)
+    except OSError: print("not asked")
+    while True: pass
+finally:
+    print("clean")
+"""
+    id = manager.start_with_code(code).raise_for_error().data.side_execution_id
+    eventually(lambda: manager.get_status(id).data.output)
+    data = manager.stop(id).data
+    assert data.output == "clean\n"

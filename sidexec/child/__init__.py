@@ -1,24 +1,32 @@
 """The other side: what runs in the launcher, the keepers and the snippets.
 
-The host never imports this package. It sends the modules' code over a socket to an
-interpreter that it has started, which runs them under the same names and then
+The host never imports this package. It starts an interpreter with a few lines of code
+(`payload.BOOT`), which runs the modules that it is sent under the same names and then
 takes them out of `sys.modules`, so that the user's code finds no package of ours.
 
-    host ── FORK ─────▶ launcher        one per manager and environment
-    host ◀─ PAIR ────── launcher        a keeper and a snippet, by four descriptors:
-    host ── STOP ─────▶ keeper            control   (socket, keeper)
-    host ◀─ READY, END ─ keeper           channel   (socket, snippet)
-    host ── RUN ──────▶ snippet           output and error output (pipes, snippet)
-    host ◀─ PROGRESS, RESULT, ERROR ─ snippet
+    interpreter ── its version ─────────────────▶ host       over the launcher's socket
+    interpreter ◀─ these modules ─────────────── host
+    launcher ── LOADED ────────────────────────▶ host        it is up, or why it is not
+    launcher ◀─ FORK, FORK_AHEAD, KILL ───────── host
+    launcher ── PAIR, REFUSED, LOST ───────────▶ host
+    keeper ◀─ STOP ───────────────────────────── host        over the control socket
+    keeper ── READY, REFUSED, END ─────────────▶ host
+    snippet ◀─ RUN ───────────────────────────── host        over the channel, a socket
+    snippet ── PROGRESS, RESULT, ERROR ────────▶ host
+    snippet ── what it prints ─────────────────▶ host        over two pipes
 
-`protocol` says what stands in each frame. An execution, in order:
+There is one launcher for each manager and environment. PAIR carries the host's ends of
+the control socket, the channel and the pipes, so that nothing of an execution passes
+through the launcher. `protocol` says what stands in each frame. An execution, in order:
 
-1. FORK: the launcher forks a keeper, which forks a snippet and says READY. This
-   happens ahead of need, so the pair is most often there.
-2. RUN goes straight to the waiting snippet, which runs the code.
+1. FORK: the launcher forks a keeper and says PAIR; the keeper forks a snippet and says
+   READY. FORK_AHEAD is the same ahead of need, so that a pair is most often there; the
+   snippet then also rehearses. REFUSED says what the system did not give.
+2. RUN goes straight to the snippet, which takes it as soon as it waits for it.
 3. PROGRESS and RESULT come as the code reports them, and RESULT or ERROR at its end.
-4. STOP, the end of the control socket, of the launcher or of the host make the
-   keeper ask the snippet, and kill it when the grace period is over.
-5. When nothing of the tree is left, the keeper says END, with the exit code.
-   If the keeper is killed, the launcher sweeps the tree and says LOST.
+4. STOP makes the keeper ask the snippet, by SIGTERM, and kill it when the grace period
+   is over. So do the end of the control socket, of the launcher and of the host.
+5. When nothing of the tree is left, the keeper says END, with the exit code. Where a
+   keeper was killed, by KILL or by anybody, the launcher sweeps the tree and says LOST.
+6. The end of its socket, or of the host, ends the launcher once its keepers have ended.
 """

@@ -1,0 +1,279 @@
+"""The ask: how a snippet that is to stop hears of it, as one exception in its main thread.
+
+SIGTERM brings it. Responsible for where it is raised, so that the `finally` blocks of
+plain code, of every asyncio task and of exit handlers run, and that it is neither lost
+nor raised twice. It never ends the process by itself while user code runs, and never
+sends anything.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # `signal` costs 5 ms, for its enums
+import _thread
+import os
+import sys
+
+from .library import Library
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Any, NoReturn
+
+ASKED_EXIT_CODE = 128 + _signal.SIGTERM
+
+# What the ask does depends on how far the snippet is.
+WAITING = 0  # for its code: it leaves at once
+RUNNING = 1  # the user's code, exit handlers and joined threads included: it raises
+SETTLING = 2  # our own code, on the way out anyway: nothing
+
+
+class StopRequested(SystemExit):
+    """Raised once in the main thread of a snippet that is asked to stop.
+
+    A `SystemExit`, since asyncio swallows every other exception raised in a
+    callback, and since code that cleans up on its way out knows it already.
+    """
+
+
+class Ask:
+    def __init__(self, library: Library) -> None:
+        self.phase = WAITING
+        self.has_come = False
+        self._library = library
+        self._is_held = False
+        self._is_deferred = False
+        self._is_scheduled = False
+        self._undo_trace: Callable[[], None] | None = None
+        hooks = (Ask._before_fork, Ask._after_fork_in_parent)
+        self._hooks = frozenset(hook.__code__ for hook in hooks)
+        self._fork_masks: dict[int, set[int]] = {}
+
+    def listen(self) -> None:
+        _signal.signal(_signal.SIGTERM, self._on_ask)
+        _signal.signal(_signal.SIGURG, self._on_nudge)
+        # Blocked since before the fork: a SIGTERM in between would have killed the
+        # snippet without its cleanup.
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork_in_parent,
+            after_in_child=self._after_fork_in_child,
+        )
+
+    def hold(self) -> None:
+        """Raise nothing until `resume`: an exception would cut a frame in two."""
+        self._is_held = True
+
+    def resume(self) -> None:
+        self._is_held = False
+        if self._is_deferred and self.phase == RUNNING:
+            self._is_deferred = False
+            self._raise()
+
+    def _on_ask(self, signum: int, frame: FrameType | None) -> None:
+        if self.has_come:
+            return  # a second one would abort the cleanup
+        self.has_come = True
+        if self.phase == WAITING:
+            os._exit(ASKED_EXIT_CODE)
+        report = sys.unraisablehook
+
+        def raise_again(unraisable: Any) -> None:
+            # A finalizer or an exit handler that it was raised in has ended by it.
+            if unraisable.exc_type is not StopRequested:
+                report(unraisable)
+            elif self.phase == RUNNING:
+                self._interrupt(sys._getframe(1), at_once=False)
+
+        sys.unraisablehook = raise_again
+        if self._is_held:
+            self._is_deferred = True
+        elif self.phase == RUNNING:
+            self._interrupt(frame)
+
+    def _interrupt(self, frame: FrameType | None, *, at_once: bool = True) -> None:
+        """Raise the exception, where it does what the code around it expects."""
+        events = sys.modules.get("asyncio.events")
+        if events is not None:
+            maker = _maker_of_a_loop(frame)
+            if maker is not None:
+                self._raise_at_next_opcode(maker)  # half a loop could not be closed
+                return
+            running = events._get_running_loop()
+            loop = running or _loop_about_to_run(frame)
+            if loop is not None:
+                self._prepare_loop(loop)
+            caller = frame
+            while caller is not None and caller.f_globals.get("__name__") == "selectors":
+                caller = caller.f_back  # the loop's, or the code's own
+            outside = _first_outside_asyncio(caller)
+            if loop is not None and (running is None or outside is not caller):
+                # Raised there, the exception could take the wakeup of a task with it,
+                # and that task's cleanup would never run. So: by the loop itself, or
+                # where the code that has called asyncio goes on, whichever comes first.
+                self._is_scheduled = True
+                loop.call_soon_threadsafe(self._raise_if_scheduled)
+                if running is not None and outside is not None:
+                    self._raise_at_next_opcode(outside)
+                return
+        if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
+            self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
+        elif frame is not None and (
+            not at_once or frame.f_code.co_code[frame.f_lasti] in self._backward_jumps()
+        ):
+            self._raise_at_next_opcode(frame)
+        else:
+            self._raise()  # at once, or what blocks would only be resumed
+
+    def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
+        """The keeper's, that interrupts a call which began too late to hear the ask."""
+        if self._is_scheduled and self.phase == RUNNING:
+            # The loop has not come to it: a task holds it up, and may do so for ever.
+            self._disarm()
+            self._interrupt(frame)
+
+    def _raise_if_scheduled(self) -> None:
+        if self._is_scheduled:
+            self._disarm()
+            self._raise()
+
+    def _prepare_loop(self, loop: Any) -> None:
+        """Let the cleanup of every task come to its end, whichever of them was asked.
+
+        The task in which the exception is raised ends with it, and passes it on to who
+        waits for that task: out of the loop again, in the middle of the others' cleanup.
+        """
+        call_handler = loop.call_exception_handler
+        expected = (StopRequested, sys.modules["asyncio.exceptions"].CancelledError)
+
+        def call_exception_handler(context: dict[str, Any]) -> None:
+            if not isinstance(context.get("exception"), expected):
+                call_handler(context)
+
+        def cancel_all_tasks(loop: Any) -> None:
+            tasks = sys.modules["asyncio"].all_tasks(loop)
+            left = set(tasks)
+
+            def on_done(task: Any) -> None:
+                left.discard(task)
+                if not left:
+                    loop.stop()
+
+            for task in tasks:
+                task.cancel()
+                task.add_done_callback(on_done)
+            while left:
+                try:
+                    loop.run_forever()
+                except SystemExit:
+                    pass  # passed on by a task, as said
+            for task in tasks:
+                if not task.cancelled() and task.exception() is not None:
+                    message = "unhandled exception during the stop"
+                    context = {"message": message, "exception": task.exception(), "task": task}
+                    loop.call_exception_handler(context)
+
+        try:
+            loop.call_exception_handler = call_exception_handler
+        except AttributeError:
+            pass  # a loop that is no Python object
+        runners = sys.modules.get("asyncio.runners")
+        if hasattr(runners, "_cancel_all_tasks"):
+            runners._cancel_all_tasks = cancel_all_tasks  # type: ignore[union-attr]
+
+    def _raise_at_next_opcode(self, asked: FrameType) -> None:
+        """Raise where the code has got to, not at the jump that ends a loop's round.
+
+        From CPython 3.11 on, an exception at such a jump can pass by the `finally` of
+        the `try` that the loop stands in: the jump is not in that block's range.
+        """
+        self._disarm(scheduled=self._is_scheduled)
+        tracer = sys.gettrace()
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            if frame is not asked:
+                return None
+            if event != "opcode":
+                return trace
+            self._disarm()
+            self._raise()
+
+        def disarm() -> None:
+            asked.f_trace_opcodes = False
+            asked.f_trace = None
+            sys.settrace(tracer)
+
+        self._undo_trace = disarm
+        asked.f_trace_opcodes = True
+        asked.f_trace = trace
+        sys.settrace(trace)
+
+    def _disarm(self, *, scheduled: bool = False) -> None:
+        """Take back what is to raise the exception later."""
+        self._is_scheduled = scheduled
+        if self._undo_trace is not None:
+            undo, self._undo_trace = self._undo_trace, None
+            undo()
+
+    def _raise(self) -> NoReturn:
+        raise StopRequested(ASKED_EXIT_CODE)
+
+    # What the snippet forks is ended by SIGTERM, as children of any program are. Blocked
+    # meanwhile: one that came before its handler is gone would be noted, and forgotten.
+
+    def _before_fork(self) -> None:
+        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGTERM,))
+        self._fork_masks[_thread.get_ident()] = mask
+
+    def _after_fork_in_parent(self) -> None:
+        mask = self._fork_masks.pop(_thread.get_ident())
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+    def _after_fork_in_child(self) -> None:
+        if _signal.getsignal(_signal.SIGTERM) == self._on_ask:
+            self._disarm()
+            _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
+        self._after_fork_in_parent()
+
+    def _backward_jumps(self) -> frozenset[int]:
+        """The opcodes that end a loop's round, and at which signals are looked for."""
+        if sys.version_info < (3, 11):
+            return frozenset()  # there, each such jump is in its block's range
+        opcodes = self._library.module("opcode").opmap
+        return frozenset(code for name, code in opcodes.items() if "JUMP_BACKWARD" in name)
+
+
+def _first_outside_asyncio(frame: FrameType | None) -> FrameType | None:
+    """The frame that has called into asyncio's code; None if that is the loop alone."""
+    while frame is not None and frame.f_code.co_name != "_run_once":
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("asyncio", "selectors"):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _loop_about_to_run(frame: FrameType | None) -> Any:
+    """The event loop that `frame`, of asyncio's own code, is about to run, or has run."""
+    found = None
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] != "asyncio":
+            break
+        for name in ("self", "loop"):
+            value = frame.f_locals.get(name)
+            loop: Any = getattr(value, "_loop", value)
+            if hasattr(loop, "call_soon_threadsafe") and not loop.is_closed():
+                found = loop
+        frame = frame.f_back
+    return found
+
+
+def _maker_of_a_loop(frame: FrameType | None) -> FrameType | None:
+    """The frame that waits for a new event loop, where `frame` is making one."""
+    found = None
+    while frame is not None:
+        if frame.f_code.co_name == "new_event_loop":
+            found = frame.f_back
+        frame = frame.f_back
+    return found
