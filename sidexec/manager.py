@@ -515,7 +515,7 @@ class ExecutionManager:
         status = execution.status
         error = None
         if end is None:
-            error = self._foreign() if self._is_foreign() else _LOST
+            error = self._foreign() if self._is_foreign() else _why_lost()
         elif end.stuck:
             error = end.error
         elif status != "stopped":
@@ -581,10 +581,10 @@ class ExecutionManager:
         return used.memory, percent
 
 
-_LOST = (
-    "this manager's thread is gone, as the interpreter is shutting down or its descriptors"
-    " were closed: make a new ExecutionManager"
-)
+def _why_lost() -> str:
+    if sys.is_finalizing():
+        return "the interpreter is shutting down: its executions are stopped when it has ended"
+    return "somebody has closed this manager's descriptors: make a new ExecutionManager"
 
 
 def _unknown(id: str) -> str:

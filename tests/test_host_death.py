@@ -285,7 +285,7 @@ class Last:
         say(answer.success or answer.error)
 last = Last()  # is let go of when no other thread runs any more
 """,
-        "the interpreter is shutting down\n",
+        "the interpreter is shutting down: its executions are stopped when it has ended\n",
     ),
     "wait and close at the interpreter's teardown": (
         """

@@ -1531,3 +1531,29 @@ finally:
     eventually(lambda: manager.get_status(id).data.output)
     data = manager.stop(id).data
     assert data.output == "clean\n"
+
+
+def test_a_preloaded_module_may_write_much_to_its_standard_error(tmp_path):
+    (tmp_path / "chatty.py").write_text(
+        "import sys\nfor n in range(10_000): print('deprecated, line', n, file=sys.stderr)\n"
+    )
+    (tmp_path / "broken.py").write_text("import chatty\nraise ImportError('broken on purpose')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    with sidexec.ExecutionManager(env=environment, preload=["chatty"]) as manager:
+        started = manager.start_with_code("return 1").raise_for_error()
+        assert manager.wait(started.data.side_execution_id).data.result == 1
+    with sidexec.ExecutionManager(env=environment, preload=["broken"]) as manager:
+        assert "broken on purpose" in manager.start_with_code("return 1").error
+
+
+@pytest.mark.parametrize("preload", [[], ["registers"]])
+def test_exit_handlers_of_preloaded_modules_run_in_the_launcher(tmp_path, preload):
+    (tmp_path / "registers.py").write_text(
+        "import atexit, pathlib\natexit.register(pathlib.Path(__file__).with_name('over').touch)\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    with sidexec.ExecutionManager(env=environment, preload=preload) as manager:
+        started = manager.start_with_code("return 1").raise_for_error()
+        assert manager.wait(started.data.side_execution_id).data.result == 1
+        assert not (tmp_path / "over").exists()
+    assert (tmp_path / "over").exists() == bool(preload)

@@ -93,7 +93,6 @@ class Keeper:
         for fd in own:
             if fd not in self._outputs:
                 self._poll.register(fd, select.POLLIN)
-        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (_signal.SIGCHLD,))
         self._look_after()
         stuck = self._kill_all()
         self._send(END, " ".join(map(str, (self._exit_code, int(self._forced), *stuck))))

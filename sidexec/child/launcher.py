@@ -123,6 +123,12 @@ class Launcher:
         self._send(LOADED)
         return True
 
+    def _is_let_go(self) -> bool:
+        try:
+            return self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT) == b""
+        except OSError:
+            return False
+
     def _hear_host(self) -> None:
         try:
             data = self._socket.recv(65536)
@@ -132,8 +138,8 @@ class Launcher:
             if kind == FORK:
                 self._fork()
             elif kind == FORK_AHEAD:
-                self._warm_up()
-                self._fork()
+                if self._warm_up():
+                    self._fork()
             elif kind == KILL and int(payload) in self._keepers:
                 kernel.signal_process(int(payload), _signal.SIGKILL)
         if not data:
@@ -154,12 +160,16 @@ class Launcher:
 
     # -- forking
 
-    def _warm_up(self) -> None:
+    def _warm_up(self) -> bool:
+        """Load what later snippets share; false if the host has let go meanwhile."""
         if not self._is_warm:
             self._is_warm = True
             for name in WARM:
+                if self._is_let_go():
+                    return False  # it waits for this launcher's end
                 __import__(name)
             gc.collect()
+        return True
 
     def _fork(self) -> None:
         fds: list[int] = []
@@ -251,3 +261,5 @@ def main(config: dict[str, Any], path: list[str]) -> None:
     os.dup2(devnull, 0)
     os.close(devnull)
     Launcher(socket, config, path).run()
+    if not config["preload"]:
+        os._exit(0)  # nobody's exit handlers; an interpreter takes 4 ms for its end
