@@ -11,7 +11,8 @@ An `ExecutionManager` runs snippets in child processes and stops them: gracefull
 then by force, with everything that they have spawned. Importing starts nothing.
 """
 
-from .manager import DEFAULT, ExecutionManager, Limits
+from .limits import Limits
+from .manager import DEFAULT, ExecutionManager
 from .output import OutputChunk
 from .responses import (
     ActionBlock,

@@ -18,12 +18,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 from . import blocks, checks, procfs, protocol
 from .delivery import WAIT_LIMIT, Delivery
 from .execution import Execution, Sample, parse_result
+from .limits import Limits
 from .output import Output, OutputChunk, Stream
 from .responses import (
     ExecutionSummary,
@@ -59,54 +59,6 @@ DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
 """As a `timeout`: the one that the manager was made with."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one execution's processes may each use, by the system's own limits.
-
-    memory: bytes of address space; more is a `MemoryError`.
-    cpu: seconds of processor time; at the limit, SIGXCPU.
-    processes: how many the user may have when one more is forked (root is exempt).
-    open_files: the number of descriptors.
-
-    Keyword-only. Raises `TypeError` or `ValueError` for what can't be a limit.
-    """
-
-    memory: int | None = None
-    cpu: float | None = None
-    processes: int | None = None
-    open_files: int | None = None
-
-    def __init__(
-        self,
-        *,
-        memory: int | None = None,
-        cpu: float | None = None,
-        processes: int | None = None,
-        open_files: int | None = None,
-    ) -> None:
-        for name, value in (
-            ("memory", memory),
-            ("processes", processes),
-            ("open_files", open_files),
-        ):
-            if value is not None:
-                checks.count(name, value, 1)
-            object.__setattr__(self, name, value)
-        seconds = checks.seconds_or_none("cpu", cpu)
-        if seconds is not None:
-            checks.count("cpu", math.ceil(seconds), 0)
-        object.__setattr__(self, "cpu", seconds)
-
-    def _to_request(self) -> dict[str, int]:
-        wanted = {
-            "RLIMIT_AS": self.memory,
-            "RLIMIT_CPU": None if self.cpu is None else max(1, math.ceil(self.cpu)),
-            "RLIMIT_NPROC": self.processes,
-            "RLIMIT_NOFILE": self.open_files,
-        }
-        return {name: value for name, value in wanted.items() if value is not None}
-
-
 class ExecutionManager:
     """Runs Python snippets in processes of their own, and stops them.
 
@@ -126,8 +78,9 @@ class ExecutionManager:
     block closes it. A manager that is let go of without `close` closes itself, and
     when the host ends, however it does, its executions are stopped.
 
-    Raises `TypeError` or `ValueError` for arguments that can't be, and
-    `NotImplementedError` where the platform is not POSIX.
+    Here and in every method, arguments that can't be raise `TypeError` or `ValueError`;
+    what goes wrong at run time is in the response. Where the platform is not POSIX,
+    this raises `NotImplementedError`.
     """
 
     def __init__(
@@ -153,7 +106,7 @@ class ExecutionManager:
         self._default_timeout = checks.seconds_or_none("default_timeout", default_timeout)
         self._grace = checks.seconds("grace_period", grace_period)
         self._max_output = checks.count("max_output", max_output, 1)
-        self._limits = _check_limits(limits) or Limits()
+        self._limits = Limits._check(limits) or Limits()
         self._settings = Settings(
             python=_interpreter(checks.path("python", python)),
             cwd=self._cwd,
@@ -200,9 +153,9 @@ class ExecutionManager:
         called with each `OutputChunk`, in order, in a thread of its own; what it
         raises is logged.
 
-        Raises `TypeError` or `ValueError` for arguments that can't be. What goes wrong
-        otherwise is in the response: `success` is false, `error` says what to do, and
-        there is no `side_execution_id`.
+        A start that fails has a response whose `success` is false and whose `error`
+        says what to do; there is no `side_execution_id` then. The first start also
+        brings up an interpreter, which may take 60 seconds at the very most.
         """
         source = checks.utf8("code", code)
         lines = (line for line in source.splitlines() if line.strip())
@@ -254,7 +207,7 @@ class ExecutionManager:
         thread = None if thread_id is None else checks.text("thread_id", thread_id)
         directory = self._cwd if cwd is None else checks.absolute(checks.path("cwd", cwd))
         environment = checks.environment("env", env)
-        bounds = _check_limits(limits) or self._limits
+        bounds = Limits._check(limits) or self._limits
         if on_output is not None and not callable(on_output):
             raise TypeError(f"on_output must be callable, not {type(on_output).__name__}")
 
@@ -414,8 +367,8 @@ class ExecutionManager:
     def follow(self, side_execution_id: str) -> Iterator[OutputChunk]:
         """Iterate over an execution's output, from the first byte kept to its end.
 
-        Blocks between chunks until there is more. Raises `SideExecutionError` at the
-        call for an unknown id.
+        Blocks between chunks until there is more. Every call has an iterator of its
+        own. Raises `SideExecutionError` at the call for an unknown id.
         """
         id = checks.text("side_execution_id", side_execution_id)
         execution = self._executions.get(id)
@@ -445,7 +398,10 @@ class ExecutionManager:
         return ListSideExecutionsResponse(ListExecutionsData(tuple(found), len(found)))
 
     def list_action_blocks(self, path: Path = ".") -> ListActionBlocksResponse:
-        """The directories below `path` that have a `__main__.py`; runs nothing."""
+        """The directories below `path` that have a `__main__.py`; runs nothing.
+
+        `success` is false where there is no such directory.
+        """
         return blocks.find(checks.path("path", path))
 
     # -- stopping
@@ -597,12 +553,6 @@ def _unknown(id: str) -> str:
 def _interpreter(python: str) -> str:
     """An absolute path, unless it is a bare name, to be looked up on PATH."""
     return checks.absolute(python) if os.sep in python else python
-
-
-def _check_limits(limits: object) -> Limits | None:
-    if limits is not None and not isinstance(limits, Limits):
-        raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
-    return limits
 
 
 def _current_environment() -> dict[str, str]:

@@ -72,7 +72,10 @@ class _Wire:
 
 @dataclass(frozen=True, repr=False)
 class StartData(_Wire):
-    """`side_execution_id` is what every other method takes; None if it did not start."""
+    """`side_execution_id` is what every other method takes; None if it did not start.
+
+    `timeout` is in seconds, None for no limit.
+    """
 
     side_execution_id: str | None
     code: str | None

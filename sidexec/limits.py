@@ -1,0 +1,62 @@
+"""What an execution's processes may use: checked here, set by the snippet itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one execution's processes may each use, by the system's own limits.
+
+    memory: bytes of address space; more is a `MemoryError`.
+    cpu: seconds of processor time; at the limit, SIGXCPU.
+    processes: how many the user may have when one more is forked (root is exempt).
+    open_files: the number of descriptors.
+
+    Keyword-only. Raises `TypeError` or `ValueError` for what can't be a limit.
+    """
+
+    memory: int | None = None
+    cpu: float | None = None
+    processes: int | None = None
+    open_files: int | None = None
+
+    def __init__(
+        self,
+        *,
+        memory: int | None = None,
+        cpu: float | None = None,
+        processes: int | None = None,
+        open_files: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("memory", memory),
+            ("processes", processes),
+            ("open_files", open_files),
+        ):
+            if value is not None:
+                checks.count(name, value, 1)
+            object.__setattr__(self, name, value)
+        seconds = checks.seconds_or_none("cpu", cpu)
+        if seconds is not None:
+            checks.count("cpu", math.ceil(seconds), 0)
+        object.__setattr__(self, "cpu", seconds)
+
+    @staticmethod
+    def _check(limits: object) -> Limits | None:
+        if limits is not None and not isinstance(limits, Limits):
+            raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
+        return limits
+
+    def _to_request(self) -> dict[str, int]:
+        wanted = {
+            "RLIMIT_AS": self.memory,
+            "RLIMIT_CPU": None if self.cpu is None else max(1, math.ceil(self.cpu)),
+            "RLIMIT_NPROC": self.processes,
+            "RLIMIT_NOFILE": self.open_files,
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
