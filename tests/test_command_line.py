@@ -308,7 +308,7 @@ def test_a_slow_reader_gets_everything(cli):
 
 
 def test_a_reader_that_waits_does_not_keep_a_stop_from_it(cli, tmp_path):
-    code = f"try:\n    while True: print('x' * 10_000)\nfinally:\n    open('cleaned', 'w')"
+    code = "try:\n    while True: print('x' * 10_000)\nfinally:\n    open('cleaned', 'w')"
     process = cli.start("run", "-c", code)
     select.select([process.stdout], [], [], LIMIT)
     process.send_signal(signal.SIGINT)

@@ -4,7 +4,6 @@ A start then says so; nothing of it is left; and when it is over the next one wo
 """
 
 import _thread
-import contextlib
 import os
 import random
 import textwrap

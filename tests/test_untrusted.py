@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-import sidexec
 from conftest import eventually
 from test_misbehaving_hosts import run_host
 
