@@ -9,14 +9,13 @@ it. The loop's thread puts, this thread takes; neither ever waits for a lock.
 from __future__ import annotations
 
 import _thread
-import codecs
 import collections
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from .output import STREAMS, OutputChunk, Stream
+from .output import STREAMS, Decoder, OutputChunk, Stream
 from .waiting import Bell
 
 logger = logging.getLogger(__package__)
@@ -93,9 +92,7 @@ class Delivery:
 
     def _run(self) -> None:
         self._thread = _thread.get_ident()
-        decoders = {
-            stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in STREAMS
-        }
+        decoders = {stream: Decoder(stream) for stream in STREAMS}
         while True:
             has_ended = self._has_ended  # looked at first: then all of it is there
             while self._chunks:
@@ -103,7 +100,7 @@ class Delivery:
                     stream, data = self._chunks.popleft()
                 except IndexError:
                     break  # let go of, just now
-                self._hand_over(stream, decoders[stream].decode(data))
+                self._hand_over(decoders[stream].feed(data))
                 self._taken += len(data)
                 resume = self._resume
                 if resume is not None and self._backlog <= BEHIND // 2:
@@ -112,18 +109,18 @@ class Delivery:
             if has_ended:
                 break
             self._changed.wait_for(lambda: bool(self._chunks) or self._has_ended)
-        for stream in STREAMS:
-            self._hand_over(stream, decoders[stream].decode(b"", final=True))
+        for decoder in decoders.values():
+            self._hand_over(decoder.feed(b"", final=True))
         self._is_over = True
         self._over.ring()
 
-    def _hand_over(self, stream: Stream, text: str) -> None:
-        if text:
+    def _hand_over(self, chunks: Iterator[OutputChunk]) -> None:
+        for chunk in chunks:
             # Blocked otherwise, as in the loop's thread, from which this one inherits
             # it: a signal meant for the host must not come where no handler can run.
             blocked = signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             try:
-                self._call(OutputChunk(stream, text))
+                self._call(chunk)
             except BaseException:
                 # Whatever it is, it is the callback's own affair: even `SystemExit`
                 # would only end this thread, and the output after it would be lost.

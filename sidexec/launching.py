@@ -18,8 +18,7 @@ from . import payload, protocol
 from .execution import describe_exit
 from .interpreter import Interpreter
 from .loop import Loop, Timer
-from .output import Stream
-from .pair import Pair, Pids
+from .pair import Owner, Pair, Pids
 from .supervision import Supervision
 
 # How long an interpreter may take to come up and to load what it is to preload.
@@ -31,7 +30,7 @@ FDS_PER_PAIR = 4
 AHEAD_AFTER = 0.003
 
 
-class Launcher:
+class Launcher(Owner):
     def __init__(
         self,
         loop: Loop,
@@ -363,12 +362,3 @@ class Launcher:
 
     def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None:
         self.on_keeper_gone(pair)
-
-    def on_output(self, stream: Stream, data: bytes) -> None:
-        pass
-
-    def on_snippet_frame(self, kind: bytes, payload: bytes) -> None:
-        pass
-
-    def on_violation(self, reason: str) -> None:
-        pass

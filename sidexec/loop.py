@@ -137,7 +137,7 @@ class Loop:
         try:
             while not self._stopping:
                 for key, _ in self._selector.select(self._timeout()):
-                    if not self._make(key.data):
+                    if not self._call(key.data):
                         self.unwatch(key.fd)  # or it would fail again and again
                 self._run_posted()
                 self._run_timers()
@@ -162,9 +162,9 @@ class Loop:
                 each.close()
         self.is_closed = True
         self.ending.ring()
-        self._make(self._on_end)
+        self._call(self._on_end)
 
-    def _make(self, call: Call) -> bool:
+    def _call(self, call: Call) -> bool:
         try:
             call()
             return True
@@ -184,14 +184,14 @@ class Loop:
 
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):
-            self._make(self._posted.popleft())
+            self._call(self._posted.popleft())
 
     def _run_timers(self) -> None:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.call is not None:
-                self._make(timer.call)
+                self._call(timer.call)
 
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0][2].call is None:

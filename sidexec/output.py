@@ -33,6 +33,24 @@ class OutputChunk:
     text: str
 
 
+class Decoder:
+    """Makes text of one stream's bytes as they come, never of half a character."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream: Stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes, *, final: bool = False) -> Iterator[OutputChunk]:
+        """The chunk that `data` makes, if it makes one; with `final`, what was kept back."""
+        text = self._decoder.decode(data, final)
+        if text:
+            yield OutputChunk(self._stream, text)
+
+    def reset(self) -> None:
+        """What comes next does not follow on what came last."""
+        self._decoder.reset()
+
+
 class _Chunk(NamedTuple):
     sequence: int
     offset: int
@@ -133,9 +151,7 @@ class Output:
 
     def follow(self, is_over: Callable[[], bool]) -> Iterator[OutputChunk]:
         """Yield what is kept, then what comes, until `is_over()` and all is yielded."""
-        decoders = {
-            stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in STREAMS
-        }
+        decoders = {stream: Decoder(stream) for stream in STREAMS}
         positions = {stream: 0 for stream in STREAMS}
         while True:
             over = is_over()  # looked at first: what came before the end is then there
@@ -148,16 +164,12 @@ class Output:
                 if chunk.offset > positions[stream]:
                     decoders[stream].reset()  # too slow: what lay between was let go
                 positions[stream] = chunk.offset + len(chunk.data)
-                text = decoders[stream].decode(chunk.data)
-                if text:
-                    yield OutputChunk(stream, text)
+                yield from decoders[stream].feed(chunk.data)
             if over:
                 break
             self.changed.wait_for(lambda: is_over() or self._is_news(positions))
-        for stream in STREAMS:
-            text = decoders[stream].decode(b"", final=True)
-            if text:
-                yield OutputChunk(stream, text)
+        for decoder in decoders.values():
+            yield from decoder.feed(b"", final=True)
 
     def _is_news(self, positions: dict[Stream, int]) -> bool:
         return any(self._kept[stream].end > positions[stream] for stream in STREAMS)

@@ -12,7 +12,6 @@ import os
 import sys
 import termios
 import time
-from typing import Protocol
 
 from . import protocol
 from .loop import Loop
@@ -35,7 +34,9 @@ F_SETPIPE_SZ = 1031  # Linux; in `fcntl` since Python 3.10
 Pids = tuple[int, ...]
 
 
-class Owner(Protocol):
+class Owner:
+    """Who hears what a pair has to say: the launcher, and then the supervision."""
+
     def on_ready(self, pair: Pair) -> None: ...
     def on_refused(self, pair: Pair, reason: str) -> None: ...
     def on_output(self, stream: Stream, data: bytes) -> None: ...

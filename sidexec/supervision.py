@@ -19,17 +19,17 @@ from .execution import End, Execution, FinalStatus, StopReason, describe_exit, n
 from .journal import Journal
 from .loop import Loop, Timer
 from .output import Stream
-from .pair import Pair, Pids
+from .pair import Owner, Pair, Pids
 
 if TYPE_CHECKING:
     from .launching import Launcher
 
 # How long past the grace period a keeper may take for its sweep before it counts as
 # one that does not answer, and then how long the launcher may take over its sweep.
-PATIENCE = 4.0
+SWEEP_ALLOWANCE = 4.0
 
 
-class Supervision:
+class Supervision(Owner):
     def __init__(
         self,
         execution: Execution,
@@ -102,7 +102,7 @@ class Supervision:
             else:
                 self._pair.stop(grace)
                 self._pair.resume()
-                self._watch_keeper(deadline + PATIENCE, self._end_keeper)
+                self._watch_keeper(deadline + SWEEP_ALLOWANCE, self._end_keeper)
                 self._journal.log(logging.DEBUG, "%s is to stop (%s)", execution.id, reason)
 
     # -- what the clock does
@@ -119,19 +119,13 @@ class Supervision:
         """The keeper does not answer, so the launcher ends it and sweeps its tree."""
         assert self._pair is not None and self._launcher is not None
         self._launcher.kill_keeper(self._pair.keeper_pid)
-        self._watch_keeper(time.monotonic() + PATIENCE, self._give_up)
+        self._watch_keeper(time.monotonic() + SWEEP_ALLOWANCE, self._give_up)
 
     def _give_up(self) -> None:
         assert self._pair is not None
         self._finish(None, forced=True, stuck=(self._pair.keeper_pid,))
 
     # -- what the other side does
-
-    def on_ready(self, pair: Pair) -> None:
-        pass
-
-    def on_refused(self, pair: Pair, reason: str) -> None:
-        pass
 
     def on_output(self, stream: Stream, data: bytes) -> None:
         self.execution.output.add(stream, data)
@@ -162,7 +156,7 @@ class Supervision:
         self._fault = f"the snippet broke the protocol on its channel: {reason}"
         if self._pair is not None and self._deadline is None:
             self._pair.stop(0.0)
-            self._watch_keeper(time.monotonic() + PATIENCE, self._end_keeper)
+            self._watch_keeper(time.monotonic() + SWEEP_ALLOWANCE, self._end_keeper)
 
     def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None:
         self._finish(code, forced, stuck)
@@ -174,7 +168,7 @@ class Supervision:
         if not pair.has_tree or not self._launcher.is_up:
             self._kill_group()
         if self._launcher.is_up:
-            self._watch_keeper(time.monotonic() + 2 * PATIENCE, self._give_up)
+            self._watch_keeper(time.monotonic() + 2 * SWEEP_ALLOWANCE, self._give_up)
         else:
             self._lose(f"the keeper (pid {pair.keeper_pid}) and its launcher are gone", ())
 
@@ -189,7 +183,7 @@ class Supervision:
             self._kill_group()
             self._lose(reason, ())
         else:
-            self._watch_keeper(time.monotonic() + self._grace + PATIENCE, self._give_up)
+            self._watch_keeper(time.monotonic() + self._grace + SWEEP_ALLOWANCE, self._give_up)
 
     def _kill_group(self) -> None:
         """All that can be done where nobody adopts what a keeper leaves.

@@ -855,7 +855,7 @@ os._exit(0)
 def test_a_snippet_that_stops_its_keeper_and_breaks_the_protocol_is_ended(
     make_manager, monkeypatch
 ):
-    monkeypatch.setattr(supervision, "PATIENCE", 0.5)
+    monkeypatch.setattr(supervision, "SWEEP_ALLOWANCE", 0.5)
     manager = make_manager(grace_period=0.5, default_timeout=None)
     started = manager.start_with_code("""
 import os, signal, time

@@ -244,7 +244,7 @@ def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first)
 
 
 def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
-    monkeypatch.setattr(supervision, "PATIENCE", 1.0)
+    monkeypatch.setattr(supervision, "SWEEP_ALLOWANCE", 1.0)
     id = begin(manager, trace)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
     began = time.monotonic()

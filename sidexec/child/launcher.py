@@ -68,11 +68,11 @@ class Launcher:
                 os.read(fd, 65536)
                 self._reap()
             elif fd == self._host:
-                self._let_go()
+                self._on_host_gone()
             else:
                 self._hear_host()
         if self._host is None and os.getppid() != self._config["host"]:
-            self._let_go()
+            self._on_host_gone()
 
     def _set_signals(self) -> None:
         """Be deaf to what is meant for others, and pass on a clean slate.
@@ -123,7 +123,7 @@ class Launcher:
         self._send(LOADED)
         return True
 
-    def _is_let_go(self) -> bool:
+    def _is_host_gone(self) -> bool:
         try:
             return self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT) == b""
         except OSError:
@@ -143,9 +143,9 @@ class Launcher:
             elif kind == KILL and int(payload) in self._keepers:
                 kernel.signal_process(int(payload), _signal.SIGKILL)
         if not data:
-            self._let_go()
+            self._on_host_gone()
 
-    def _let_go(self) -> None:
+    def _on_host_gone(self) -> None:
         """The host is gone: so will be every keeper, by the end of the lifeline."""
         if self._lifeline_end >= 0:
             self._poll.unregister(self._socket.fileno())
@@ -165,7 +165,7 @@ class Launcher:
         if not self._is_warm:
             self._is_warm = True
             for name in WARM:
-                if self._is_let_go():
+                if self._is_host_gone():
                     return False  # it waits for this launcher's end
                 __import__(name)
             gc.collect()
