@@ -18,6 +18,7 @@ from . import checks
 from .responses import ActionBlock, ListActionBlocksData, ListActionBlocksResponse
 
 MAIN = "__main__.py"
+_OWN = os.path.realpath(os.path.dirname(__file__))  # no block of the user's
 
 # As PEP 723 has it.
 _SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
@@ -50,7 +51,7 @@ def find(path: str) -> ListActionBlocksResponse:
 def _walk(root: str) -> Iterator[ActionBlock]:
     seen = {os.path.realpath(root)}
     for directory, names, files in os.walk(root, followlinks=True):
-        if directory != root and MAIN in files:
+        if directory != root and MAIN in files and os.path.realpath(directory) != _OWN:
             yield _describe(directory)
         visible = []
         for name in sorted(names):

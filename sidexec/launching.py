@@ -147,6 +147,8 @@ class Launcher(Owner):
 
     def _on_errors(self) -> bool:
         """Read what it says while it comes up, which it would wait for otherwise."""
+        if self._errors < 0:
+            return False  # closed by an earlier event of the same round
         try:
             data = os.read(self._errors, 65536)
         except BlockingIOError:
@@ -233,6 +235,7 @@ class Launcher(Owner):
         failure = self._failure or self._describe_exit(code)
         self._loop.unwatch(self._errors)
         os.close(self._errors)
+        self._errors = -1
         for fd in self._fds:
             os.close(fd)
         self._drop_spares()

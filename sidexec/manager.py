@@ -337,12 +337,16 @@ class ExecutionManager:
             stop_reason=execution.stop_reason,
             output_dropped=execution.output.dropped,
         )
-        stuck = end is not None and bool(end.stuck)
+        error = None
+        if end is not None and end.stuck:
+            error = end.error
+        elif end is None and self._is_foreign():
+            error = self._foreign()  # what it was when that process was forked
         return GetSideExecutionStatusResponse(
             data,
-            not stuck,
+            error is None,
             f"the execution is {data.status}",
-            end.error if end is not None and stuck else None,
+            error,
             thread_id=execution.thread_id,
         )
 
@@ -351,7 +355,8 @@ class ExecutionManager:
     ) -> GetSideExecutionStatusResponse:
         """Wait until an execution has ended, at most `timeout` seconds; its status then.
 
-        Past the timeout the status is still `running`. An unknown id answers at once.
+        Past the timeout the status is still `running`. An unknown id answers at once. An
+        `on_output` that is still at work is given another second.
         """
         id = checks.text("side_execution_id", side_execution_id)
         limit = checks.seconds_or_none("timeout", timeout)
@@ -368,11 +373,12 @@ class ExecutionManager:
         """Iterate over an execution's output, from the first byte kept to its end.
 
         Blocks between chunks until there is more. Every call has an iterator of its
-        own. Raises `SideExecutionError` at the call for an unknown id.
+        own. Raises `SideExecutionError` at the call for an unknown id, and in a process
+        that was forked meanwhile.
         """
         id = checks.text("side_execution_id", side_execution_id)
         execution = self._executions.get(id)
-        if execution is None:
+        if execution is None or (execution.end is None and self._is_foreign()):
             raise SideExecutionError(self.get_status(id))
         return execution.output.follow(self._is_over(execution))
 

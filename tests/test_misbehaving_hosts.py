@@ -324,6 +324,14 @@ def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manage
         manager.wait(done)
         pid = os.fork()
         if pid == 0:
+            try:
+                manager.follow(id)
+            except sidexec.SideExecutionError as error:
+                assert "forked" in str(error)
+            else:
+                os._exit(5)
+            assert "forked" in manager.wait(id).error
+            assert list(manager.follow(done)) == []
             answers = [
                 manager.start_with_code("pass").success,
                 manager.wait(id).data.status,
@@ -332,7 +340,7 @@ def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manage
                 manager.stop(id).success,
                 manager.stop(id, force=True).success,
                 [each.success for each in manager.stop_all()],
-                list(manager.follow(id)),
+                manager.get_status(id).success,
                 manager.list_executions("running").data.count,
             ]
             manager.close()
@@ -346,7 +354,7 @@ def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manage
         manager.close()
         assert_nothing_left()
     """)
-    assert answers == [False, "running", "running", 4, False, False, [False], [], 1, 6]
+    assert answers == [False, "running", "running", 4, False, False, [False], False, 1, 6]
 
 
 # A worker that lives on holds a copy of every descriptor that was open at its fork.

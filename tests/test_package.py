@@ -442,3 +442,16 @@ def test_a_program_that_never_closes_its_manager_ends():
 def test_the_wire_form_of_the_package_is_plain_json(run, manager):
     id = run("return {'a': [1, 2.5, None, True, 'é']}").side_execution_id
     assert json.loads(manager.get_status(id).to_json())["data"]["result"]["a"][4] == "é"
+
+
+def test_a_vendored_copy_is_no_action_block(vendored):
+    (vendored / "block").mkdir()
+    (vendored / "block" / "__main__.py").write_text("'A block.'\n")
+    code = """
+response = {}.ExecutionManager().list_action_blocks(sys.argv[1])
+print([block.name for block in response.data.action_blocks])
+"""
+    code = f"import sys\nsys.path.insert(0, {str(vendored)!r})\nimport app._vendor.sidexec\n" + code.format(
+        "app._vendor.sidexec"
+    ).replace("sys.argv[1]", repr(str(vendored)))
+    assert python(code=code) == "['block']\n"

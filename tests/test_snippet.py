@@ -1002,7 +1002,10 @@ def test_the_exit_is_that_of_a_plain_interpreter(run, name):
     elif "ception" in name or name == "interrupt":
         assert data.error.startswith(done.stderr.splitlines()[-1])
     else:
-        assert data.error == (f"exit code {code}" if code else None)
+        text = f": {done.stderr.rstrip()}" if name in ("exit text", "exit object") else ""
+        told = f"exit code {code}" if code else None
+        assert data.error in (told, f"{told}{text}", f"{told}: {done.stderr.rstrip()}")
+        assert not text or data.error == told + text
 
 
 def test_a_real_segmentation_fault_is_told(run):
@@ -1557,3 +1560,8 @@ def test_exit_handlers_of_preloaded_modules_run_in_the_launcher(tmp_path, preloa
         assert manager.wait(started.data.side_execution_id).data.result == 1
         assert not (tmp_path / "over").exists()
     assert (tmp_path / "over").exists() == bool(preload)
+
+
+def test_an_exit_with_a_message_is_told(run):
+    data = run("import sys\nsys.exit('bad config')")
+    assert (data.error, data.error_output) == ("exit code 1: bad config", "bad config\n")

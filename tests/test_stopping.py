@@ -1001,3 +1001,31 @@ def test_a_host_whose_parent_ignored_sigterm():
         timeout=60,
     )
     assert done.stdout == "stopped False ['in', 'out'] 143 ''\n" * 3
+
+
+# -- workers that an exit would wait for
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "p = mp.Process(target=work); p.start(); ready(); p.join()",
+        "p = mp.Process(target=work, daemon=True); p.start(); ready(); p.join()",
+        "with mp.Pool(2) as pool: r = pool.apply_async(work); ready(); r.get()",
+    ],
+    ids=["process", "daemon", "pool"],
+)
+def test_code_that_waits_for_workers_of_its_own_is_stopped_gracefully(manager, start, work):
+    code = """
+import multiprocessing as mp, time
+def work(): time.sleep(100)
+def ready(): time.sleep(0.05); print("ready")
+try:
+""" + "".join(f"    {line}\n" for line in work.splitlines()) + """
+finally:
+    print("clean")
+"""
+    id = start(code, ready="ready\n")
+    data = manager.stop(id, grace=10).data
+    assert (data.status, data.forced) == ("stopped", False), data
+    assert data.output == "ready\nclean\n"

@@ -31,6 +31,8 @@ def leave(
     """End the process; `is_snippet` is false in a child that the snippet has forked."""
     try:
         ask.phase = RUNNING
+        if ask.has_come:
+            _end_workers()
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
@@ -57,6 +59,14 @@ def leave(
     flush(files)
     flush_c()
     os._exit(exit_code)
+
+
+def _end_workers() -> None:
+    """Ask what `multiprocessing` would wait for, be it for ever, as the sweep would."""
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None:
+        for child in processes.active_children():
+            child.terminate()
 
 
 def open_files() -> list[Any]:

@@ -105,7 +105,7 @@ class Snippet:
         except StopRequested:
             exit_code = ASKED_EXIT_CODE
         except SystemExit as error:
-            exit_code = _exit_code(error)
+            exit_code = self._take_exit_code(error)
         except BaseException as error:
             failure = error
         for set_limit, kind, limits in self._lifted:
@@ -282,6 +282,20 @@ class Snippet:
                     failure = error.with_traceback(None)
         return failure
 
+    def _take_exit_code(self, error: SystemExit) -> int:
+        if error.code is None:
+            return 0
+        if isinstance(error.code, int):
+            fits = -(2**63) <= error.code < 2**63
+            return error.code & 0xFF if fits else 0xFF
+        try:
+            text = str(error.code)
+            self._send_error(f"exit code 1: {text}")
+            print(text, file=sys.stderr)
+        except Exception:
+            pass  # its standard error is gone; the exit code still tells
+        return 1
+
     def _report_failure(self, error: BaseException) -> None:
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self._filename:
@@ -299,6 +313,9 @@ class Snippet:
             sys.stderr.write(formatted)
         except BaseException:
             pass  # its standard error is gone; the exit code still tells
+        self._send_error(text)
+
+    def _send_error(self, text: str) -> None:
         if os.getpid() == self._pid:
             try:
                 self._send(ERROR, text.encode("utf-8", "replace")[:MAX_ERROR])
@@ -362,19 +379,6 @@ class Snippet:
 # Their frames are left out of what the user sees of an error.
 _OWN_CODE = (Snippet.run, Ask.resume, Library.module, leaving.leave, source.prepare, pack)
 _OWN_FILES = {each.__code__.co_filename for each in (*_OWN_CODE, streams.replace)}
-
-
-def _exit_code(error: SystemExit) -> int:
-    if error.code is None:
-        return 0
-    if isinstance(error.code, int):
-        fits = -(2**63) <= error.code < 2**63
-        return error.code & 0xFF if fits else 0xFF
-    try:
-        print(error.code, file=sys.stderr)
-    except Exception:
-        pass  # its standard error is gone; the exit code still tells
-    return 1
 
 
 def _forget_launcher() -> None:
