@@ -18,10 +18,15 @@ from .responses import (
     ActionBlock,
     ExecutionSummary,
     GetSideExecutionStatusResponse,
+    ListActionBlocksData,
     ListActionBlocksResponse,
+    ListExecutionsData,
     ListSideExecutionsResponse,
     SideExecutionError,
+    StartData,
     StartSideExecutionResponse,
+    StatusData,
+    StopData,
     StopSideExecutionResponse,
 )
 
@@ -32,11 +37,16 @@ __all__ = [
     "ExecutionSummary",
     "GetSideExecutionStatusResponse",
     "Limits",
+    "ListActionBlocksData",
     "ListActionBlocksResponse",
+    "ListExecutionsData",
     "ListSideExecutionsResponse",
     "OutputChunk",
     "SideExecutionError",
+    "StartData",
     "StartSideExecutionResponse",
+    "StatusData",
+    "StopData",
     "StopSideExecutionResponse",
 ]
 

@@ -25,11 +25,16 @@ NAMES = [
     "ExecutionSummary",
     "GetSideExecutionStatusResponse",
     "Limits",
+    "ListActionBlocksData",
     "ListActionBlocksResponse",
+    "ListExecutionsData",
     "ListSideExecutionsResponse",
     "OutputChunk",
     "SideExecutionError",
+    "StartData",
     "StartSideExecutionResponse",
+    "StatusData",
+    "StopData",
     "StopSideExecutionResponse",
 ]
 
