@@ -246,12 +246,22 @@ class Ask:
 
 
 def _first_outside_asyncio(frame: FrameType | None) -> FrameType | None:
-    """The frame that has called into asyncio's code; None if that is the loop alone."""
+    """The frame that has called into asyncio's code; None if that is the loop alone.
+
+    What asyncio calls on its own behalf, to start a thread or to hand it something,
+    counts as its code: an exception there could leave a lock taken.
+    """
+    innermost = None
     while frame is not None and frame.f_code.co_name != "_run_once":
-        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("asyncio", "selectors"):
-            return frame
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package in ("asyncio", "selectors"):
+            innermost = None
+        elif package in ("concurrent", "threading", "queue"):
+            innermost = innermost or frame  # the user's call, unless asyncio comes next
+        else:
+            return innermost or frame
         frame = frame.f_back
-    return None
+    return innermost
 
 
 def _loop_about_to_run(frame: FrameType | None) -> Any:
