@@ -373,12 +373,12 @@ class ExecutionManager:
         """Iterate over an execution's output, from the first byte kept to its end.
 
         Blocks between chunks until there is more. Every call has an iterator of its
-        own. Raises `SideExecutionError` at the call for an unknown id, and in a process
-        that was forked meanwhile.
+        own. Raises `SideExecutionError` at the call for an unknown id. In a process that
+        was forked meanwhile it ends with what is known there.
         """
         id = checks.text("side_execution_id", side_execution_id)
         execution = self._executions.get(id)
-        if execution is None or (execution.end is None and self._is_foreign()):
+        if execution is None:
             raise SideExecutionError(self.get_status(id))
         return execution.output.follow(self._is_over(execution))
 

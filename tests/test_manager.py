@@ -1212,7 +1212,7 @@ def test_a_fork_of_the_host_gets_clear_errors_and_the_host_goes_on(manager, star
             "started": [started.success, started.error],
             "stopped": [stopped.success, stopped.data.status, stopped.error],
             "stopped_all": [each.success for each in stopped_all],
-            "status": [status.data.status, text],
+            "status": [status.success, status.data.status, text],
             "ended": manager.wait(ended).data.result,
         }
 
@@ -1223,7 +1223,7 @@ def test_a_fork_of_the_host_gets_clear_errors_and_the_host_goes_on(manager, star
     assert said["stopped"][0] is False and "fork" in said["stopped"][2]
     assert said["stopped"][1] == "running"
     assert said["stopped_all"] == [False]
-    assert said["status"] == ["running", "ready\n"]
+    assert said["status"] == [False, "running", "ready\n"]
     assert said["ended"] == 1
     assert manager.get_status(running).data.status == "running"
     assert run("return 2").result == 2

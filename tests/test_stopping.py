@@ -709,8 +709,8 @@ def ask_at_random_moments(manager, work, rounds, missed):
 
 
 @pytest.mark.parametrize("work", WORKS)
-def test_asked_at_a_random_moment_all_tasks_clean_up(manager, work):
-    ask_at_random_moments(manager, work, 12, missed=2)
+def test_asked_at_a_random_moment_all_tasks_clean_up(make_manager, work):
+    ask_at_random_moments(make_manager(grace_period=2.0), work, 12, missed=2)
 
 
 @pytest.mark.slow
