@@ -11,6 +11,9 @@ import pytest
 import sidexec
 
 
+# Without their bytecode, the many hosts that the tests start compile the package each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Ignored by `nohup` or a shell's `&`, they would be in the plain interpreters as well
 # that tests compare with.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

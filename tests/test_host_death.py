@@ -168,7 +168,10 @@ def test_executions_clean_up_and_nothing_is_left(trace, death, has_worker, in_th
         assert worker is None or worker.is_alive
 
 
-@pytest.mark.parametrize("death, has_worker", (("SIGKILL", True), ("exit", False)))
+@pytest.mark.parametrize(
+    "death, has_worker",
+    (("SIGKILL", True), pytest.param("exit", False, marks=pytest.mark.slow)),
+)
 def test_what_is_deaf_is_killed_after_the_grace(trace, death, has_worker):
     with running_host(
         trace, death, DEAF, has_worker=has_worker, grace=DEAF_GRACE
