@@ -414,7 +414,7 @@ def test_nobody_gets_the_pid_of_a_leader_whose_group_has_a_member(make_manager, 
 def test_whoever_gets_the_pid_of_a_leader_whose_group_is_gone_is_not_touched(
     make_manager, tmp_path
 ):
-    manager = make_manager(grace_period=1.5)
+    manager = make_manager(grace_period=1.0)
     for number in range(5):  # somebody else on this machine may be quicker to get it
         trace = Trace(tmp_path / str(number))
         id = leave_a_deaf_stray(manager, trace, "daemon")

@@ -543,8 +543,8 @@ def storm(host, rounds, mode, limit):
 
 
 @pytest.mark.parametrize("mode", ["call", "raise"])
-def test_handlers_deadlock_nothing_and_lose_nothing_that(host, cores, mode):
-    storm(host, 200, mode, 30)
+def test_handlers_deadlock_nothing_and_lose_nothing_that(host, mode):
+    storm(host, 250, mode, 30)
 
 
 @pytest.mark.slow

@@ -479,8 +479,8 @@ def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up(manager, 
     def check(output):
         assert ("in" in output) <= ("out" in output), output
 
-    stop_soon(manager, code, 100, lambda: 0, check)
-    stop_soon(manager, code, 60, lambda: random.uniform(0, 0.004), check)
+    stop_soon(manager, code, 40, lambda: 0, check)
+    stop_soon(manager, code, 30, lambda: random.uniform(0, 0.004), check)
 
 
 @pytest.mark.slow

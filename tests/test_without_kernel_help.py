@@ -127,7 +127,7 @@ PAIRS = [(kind, end) for kind in IN_GROUP for end in ENDS]
 def bring_to_its_end(manager, trace, kind, end):
     """The final answer, and which processes of the group were alive when it came."""
     code = programs.with_descendant(kind, ENDS[end][0])
-    for timeout in (2.0, 20.0):  # a busy machine may need longer to get ready
+    for timeout in (1.0, 20.0):  # a busy machine may need longer to get ready
         if end != "timeout":
             timeout = None
         started = manager.start_with_code(code, trace.params, timeout).raise_for_error()
