@@ -31,7 +31,7 @@ def leave(
     """End the process; `is_snippet` is false in a child that the snippet has forked."""
     try:
         ask.phase = RUNNING
-        if ask.has_come:
+        if ask.has_come and is_snippet:
             _end_workers()
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
