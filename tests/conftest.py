@@ -115,10 +115,21 @@ def run(manager):
 
 
 @pytest.fixture
-def start(manager):
-    """Start code, and wait until it has written `ready`: its id."""
+def trace(tmp_path):
+    """What the processes of `programs` note down, and an end to those that are left."""
+    import programs  # which imports this module
 
-    def start(code, params=None, *, ready="ready", **options):
+    trace = programs.Trace(tmp_path / "trace")
+    yield trace
+    trace.kill()
+
+
+@pytest.fixture
+def start(manager):
+    """Start code, and wait until it has written a line `ready`: its id."""
+
+    # With its end, which `print` writes for itself.
+    def start(code, params=None, *, ready="ready\n", **options):
         started = manager.start_with_code(code, params, **options).raise_for_error()
         id = started.data.side_execution_id
 

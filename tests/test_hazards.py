@@ -9,7 +9,6 @@ What stands elsewhere:
 - `Popen.send_signal` reaps and so frees the pid: here, and test_no_survivors (the_pid_of)
 """
 
-import functools
 import gc
 import os
 import queue
@@ -29,19 +28,6 @@ from sidexec import supervision
 
 HANG = 30.0
 ASKED = 128 + signal.SIGTERM
-
-
-@pytest.fixture
-def trace(tmp_path):
-    trace = Trace(tmp_path / "trace")
-    yield trace
-    trace.kill()
-
-
-@pytest.fixture
-def start(start):
-    """Without buffering the end of a line is written for itself: wait for that, too."""
-    return functools.partial(start, ready="ready\n")
 
 
 def run_host(code, *arguments):

@@ -13,7 +13,7 @@ import pytest
 import programs
 import sidexec
 from conftest import eventually, tree
-from programs import Process, Trace
+from programs import Process
 
 GRACE = 4.0  # in which a busy machine comes to the end of a cleanup
 DEAF_GRACE = 1.0
@@ -84,13 +84,6 @@ while True:
 def environment():
     package = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
     return {**os.environ, "PYTHONPATH": package}
-
-
-@pytest.fixture
-def trace(tmp_path):
-    trace = Trace(tmp_path / "trace")
-    yield trace
-    trace.kill()
 
 
 @contextlib.contextmanager

@@ -42,13 +42,6 @@ def manager():
 
 
 @pytest.fixture
-def trace(tmp_path):
-    trace = Trace(tmp_path / "trace")
-    yield trace
-    trace.kill()
-
-
-@pytest.fixture
 def launcher_of(manager):
     """The manager's launchers: the host's children that were not there before."""
     before = set(children())

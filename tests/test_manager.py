@@ -224,7 +224,7 @@ def test_an_exit_code_of_0_completes(run):
 
 
 def test_stop_on_a_running_execution(manager, start):
-    id = start(FOREVER, thread_id="t", ready="ready\n")
+    id = start(FOREVER, thread_id="t")
     response = manager.stop(id)
     assert response.success and response.error is None
     assert response.data.side_execution_id == id
@@ -284,7 +284,6 @@ def test_one_of_many_concurrent_stops_stopped_it(manager, start):
         id = start(
             "import time\nreport_result([1])\n"
             "try: print('ready'); time.sleep(600)\nfinally: print('bye')",
-            ready="ready\n",
         )
         barrier = threading.Barrier(12)
 
@@ -446,7 +445,7 @@ def test_stop_all_of_nothing(manager, run):
 
 
 def test_wait_returns_past_its_timeout(manager, start):
-    id = start(FOREVER, ready="ready\n")
+    id = start(FOREVER)
     begin = time.monotonic()
     response = manager.wait(id, 0.1)
     assert time.monotonic() - begin >= 0.1
@@ -1198,7 +1197,7 @@ def in_a_fork(check):
 
 
 def test_a_fork_of_the_host_gets_clear_errors_and_the_host_goes_on(manager, start, run):
-    running = start(FOREVER, ready="ready\n")
+    running = start(FOREVER)
     ended = run("print('out')\nreturn 1").side_execution_id
 
     def check():

@@ -38,13 +38,6 @@ def shared(bystander):
             yield manager
 
 
-@pytest.fixture
-def trace(tmp_path):
-    trace = Trace(tmp_path / "trace")
-    yield trace
-    trace.kill()
-
-
 def begin(manager, code, params, **options):
     """Start code, and wait until it has written `ready`."""
     started = manager.start_with_code(code, params, **options).raise_for_error()

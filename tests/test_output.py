@@ -94,14 +94,13 @@ def test_what_cleanup_prints_is_captured(manager, start):
         "import atexit, sys, time\natexit.register(print, 'at exit', flush=True)\n"
         "try: print('ready'); time.sleep(600)\n"
         "finally: print('finally'); print('error', file=sys.stderr)",
-        ready="ready\n",
     )
     data = manager.stop(id).data
     assert (data.output, data.error_output) == ("ready\nfinally\nat exit\n", "error\n")
 
 
 def test_output_can_be_read_while_it_runs(manager, start):
-    id = start("import sys, time\nsys.stdout.write('no newline ready')\ntime.sleep(600)")
+    id = start("import sys, time\nsys.stdout.write('no newline ready')\ntime.sleep(600)", ready="ready")
     assert manager.get_status(id).data.output == "no newline ready"
 
 
@@ -274,7 +273,7 @@ def test_follow_is_live(manager, tmp_path):
 
 
 def test_follow_late_starts_with_the_first_byte_kept(manager, start):
-    id = start("import sys, time\nprint('early')\nprint('x', file=sys.stderr)\n" + FOREVER, ready="ready\n")
+    id = start("import sys, time\nprint('early')\nprint('x', file=sys.stderr)\n" + FOREVER)
     follower = manager.follow(id)
     first = next(follower)
     assert first.stream == "stdout" and first.text.startswith("early")
@@ -294,7 +293,7 @@ def test_follow_of_one_that_writes_nothing(manager, run):
 
 def test_follow_after_close(manager, start):
     code = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
-    id = start(code, ready="ready\n")
+    id = start(code)
     follower = manager.follow(id)
     manager.close()
     assert texts(follower) == ("ready\nbye\n", "")
@@ -343,7 +342,7 @@ def test_a_follower_that_is_too_slow_misses_the_oldest_and_goes_on(make_manager,
 
 
 def test_follow_ends_with_the_end(manager, start):
-    id = start(FOREVER, ready="ready\n")
+    id = start(FOREVER)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(lambda: list(manager.follow(id)))
         manager.stop(id, force=True)

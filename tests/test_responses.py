@@ -41,7 +41,7 @@ def responses(manager, start, run, tmp_path):
         "start block": manager.start_with_action_block(block),
         "not started": manager.start_with_action_block(str(tmp_path / "nowhere")),
     }
-    id = start("report_progress(50)\nreport_result({'n': 1})\n" + FOREVER, thread_id="t", ready="ready\n")
+    id = start("report_progress(50)\nreport_result({'n': 1})\n" + FOREVER, thread_id="t")
     made["running"] = manager.get_status(id)
     made["stopped"] = manager.stop(id)
     made["already stopped"] = manager.stop(id)

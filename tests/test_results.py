@@ -1,6 +1,5 @@
 """What `result` and `progress` hold: returned, reported, or taken from the names at the end."""
 
-import functools
 import json
 import os
 
@@ -27,12 +26,6 @@ def manager(shared):
     yield shared
     left = shared.stop_all(force=True)
     assert not left, "the test has left executions running"
-
-
-@pytest.fixture
-def start(start):
-    """`print` writes its line end apart: wait for that, too."""
-    return functools.partial(start, ready="ready\n")
 
 
 @pytest.fixture

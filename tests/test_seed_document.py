@@ -380,7 +380,6 @@ def test_note_the_final_status_is_stopped(manager, start):
 def test_note_output_generated_before_stopping_is_captured(manager, start):
     id = start(
         "import sys, time\nprint('out')\nprint('err', file=sys.stderr)\nprint('ready')\ntime.sleep(600)",
-        ready="ready\n",
     )
     data = manager.stop(id).data
     assert (data.output, data.error_output) == ("out\nready\n", "err\n")
@@ -425,7 +424,6 @@ def test_note_stop_takes_a_moment_when_the_process_is_busy(manager, start):
         "finally:\n"
         "    time.sleep(0.3)\n"
         "    print('done')",
-        ready="ready\n",
     )
     begin = time.monotonic()
     data = manager.stop(id).data
@@ -451,7 +449,6 @@ def test_note_cleanup_handlers_run(manager, start):
         finally:
             print("finally")
         """,
-        ready="ready\n",
     )
     output = manager.stop(id).data.output
     assert output.split("\n") == ["ready", "except", "context manager", "finally", "atexit", ""]

@@ -1,6 +1,5 @@
 """A stop: asked once, cleaned up, and by force only what is deaf when the grace is over."""
 
-import functools
 import os
 import random
 import re
@@ -37,12 +36,6 @@ def manager(shared):
     yield shared
     left = shared.stop_all(force=True)
     assert not left, "the test has left executions running"
-
-
-@pytest.fixture
-def start(start):
-    """`print` writes its line end apart: wait for that, too."""
-    return functools.partial(start, ready="ready\n")
 
 
 def is_graceful(data):
@@ -1025,7 +1018,7 @@ try:
 finally:
     print("clean")
 """
-    id = start(code, ready="ready\n")
+    id = start(code)
     data = manager.stop(id, grace=10).data
     assert (data.status, data.forced) == ("stopped", False), data
     assert data.output == "ready\nclean\n"

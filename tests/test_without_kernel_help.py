@@ -83,13 +83,6 @@ def manager(without_help):
             yield manager
 
 
-@pytest.fixture
-def trace(tmp_path):
-    trace = Trace(tmp_path / "trace")
-    yield trace
-    trace.kill()
-
-
 def begin(manager, trace, code):
     started = manager.start_with_code(code, trace.params).raise_for_error()
     id = started.data.side_execution_id
