@@ -26,7 +26,8 @@ PIPE_SIZE = 1024 * 1024
 BUSY_GAP = 0.001  # between two reads, in seconds
 BUSY_READS = 8
 BUSY_PAUSE = 0.002
-
+# So long after a stop, all of them are left alone.
+STOP_PAUSE = 0.003
 
 DEFAULT_PIPE_SIZE = 64 * 1024
 F_SETPIPE_SZ = 1031  # Linux; in `fcntl` since Python 3.10
@@ -98,18 +99,27 @@ class Pair:
     def stop(self, grace: float) -> None:
         """Have the keeper ask the snippet, and end it after `grace` seconds."""
         self._write(self._control, protocol.pack(protocol.STOP, repr(grace).encode()))
+        # What a short cleanup writes is read at its end: to wake for each piece, and for
+        # the end of each descriptor, would take the processor from those who work on it.
+        if not self._unsent:
+            self._unwatch(self._channel, *self._streams.values())
+            self._loop.at(time.monotonic() + STOP_PAUSE, self._resume_all)
+
+    def _resume_all(self) -> None:
+        if self._channel in self._open:
+            self._loop.watch(self._channel, self._on_channel, writing=bool(self._unsent))
+        for stream, fd in self._streams.items():
+            self._resume(stream, fd)
 
     def pause(self) -> None:
         """Read no more output until `resume`, or the end."""
         self._is_paused = True
-        for fd in self._streams.values():
-            self._loop.unwatch(fd)
+        self._unwatch(*self._streams.values())
 
     def resume(self) -> None:
         if self._is_paused:
             self._is_paused = False
-            for stream, fd in self._streams.items():
-                self._resume(stream, fd)
+            self._resume_all()
 
     def close(self) -> None:
         for fd in list(self._open):
@@ -244,6 +254,11 @@ class Pair:
                 os.write(fd, data)
             except OSError:
                 pass  # the keeper is gone, or stopped: the watchdog sees to it
+
+    def _unwatch(self, *fds: int) -> None:
+        for fd in fds:
+            if fd in self._open:  # or its number may be another execution's by now
+                self._loop.unwatch(fd)
 
     def _close(self, fd: int) -> None:
         if fd in self._open:

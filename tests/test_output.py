@@ -622,3 +622,35 @@ def test_bytes_that_are_no_text_are_kept_as_any_others(make_manager):
     started = manager.start_with_code(r"import os; os.write(1, b'\x80' * 5000)")
     data = manager.wait(started.data.side_execution_id).data
     assert (data.output, data.output_dropped) == ("\ufffd" * 1000, 4000)
+
+
+def test_an_output_that_is_not_read_for_a_while_holds_up_nobody_elses(make_manager, tmp_path):
+    """The number of a descriptor that the one has closed may be one of the other's now."""
+    manager = make_manager()
+    over = threading.Event()
+    flood = f"""
+import os, time
+os.close(2)
+while not os.path.exists({str(tmp_path / "go")!r}): time.sleep(0.001)
+os.write(1, b"x" * 4_000_000)
+"""
+    try:
+        one = manager.start_with_code(flood, on_output=lambda chunk: over.wait(60))
+        time_up = time.monotonic() + 0.3  # until its end of the file is there
+        eventually(lambda: time.monotonic() > time_up)
+        others = [manager.start_with_code(FOREVER).data.side_execution_id for _ in range(4)]
+        (tmp_path / "go").touch()
+        id = one.data.side_execution_id
+        eventually(lambda: len(manager.get_status(id).data.output) > 1024 * 1024)
+        late = [
+            manager.start_with_code("print('late')\nreturn 1").data.side_execution_id
+            for _ in range(4)
+        ]
+        for each in late:
+            data = manager.wait(each, 10).data
+            assert (data.status, data.output) == ("completed", "late\n")
+        for each in others:
+            data = manager.stop(each, grace=10).data
+            assert (data.status, data.output, data.forced) == ("stopped", "ready\n", False)
+    finally:
+        over.set()
