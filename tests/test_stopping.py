@@ -1022,3 +1022,32 @@ finally:
     data = manager.stop(id, grace=10).data
     assert (data.status, data.forced) == ("stopped", False), data
     assert data.output == "ready\nclean\n"
+
+
+def test_an_exit_handler_that_has_begun_comes_to_its_end(manager):
+    """Asked at the very beginning of a short one, it must not be the ask that ends it."""
+    code = """
+import atexit, os, signal
+@atexit.register
+def clean_up():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("clean")
+"""
+    id = manager.start_with_code(code).raise_for_error().data.side_execution_id
+    data = manager.wait(id).data
+    assert (data.status, data.exit_code, data.output) == ("completed", 0, "clean\n")
+
+
+def test_an_exit_handler_that_takes_its_time_is_asked(manager, start):
+    code = """
+import atexit, time
+@atexit.register
+def last(): print("last")
+@atexit.register
+def first():
+    try: print("ready"); time.sleep(60)
+    finally: print("first")
+"""
+    data = manager.stop(start(code), grace=20).data
+    assert (data.status, data.forced) == ("stopped", False)
+    assert data.output == "ready\nfirst\nlast\n"

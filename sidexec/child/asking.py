@@ -25,8 +25,9 @@ ASKED_EXIT_CODE = 128 + _signal.SIGTERM
 
 # What the ask does depends on how far the snippet is.
 WAITING = 0  # for its code: it leaves at once
-RUNNING = 1  # the user's code, exit handlers and joined threads included: it raises
-SETTLING = 2  # our own code, on the way out anyway: nothing
+RUNNING = 1  # the user's code: it raises
+LEAVING = 2  # exit handlers and joined threads: it raises in those that take their time
+SETTLING = 3  # our own code, on the way out anyway: nothing
 
 
 class StopRequested(SystemExit):
@@ -45,6 +46,7 @@ class Ask:
         self._is_held = False
         self._is_deferred = False
         self._is_scheduled = False
+        self._put_off = 0  # by so many nudges, the second of which comes after 0.1 s
         self._undo_trace: Callable[[], None] | None = None
         hooks = (Ask._before_fork, Ask._after_fork_in_parent)
         self._hooks = frozenset(hook.__code__ for hook in hooks)
@@ -68,7 +70,7 @@ class Ask:
 
     def resume(self) -> None:
         self._is_held = False
-        if self._is_deferred and self.phase == RUNNING:
+        if self._is_deferred and self._may_raise():
             self._is_deferred = False
             self._raise()
 
@@ -84,11 +86,13 @@ class Ask:
             # A finalizer or an exit handler that it was raised in has ended by it.
             if unraisable.exc_type is not StopRequested:
                 report(unraisable)
-            elif self.phase == RUNNING:
+            elif self._may_raise():
                 self._interrupt(sys._getframe(1), at_once=False)
 
         sys.unraisablehook = raise_again
-        if self._is_held:
+        if self.phase == LEAVING:
+            self._put_off = 2  # it would end a handler that has just begun to clean up
+        elif self._is_held:
             self._is_deferred = True
         elif self.phase == RUNNING:
             self._interrupt(frame)
@@ -129,8 +133,14 @@ class Ask:
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
         """The keeper's, that interrupts a call which began too late to hear the ask."""
-        if self._is_scheduled and self.phase == RUNNING:
-            # The loop has not come to it: a task holds it up, and may do so for ever.
+        # An exit handler is still at work, or the loop has not come to it: the handler, or
+        # a task, holds it up, and may do so for ever.
+        if self._put_off:
+            self._put_off -= 1
+            is_due = not self._put_off
+        else:
+            is_due = self._is_scheduled
+        if is_due and self._may_raise():
             self._disarm()
             self._interrupt(frame)
 
@@ -216,6 +226,9 @@ class Ask:
         if self._undo_trace is not None:
             undo, self._undo_trace = self._undo_trace, None
             undo()
+
+    def _may_raise(self) -> bool:
+        return self.phase in (RUNNING, LEAVING)
 
     def _raise(self) -> NoReturn:
         raise StopRequested(ASKED_EXIT_CODE)

@@ -13,7 +13,7 @@ import io
 import os
 import sys
 
-from .asking import RUNNING, SETTLING, Ask, StopRequested
+from .asking import LEAVING, SETTLING, Ask, StopRequested
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def leave(
 ) -> NoReturn:
     """End the process; `is_snippet` is false in a child that the snippet has forked."""
     try:
-        ask.phase = RUNNING
+        ask.phase = LEAVING
         if ask.has_come and is_snippet:
             _end_workers()
         if "threading" in sys.modules:
