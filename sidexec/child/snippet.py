@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FILENAME = "<snippet>"
 
 REHEARSAL: dict[str, Any] = {
-    "code": "try: print(end='')\nfinally: raise SystemExit",
+    "code": "try: import sys; print(end='')\nfinally: raise SystemExit",
     "block": None,
     "params": {},
     "cwd": None,
@@ -83,6 +83,7 @@ class Snippet:
                 leaving.flush(leaving.open_files())
                 gc.collect()
             self._flush_c()
+            self._library.module("linecache").cache.pop(FILENAME, None)
             sys.path[:] = path
 
     def receive(self) -> dict[str, Any]:
