@@ -25,7 +25,7 @@ PIPE_SIZE = 1024 * 1024
 # are read at once, and nothing is lost meanwhile, as it waits in the pipe.
 BUSY_GAP = 0.001  # between two reads, in seconds
 BUSY_READS = 8
-BUSY_PAUSE = 0.002
+BUSY_PAUSE = 0.005
 # So long after a stop, all of them are left alone.
 STOP_PAUSE = 0.003
 

@@ -14,22 +14,29 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_write = io.FileIO.write
+# A write to a pipe of at most 4096 bytes is never cut short: so many items, at most 8
+# bytes each, need no second look.
+_SMALL = 512
 
 
 class _Whole(io.FileIO):
     """An unbuffered file whose writes are never cut short."""
 
-    def write(self, data: Any) -> int:
-        written = _write(self, data)
-        if type(data) is not bytes or written != len(data):
-            view = memoryview(data).cast("B")
-            # None: the snippet has set the descriptor to non-blocking, and it is full.
-            while written is not None and written < len(view):
-                more = _write(self, view[written:])
-                if more is None:
-                    break
-                written += more
+    # The arguments with defaults are globals that are looked up twice for each `print`.
+    def write(self, data: Any, write: Any = io.FileIO.write, size: Any = len) -> Any:
+        written = write(self, data)
+        if written != size(data) or written > _SMALL:
+            return self._write_rest(data, written)
+        return written
+
+    def _write_rest(self, data: Any, written: int | None) -> int | None:
+        view = memoryview(data).cast("B")
+        # None: the snippet has set the descriptor to non-blocking, and it is full.
+        while written is not None and written < len(view):
+            more = super().write(view[written:])
+            if more is None:
+                break
+            written += more
         return written
 
 
