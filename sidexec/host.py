@@ -3,7 +3,7 @@
     caller's threads          the loop's thread                    other processes
     ────────────────          ──────────────────────────────       ───────────────
     ExecutionManager ─post──▶ Host ─▶ Launcher (launching) ──────▶ launcher
-                                │        │ pairs ready ahead          │ forks
+                                │        │ its Pool: pairs ahead      │ forks
                                 ▼        ▼                            ▼
                               Supervision ─▶ Pair ───────────────▶ keeper, snippet
                                 │              ◀── output, frames, end
@@ -77,11 +77,11 @@ class Host:
         if is_default and launcher is not self._default:
             # The host's own environment has changed, and with it the one to fork from.
             if self._default is not None:
-                self._default.forks_ahead = False
-                if self._default.is_idle:
+                self._default.pool.forks_ahead = False
+                if self._default.pool.is_idle:
                     self._default.retire()
             self._default = launcher
-            launcher.forks_ahead = True
+            launcher.pool.forks_ahead = True
         supervision.start(launcher)
 
     def stop(self, id: str, reason: StopReason, grace: float, caller: object) -> None:
@@ -127,7 +127,6 @@ class Host:
                 "host": os.getpid(),
                 "cwd": settings.cwd,
             },
-            on_idle=Launcher.retire,
             on_gone=self._on_launcher_gone,
         )
         launcher.boot()

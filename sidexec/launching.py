@@ -1,52 +1,46 @@
-"""A launcher as the host sees it: starts one, and has it fork keepers.
+"""A launcher as the host sees it: a process that is started, heard and let go.
 
-Responsible for the launcher's process, for its pairs until an execution begins on
-them, and for keeping one ready ahead of need. All of it runs in the loop's thread.
+Responsible for its interpreter coming up, for what it sends, and for its end. Which
+execution begins on what it forks is the pool's business. It waits for nothing but
+the end of a process that has been told to end, or is being killed.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Deque
+from typing import Any
 
 from . import payload, protocol
 from .execution import describe_exit
 from .interpreter import Interpreter
 from .loop import Loop, Timer
-from .pair import Owner, Pair, Pids
-from .supervision import Supervision
+from .pool import FDS_PER_PAIR, Pool
 
 # How long an interpreter may take to come up and to load what it is to preload.
 BOOT_LIMIT = 60.0
 EXIT_LIMIT = 5.0
 EXIT_INTERVAL = 0.02
-FDS_PER_PAIR = 4
-# How long a fork ahead leaves the processors to the snippet that has just started.
-AHEAD_AFTER = 0.003
 
 
-class Launcher(Owner):
+class Launcher:
     def __init__(
         self,
         loop: Loop,
         python: str,
         environment: dict[str, str],
         config: dict[str, Any],
-        on_idle: Callable[[Launcher], None],
         on_gone: Callable[[Launcher], None],
     ) -> None:
         self.environment = environment
-        self.forks_ahead = False
         self.is_up = True
+        self.pool = Pool(loop, self._send, on_idle=self.retire)
         self._loop = loop
         self._python = python
         self._config = config
-        self._on_idle = on_idle
         self._on_gone = on_gone
         self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
         self._greeting = b""
@@ -56,18 +50,6 @@ class Launcher(Owner):
         self._unsent = b""
         self._said = b""  # the end of what it has written to its standard error
         self._fds: list[int] = []
-        self._pending = 0  # forks asked for that have neither come nor been refused
-        self._ahead: Timer | None = None
-        self._waiting: Deque[Supervision] = collections.deque()
-        self._spares: Deque[Pair] = collections.deque()
-        self._pairs: dict[int, Pair] = {}
-        self._running: set[Supervision] = set()
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._running and not self._waiting
-
-    # -- the process
 
     def boot(self) -> None:
         """Start the interpreter; raises `OSError` where the system does not let it."""
@@ -105,10 +87,7 @@ class Launcher(Owner):
 
     def retire(self) -> None:
         """Have it end once its keepers have; `on_gone` is called when it has."""
-        self._drop_spares()
-        self.forks_ahead = False
-        if self._ahead is not None:
-            self._ahead.cancel()
+        self.pool.close()
         if self.is_up:
             self.is_up = False
             self._limit.cancel()
@@ -196,7 +175,7 @@ class Launcher(Owner):
             self._process.kill()
             return
         self._send(modules)
-        self._fork_what_is_needed()
+        self.pool.open()
 
     def _on_frame(self, kind: bytes, text: str) -> None:
         if kind == protocol.LOADED:
@@ -204,15 +183,13 @@ class Launcher(Owner):
             self._is_loaded = not text
             self._failure = text or None
         elif kind == protocol.PAIR:
-            self._on_pair(int(text))
+            fds, self._fds = self._fds[:FDS_PER_PAIR], self._fds[FDS_PER_PAIR:]
+            self.pool.add(int(text), fds)
         elif kind == protocol.REFUSED:
-            self._on_refusal(text)
+            self.pool.refuse(text)
         elif kind == protocol.LOST:
             pid, code, *stuck = map(int, text.split())
-            pair = self._pairs.get(pid)
-            if pair is not None:
-                pair.drain()
-                pair.owner.on_lost(pair, code, tuple(stuck))
+            self.pool.lose(pid, code, tuple(stuck))
 
     def _end(self) -> None:
         """The process has ended, or is to: let go of all that there was of it."""
@@ -238,15 +215,7 @@ class Launcher(Owner):
         self._errors = -1
         for fd in self._fds:
             os.close(fd)
-        self._drop_spares()
-        for pair in [*self._pairs.values()]:
-            if pair.owner is self:
-                self._forget(pair)
-        while self._waiting:
-            self._waiting.popleft().refuse(failure)
-        if not was_expected:
-            for each in [*self._running]:
-                each.on_launcher_gone(failure)
+        self.pool.end(failure, was_expected)
         self._on_gone(self)
 
     def _describe_exit(self, code: int | None) -> str:
@@ -270,98 +239,3 @@ class Launcher(Owner):
         except OSError:
             self._unsent = b""  # it has ended, as the end of the file will say
         self._loop.watch(self._socket.fileno(), self._on_socket, writing=bool(self._unsent))
-
-    # -- pairs
-
-    def request(self, supervision: Supervision) -> None:
-        """Have `supervision` begin on a pair, or be refused one, as soon as can be."""
-        self._running.add(supervision)
-        self._waiting.append(supervision)
-        self._assign()
-
-    def cancel(self, supervision: Supervision) -> None:
-        """`supervision` needs no pair any more."""
-        self._waiting.remove(supervision)
-
-    def release(self, supervision: Supervision, pair: Pair | None) -> None:
-        """`supervision` has ended, and `pair` with it."""
-        self._running.discard(supervision)
-        if pair is not None:
-            self._forget(pair)
-        if self.is_up and self.is_idle and not self.forks_ahead:
-            self._on_idle(self)
-
-    def _assign(self) -> None:
-        while self._waiting and self._spares:
-            pair = self._spares.popleft()
-            pair.owner = supervision = self._waiting.popleft()
-            supervision.begin(pair)
-        self._fork_what_is_needed()
-
-    def _fork_what_is_needed(self) -> None:
-        if not self.is_up or len(self._greeting) < payload.GREETING:
-            return
-        while self._pending < len(self._waiting):
-            self._pending += 1
-            self._send(protocol.pack(protocol.FORK))
-        if self._ahead is None and self._wants_spare():
-            self._ahead = self._loop.at(time.monotonic() + AHEAD_AFTER, self._fork_ahead)
-
-    def _wants_spare(self) -> bool:
-        return self.forks_ahead and self.is_up and not self._pending and not self._spares
-
-    def _fork_ahead(self) -> None:
-        self._ahead = None
-        if self._wants_spare():
-            self._pending += 1
-            self._send(protocol.pack(protocol.FORK_AHEAD))
-
-    def _on_pair(self, keeper_pid: int) -> None:
-        fds, self._fds = self._fds[:FDS_PER_PAIR], self._fds[FDS_PER_PAIR:]
-        if len(fds) == FDS_PER_PAIR:
-            self._pairs[keeper_pid] = Pair(self._loop, self, keeper_pid, fds)
-        else:  # the kernel leaves out those that find no place
-            for fd in fds:
-                os.close(fd)
-            self._on_refusal("this process has no descriptors left (see `ulimit -n`)")
-
-    def _on_refusal(self, reason: str) -> None:
-        self._pending -= 1
-        if self._waiting:
-            self._waiting.popleft().refuse(reason)
-        # And no fork ahead, which would be refused again, until the next request.
-
-    def _forget(self, pair: Pair) -> None:
-        pair.close()
-        self._pairs.pop(pair.keeper_pid, None)
-
-    def _drop_spares(self) -> None:
-        while self._spares:
-            self._forget(self._spares.popleft())
-
-    # -- the owner of pairs on which nothing runs yet
-
-    def on_ready(self, pair: Pair) -> None:
-        self._pending -= 1
-        if self.is_up and (self._waiting or not self._spares):
-            self._spares.append(pair)
-            self._assign()
-        else:
-            self._forget(pair)  # of a start that was cancelled, or stopped waiting for it
-
-    def on_refused(self, pair: Pair, reason: str) -> None:
-        self._forget(pair)
-        self._on_refusal(reason)
-
-    def on_keeper_gone(self, pair: Pair) -> None:
-        self._forget(pair)
-        if pair in self._spares:
-            self._spares.remove(pair)
-        else:
-            self._on_refusal("the keeper ended before it was ready")
-
-    def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None:
-        self.on_keeper_gone(pair)
-
-    def on_end(self, pair: Pair, code: int | None, forced: bool, stuck: Pids) -> None:
-        self.on_keeper_gone(pair)

@@ -36,7 +36,7 @@ Pids = tuple[int, ...]
 
 
 class Owner:
-    """Who hears what a pair has to say: the launcher, and then the supervision."""
+    """Who hears what a pair has to say: the pool, and then the supervision."""
 
     def on_ready(self, pair: Pair) -> None: ...
     def on_refused(self, pair: Pair, reason: str) -> None: ...

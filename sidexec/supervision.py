@@ -58,7 +58,7 @@ class Supervision(Owner):
 
     def start(self, launcher: Launcher) -> None:
         self._launcher = launcher
-        launcher.request(self)
+        launcher.pool.request(self)
 
     def begin(self, pair: Pair) -> None:
         """A keeper and a snippet are there: run the code."""
@@ -97,7 +97,7 @@ class Supervision(Owner):
             self._deadline = deadline
             if self._pair is None:
                 assert self._launcher is not None
-                self._launcher.cancel(self)
+                self._launcher.pool.cancel(self)
                 self._finish(None, forced=False, stuck=())
             else:
                 self._pair.stop(grace)
@@ -234,7 +234,7 @@ class Supervision(Owner):
         how = "by force" if forced else "by itself" if execution.stop_reason is None else "as asked"
         self._journal.log(level, "%s is %s, %s", execution.id, status, how)
         if self._launcher is not None:
-            self._launcher.release(self, self._pair)
+            self._launcher.pool.release(self, self._pair)
         self._on_end(self)
         execution.changed.ring()
         execution.output.changed.ring()
