@@ -61,6 +61,7 @@ class Loop:
         self._wake.setblocking(False)
         self._wake_end.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        self._watched: set[int] = set()
         self._posted: Deque[Call] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._purge_at = 64
@@ -113,18 +114,18 @@ class Loop:
     def watch(self, fd: int, call: Call, *, writing: bool = False) -> None:
         """Make `call` whenever `fd` can be read, or with `writing` written, too."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
-        try:
+        if fd in self._watched:
             self._selector.modify(fd, events, call)
-        except KeyError:
+        else:
             self._selector.register(fd, events, call)
+            self._watched.add(fd)
 
     def unwatch(self, fd: int) -> None:
         # Before the descriptor is closed: where a process that the host has forked
         # holds a copy, closing alone would leave it in the selector.
-        try:
+        if fd in self._watched:
+            self._watched.remove(fd)
             self._selector.unregister(fd)
-        except KeyError:
-            pass
 
     # -- the thread
 

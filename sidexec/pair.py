@@ -18,6 +18,7 @@ from .loop import Loop
 from .output import STREAMS, Stream
 
 READ_SIZE = 256 * 1024
+CONTROL_SIZE = 4096
 PIPE_SIZE = 1024 * 1024
 
 # A stream that brings little at a time, again and again, is left alone for a moment:
@@ -128,7 +129,7 @@ class Pair:
     # -- reading
 
     def _on_control(self) -> None:
-        data = self._read(self._control, READ_SIZE)
+        data = self._read(self._control, CONTROL_SIZE)
         if data is None:
             return
         for kind, payload in self._keeper_inbox.feed(data):

@@ -39,6 +39,8 @@ class StopRequested(SystemExit):
 
 
 class Ask:
+    _jumps: frozenset[int] | None = None  # the same for every one of them
+
     def __init__(self, library: Library) -> None:
         self.phase = WAITING
         self.has_come = False
@@ -63,6 +65,21 @@ class Ask:
             after_in_parent=self._after_fork_in_parent,
             after_in_child=self._after_fork_in_child,
         )
+
+    def rehearse(self, frame: FrameType) -> NoReturn:
+        """Raise what an ask raises, and leave nothing changed.
+
+        By another one than this, so that a real ask in this moment is one that comes in
+        time: it ends the process.
+        """
+        report = sys.unraisablehook
+        another = Ask(self._library)
+        another.phase = RUNNING
+        try:
+            another._on_ask(_signal.SIGTERM, frame)
+            raise AssertionError("an ask has been passed over")
+        finally:
+            sys.unraisablehook = report
 
     def hold(self) -> None:
         """Raise nothing until `resume`: an exception would cut a frame in two."""
@@ -254,8 +271,11 @@ class Ask:
         """The opcodes that end a loop's round, and at which signals are looked for."""
         if sys.version_info < (3, 11):
             return frozenset()  # there, each such jump is in its block's range
-        opcodes = self._library.module("opcode").opmap
-        return frozenset(code for name, code in opcodes.items() if "JUMP_BACKWARD" in name)
+        if Ask._jumps is None:
+            opcodes = self._library.module("opcode").opmap
+            names = (name for name in opcodes if "JUMP_BACKWARD" in name)
+            Ask._jumps = frozenset(opcodes[name] for name in names)
+        return Ask._jumps
 
 
 def _first_outside_asyncio(frame: FrameType | None) -> FrameType | None:

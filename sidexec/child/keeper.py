@@ -35,6 +35,9 @@ GROUP_INTERVAL = 0.05
 FIRST_NUDGE = 0.005
 LAST_NUDGE = 1.0
 MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
+# How long a keeper stays after its END, in milliseconds: taking a process down keeps a
+# processor for half a one, and the host has just been woken on this very processor.
+LINGER = 1
 
 
 class Keeper:
@@ -64,7 +67,9 @@ class Keeper:
         self._deadline: float | None = None
         self._forced = False
 
-    def run(self, run_snippet: Callable[[], NoReturn], snippet_fds: list[int]) -> NoReturn:
+    def run(
+        self, run_snippet: Callable[[], NoReturn], snippet_fds: list[int], *, rehearse: bool
+    ) -> NoReturn:
         """Fork the snippet, look after it until nothing of it is left, and leave."""
         self._has_tree = kernel.become_subreaper() and kernel.children() is not None
         self._strays = self._adopted_strays if self._has_tree else self._group_strays
@@ -93,26 +98,50 @@ class Keeper:
         for fd in own:
             if fd not in self._outputs:
                 self._poll.register(fd, select.POLLIN)
-        self._look_after()
-        stuck = self._kill_all()
+        if rehearse:
+            self._rehearse(wake_end)
+        stuck = [] if self._look_after() else self._kill_all()
         self._send(END, " ".join(map(str, (self._exit_code, int(self._forced), *stuck))))
         while stuck:  # until then the launcher must not take them for its own
             time.sleep(1)
             stuck = self._kill_all()
+        lifeline = select.poll()
+        lifeline.register(self._lifeline, select.POLLIN)
+        lifeline.poll(LINGER)
         os._exit(0)
 
-    def _look_after(self) -> None:
-        """Until nothing is left, or what is left has had its time."""
+    def _rehearse(self, wake_end: int) -> None:
+        """Go through a stop, short of any signal and of all that the host would hear.
+
+        The pages that this writes to are the keeper's own then, and need not be copied
+        while somebody waits.
+        """
+        self._obey(pack(STOP, b"0"))
+        self._deadline = None
+        kernel.signal_process(os.getpid(), _signal.SIGCHLD)
+        control, self._control = self._control, wake_end
+        self._send(END, "0 0")
+        self._control = control
+        self._wait()
+        self._reap()
+        try:
+            os.waitpid(os.getpid(), os.WNOHANG)  # which says the same as for no child at all
+        except ChildProcessError:
+            os.waitstatus_to_exitcode(0)
+
+    def _look_after(self) -> bool:
+        """Until nothing is left, or what is left has had its time; whether nothing is."""
         while True:
-            is_empty = self._reap()
+            if self._reap():
+                return True
             if self._leader_reaped:
-                strays = set() if is_empty else self._strays()
+                strays = self._strays()
                 if not strays:
-                    return
+                    return False
                 self._ask_strays(strays)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._forced = True
-                return
+                return False
             self._wait()
 
     # -- asking
@@ -179,7 +208,7 @@ class Keeper:
             elif fd == self._control:
                 self._hear_host()
             elif fd in self._outputs:
-                if _read(fd) == b"":
+                if _read(fd, 65536) == b"":
                     self._poll.unregister(fd)
             else:  # a lifeline
                 self._poll.unregister(fd)
@@ -189,13 +218,16 @@ class Keeper:
 
     def _hear_host(self) -> None:
         data = _read(self._control) or b""
-        for kind, payload in self._inbox.feed(data):
-            if kind == STOP:
-                self._stop(float(payload))
+        self._obey(data)
         if not data:
             self._poll.unregister(self._control)
             self._drain_for_host()
             self._stop(self._grace)
+
+    def _obey(self, data: bytes) -> None:
+        for kind, payload in self._inbox.feed(data):
+            if kind == STOP:
+                self._stop(float(payload))
 
     def _drain_for_host(self) -> None:
         """Read the output that nobody reads any more, and throw it away.
@@ -263,10 +295,10 @@ class Keeper:
             pass  # the host is gone, or has let go of this keeper
 
 
-def _read(fd: int) -> bytes | None:
+def _read(fd: int, size: int = 4096) -> bytes | None:
     """What is there; empty at the end of file, None where there is nothing yet."""
     try:
-        return os.read(fd, 65536)
+        return os.read(fd, size)
     except BlockingIOError:
         return None
     except OSError:

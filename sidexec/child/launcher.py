@@ -191,7 +191,10 @@ class Launcher:
             keeper = Keeper(
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
-            keeper.run(lambda: self._run_snippet(*for_snippet), for_snippet)
+            # The first one is waited for as it is.
+            keeper.run(
+                lambda: self._run_snippet(*for_snippet), for_snippet, rehearse=self._is_warm
+            )
         self._keepers.add(pid)
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
         try:
@@ -207,7 +210,7 @@ class Launcher:
         os.dup2(err, 2)
         kernel.close_all([out, err])
         snippet = Snippet(channel, self._path, kernel.flush_c)
-        snippet.prepare(rehearse=self._is_warm)  # the first is waited for as it is
+        snippet.prepare(rehearse=self._is_warm)
         snippet.run(snippet.receive())
 
     # -- reaping

@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 FILENAME = "<snippet>"
 
 REHEARSAL: dict[str, Any] = {
-    "code": "try: import sys; print(end='')\nfinally: raise SystemExit",
+    "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
     "block": None,
-    "params": {},
     "cwd": None,
     "limits": {},
 }
@@ -77,8 +76,8 @@ class Snippet:
             # comes, which then runs in a third of the time.
             path = sys.path[:]
             try:
-                eval(self._load(REHEARSAL), self._namespace)
-            except SystemExit:
+                eval(self._load({**REHEARSAL, "params": {"ask": self._ask.rehearse}}), self._namespace)
+            except StopRequested:
                 leaving.let_go(self._namespace)
                 leaving.flush(leaving.open_files())
                 gc.collect()
