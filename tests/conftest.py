@@ -35,6 +35,14 @@ def eventually(condition, timeout=20.0):
         time.sleep(0.005)
 
 
+def one_in(every, values):
+    """For `parametrize`: one value in so many is always tried, the others are slow ones."""
+    return [
+        value if number % every == 0 else pytest.param(value, marks=pytest.mark.slow)
+        for number, value in enumerate(values)
+    ]
+
+
 def children(pid="self"):
     """The pids of a process's children."""
     found = []

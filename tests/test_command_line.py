@@ -16,7 +16,7 @@ import uuid
 
 import pytest
 
-from conftest import eventually, is_alive
+from conftest import eventually, is_alive, one_in
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIMIT = 30  # only a hang takes so long
@@ -188,33 +188,33 @@ def test_there_is_no_time_limit_unless_one_is_given(cli):
 # -- bad usage
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["fly"],
-        ["run"],
-        ["run", "-c", HELLO, "file.py"],
-        ["run", "a.py", "b.py"],
-        ["run", "-c"],
-        ["run", "-c", HELLO, "--params", "{"],
-        ["run", "-c", HELLO, "--params", "[1]"],
-        ["run", "-c", HELLO, "--params", "[" * 100_000],
-        ["run", "-c", HELLO, "--params", '{"a": NaN}'],
-        ["run", "-c", HELLO, "--timeout", "-1"],
-        ["run", "-c", HELLO, "--timeout", "soon"],
-        ["run", "-c", HELLO, "--grace", "nan"],
-        ["run", "-c", HELLO, "--stop-after", "-0.5"],
-        ["run", "-c", HELLO, "--python", ""],
-        ["run", "-c", HELLO, "--time", "3"],
-        ["run", "-c", HELLO, "--two\nlines"],
-        ["run", os.fsdecode(b"no \xff such file.py")],
-        ["run", "no-such-file.py"],
-        ["run", "."],
-        ["run", ""],
-        ["blocks", "no-such-directory"],
-    ],
-)
+BAD_USAGE = [
+    [],
+    ["fly"],
+    ["run"],
+    ["run", "-c", HELLO, "file.py"],
+    ["run", "a.py", "b.py"],
+    ["run", "-c"],
+    ["run", "-c", HELLO, "--params", "{"],
+    ["run", "-c", HELLO, "--params", "[1]"],
+    ["run", "-c", HELLO, "--params", "[" * 100_000],
+    ["run", "-c", HELLO, "--params", '{"a": NaN}'],
+    ["run", "-c", HELLO, "--timeout", "-1"],
+    ["run", "-c", HELLO, "--timeout", "soon"],
+    ["run", "-c", HELLO, "--grace", "nan"],
+    ["run", "-c", HELLO, "--stop-after", "-0.5"],
+    ["run", "-c", HELLO, "--python", ""],
+    ["run", "-c", HELLO, "--time", "3"],
+    ["run", "-c", HELLO, "--two\nlines"],
+    ["run", os.fsdecode(b"no \xff such file.py")],
+    ["run", "no-such-file.py"],
+    ["run", "."],
+    ["run", ""],
+    ["blocks", "no-such-directory"],
+]
+
+
+@pytest.mark.parametrize("arguments", one_in(3, BAD_USAGE))
 def test_bad_usage_is_one_line_and_exit_code_2(cli, arguments):
     returncode, out, err = cli.run(*arguments)
     assert (returncode, out) == (2, "")

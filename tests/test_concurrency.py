@@ -229,6 +229,7 @@ def test_threads_that_do_everything_at_once_see_one_truth(make_manager):
     race(make_manager, 2)
 
 
+@pytest.mark.slow
 def test_threads_that_do_everything_at_once_on_busy_cores_see_one_truth(make_manager):
     with busy_cores():
         race(make_manager, 1)

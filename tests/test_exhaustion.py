@@ -13,7 +13,7 @@ import pytest
 
 import sidexec
 from sidexec import Limits
-from conftest import descriptors, eventually
+from conftest import descriptors, eventually, one_in
 from test_misbehaving_hosts import run_host
 
 HELPERS = """
@@ -334,7 +334,7 @@ def test_a_fork_that_fails_on_the_other_side_is_told(host, tmp_path, where, firs
 MEMORIES = [1, 4096, 2**20, 16 * 2**20, 24 * 2**20, 32 * 2**20, 48 * 2**20]
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", one_in(3, MEMORIES))
 @pytest.mark.parametrize(
     "code",
     [
@@ -367,7 +367,7 @@ def test_a_moderate_limit_of_memory_is_a_memory_error_that_a_snippet_can_handle(
     assert "bytearray(2**30)" in data.error
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", one_in(3, MEMORIES))
 def test_a_snippet_without_memory_can_be_stopped(manager, memory):
     code = (
         "import time\nx = []\n"

@@ -15,7 +15,7 @@ import uuid
 
 import pytest
 
-from conftest import eventually
+from conftest import eventually, one_in
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -113,7 +113,7 @@ def busy_cores():
             process.wait()
 
 
-@pytest.fixture(params=["idle", "busy"])
+@pytest.fixture(params=one_in(2, ["idle", "busy"]))
 def cores(request):
     with busy_cores() if request.param == "busy" else contextlib.nullcontext():
         yield
@@ -208,7 +208,7 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("setup", list(SETUPS))
+@pytest.mark.parametrize("setup", one_in(2, SETUPS))
 def test_every_end_is_as_ever_in_a_host_that_has(host, setup):
     script = textwrap.dedent(SETUPS[setup]) + ENDS + textwrap.dedent("""
         with sidexec.ExecutionManager(grace_period=5) as manager:
@@ -253,7 +253,7 @@ def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_thou
     assert found == json.loads(plain.stdout)
 
 
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("closed", one_in(4, [(0,), (1,), (2,), (0, 2), (0, 1, 2)]), ids=str)
 def test_every_end_is_as_ever_in_a_host_without_the_standard_streams(host, closed):
     close = f"import os\nfor fd in {closed!r}: os.close(fd)\n"
     script = ENDS + """
@@ -369,7 +369,9 @@ def end_workers():
 """
 
 
-@pytest.mark.parametrize("place", ["before", "boot_begins", "boot", "boot_ends", "running", "idle"])
+@pytest.mark.parametrize(
+    "place", one_in(2, ["before", "boot_begins", "boot", "boot_ends", "running", "idle"])
+)
 def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, place):
     took = host(WORKER + textwrap.dedent("""
         from sidexec import interpreter
@@ -675,7 +677,7 @@ def test_a_handler_may_come_between_two_instructions(host, op, act):
 
 
 @traces_opcodes
-@pytest.mark.parametrize("act", ["raise", "stop", "start"])
+@pytest.mark.parametrize("act", one_in(3, ["raise", "stop", "start"]))
 def test_a_handler_may_come_while_a_call_is_handed_to_the_manager(host, act):
     script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/loop.py')")
     assert host(script, "stop", act, 1, 0) > 5
