@@ -38,6 +38,8 @@ MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
 # How long a keeper stays after its END, in milliseconds: taking a process down keeps a
 # processor for half a one, and the host has just been woken on this very processor.
 LINGER = 1
+# When to rehearse, in milliseconds: once nothing is waited for.
+REHEARSE_AFTER = 20
 
 
 class Keeper:
@@ -98,7 +100,7 @@ class Keeper:
         for fd in own:
             if fd not in self._outputs:
                 self._poll.register(fd, select.POLLIN)
-        if rehearse:
+        if rehearse and not self._poll.poll(REHEARSE_AFTER):
             self._rehearse(wake_end)
         stuck = [] if self._look_after() else self._kill_all()
         self._send(END, " ".join(map(str, (self._exit_code, int(self._forced), *stuck))))
