@@ -1,7 +1,8 @@
-"""A keeper and its snippet as the host sees them: four descriptors.
+"""A keeper and its snippet as the host sees them: four descriptors, and often a pidfd.
 
-Responsible for reading and writing these without ever blocking, and for closing
-them. What is read goes to the owner; what it means is the owner's business.
+Responsible for reading and writing these without ever blocking, for closing them, and
+for asking the snippet. What is read goes to the owner; what it means is the owner's
+business. It signals nothing else, and nothing by its pid.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import signal
 import sys
 import termios
 import time
 
-from . import protocol
+from . import procfs, protocol
 from .loop import Loop
 from .output import STREAMS, Stream
 
@@ -76,6 +78,7 @@ class Pair:
         self.snippet_pid = 0
         self.ready_at = 0.0  # in seconds of CLOCK_BOOTTIME, as /proc counts
         self.has_tree = False
+        self.is_asked = False
         self.owner = owner
         self._loop = loop
         self._control, self._channel = fds[:2]
@@ -83,6 +86,7 @@ class Pair:
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
         self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
         self._unsent = memoryview(b"")
+        self._pidfd = -1  # the snippet's
         self._open = set(fds)
         self._is_paused = False
         self._rhythms = {stream: _Rhythm() for stream in STREAMS}
@@ -98,13 +102,39 @@ class Pair:
         self._on_channel()
 
     def stop(self, grace: float) -> None:
-        """Have the keeper ask the snippet, and end it after `grace` seconds."""
-        self._write(self._control, protocol.pack(protocol.STOP, repr(grace).encode()))
+        """Ask the snippet, and have the keeper end it after `grace` seconds."""
+        if grace > 0 and not self.is_asked:
+            self._ask()
+        text = f"{grace!r} {int(self.is_asked)}"
+        self._write(self._control, protocol.pack(protocol.STOP, text.encode()))
         # What a short cleanup writes is read at its end: to wake for each piece, and for
         # the end of each descriptor, would take the processor from those who work on it.
         if not self._unsent:
             self._unwatch(self._channel, *self._streams.values())
             self._loop.at(time.monotonic() + STOP_PAUSE, self._resume_all)
+
+    def _ask(self) -> None:
+        """Ask at once, and not by the keeper: it would have to wake first.
+
+        Before it is told, as it asks by itself if this process is killed in between.
+        """
+        if self._pidfd in self._open:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+                self.is_asked = True
+            except (AttributeError, OSError):
+                pass  # it has ended, or it is for the keeper to ask
+
+    def _open_pidfd(self) -> None:
+        try:
+            self._pidfd = os.pidfd_open(self.snippet_pid)
+        except (AttributeError, OSError):
+            return  # the keeper asks
+        self._open.add(self._pidfd)
+        # The keeper may have reaped it since it said READY, and its number may be somebody
+        # else's: but then not of a child of the keeper.
+        if procfs.parent_of(self.snippet_pid) != self.keeper_pid:
+            self._close(self._pidfd)
 
     def _resume_all(self) -> None:
         if self._channel in self._open:
@@ -139,6 +169,7 @@ class Pair:
                 self.snippet_pid = int(snippet_pid)
                 self.ready_at = _boot_time()
                 self.has_tree = has_tree == "1"
+                self._open_pidfd()
                 self.owner.on_ready(self)
             elif kind == protocol.REFUSED:
                 self.owner.on_refused(self, text)

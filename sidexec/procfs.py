@@ -1,4 +1,4 @@
-"""What /proc tells the host: what a keeper's tree uses, when a process began.
+"""What /proc tells the host: what a tree uses, whose child a process is, when it began.
 
 Reads only: nothing here signals a process, so a pid that has gone to somebody else
 can at worst spoil one figure. Where there is no /proc, every answer is None.
@@ -31,6 +31,11 @@ def usage_of_tree(keeper_pid: int) -> Usage | None:
         memory += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         pids += _children(pid)
     return Usage(memory, ticks * _tick())
+
+
+def parent_of(pid: int) -> int | None:
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1])
 
 
 def began_at(pid: int) -> float | None:

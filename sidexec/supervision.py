@@ -179,6 +179,8 @@ class Supervision(Owner):
     def on_launcher_gone(self, reason: str) -> None:
         """The keeper notices as well, and asks and sweeps: its END is still to come."""
         self._fault = reason
+        if self._pair is not None:
+            self._pair.is_asked = True  # by the keeper, and once is enough
         if self._keeper_is_gone:
             self._kill_group()
             self._lose(reason, ())

@@ -372,3 +372,32 @@ def test_the_host_neither_hangs_nor_complains_at_its_exit(trace, name):
     assert done.stdout == expected
     check_that_nothing_is_left(trace, [], 1.0)
     eventually(lambda: not any(each.is_alive for each in trace.noted("keeper")))
+
+
+KILLED_WHILE_IT_STOPS = """
+import os, signal, sys, time
+import sidexec
+from sidexec.pair import Pair
+
+def die(pair, fd, data):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+manager = sidexec.ExecutionManager(grace_period=10.0)
+code = "import time\\ntry:\\n  print('ready')\\n  time.sleep(60)\\nfinally:\\n  open(params['path'], 'w').close()"
+id = manager.start_with_code(code, {"path": sys.argv[1]}).raise_for_error().data.side_execution_id
+while manager.get_status(id).data.output != "ready\\n":
+    time.sleep(0.002)
+if sys.argv[2] == "before":
+    Pair._ask = lambda pair: die(pair, 0, b"")
+Pair._write = die
+manager.stop(id)
+"""
+
+
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_a_host_killed_right_before_or_after_it_has_asked(tmp_path, when):
+    path = tmp_path / "cleaned up"
+    command = [sys.executable, "-c", KILLED_WHILE_IT_STOPS, str(path), when]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
+    assert subprocess.run(command, cwd=root, timeout=60).returncode == -signal.SIGKILL
+    eventually(path.exists, timeout=9)

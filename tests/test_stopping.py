@@ -15,6 +15,7 @@ import pytest
 from conftest import eventually, is_alive, nothing_left
 
 import sidexec
+from sidexec import procfs
 
 NEW = sys.version_info
 ENVIRONMENT = {key: os.environ[key] for key in os.environ if key != "PYTEST_CURRENT_TEST"}
@@ -717,6 +718,74 @@ def test_asked_at_a_random_moment_all_tasks_clean_up(hasty, work):
 @pytest.mark.parametrize("work", WORKS)
 def test_asked_at_a_random_moment_all_tasks_clean_up_soak(manager, work):
     ask_at_random_moments(manager, work, 200, missed=10)
+
+
+# -- who asks
+
+
+ASKED = """
+import signal, sys, time
+def handler(signum, frame):
+    print("asked")
+    time.sleep(0.05)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, handler)
+print("ready")
+time.sleep(60)
+"""
+
+
+def refuse(*args):
+    raise PermissionError(1, "not permitted")
+
+
+HINDRANCES = {
+    "none": lambda patch: None,
+    "no pidfd": lambda patch: patch.setattr(os, "pidfd_open", refuse),
+    "no pidfd on this platform": lambda patch: patch.delattr(os, "pidfd_open"),
+    "not permitted": lambda patch: patch.setattr(signal, "pidfd_send_signal", refuse),
+    "its number is somebody else's": lambda patch: patch.setattr(procfs, "parent_of", lambda pid: 1),
+}
+
+
+@pytest.mark.parametrize("name", HINDRANCES)
+def test_it_is_asked_once_whoever_asks(hasty, monkeypatch, name):
+    HINDRANCES[name](monkeypatch)
+    for _ in range(2):  # the second one's pair has come meanwhile
+        id = hasty.start_with_code(ASKED).raise_for_error().data.side_execution_id
+        eventually(lambda: hasty.get_status(id).data.output == "ready\n")
+        stops = [threading.Thread(target=hasty.stop, args=[id]) for _ in range(3)]
+        for stop in stops:
+            stop.start()
+        for stop in stops:
+            stop.join()
+        data = hasty.stop(id).data
+        assert (data.output, data.forced, data.exit_code) == ("ready\nasked\n", False, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the keeper asks here")
+def test_the_host_signals_no_process_but_its_snippet(hasty, monkeypatch):
+    asked = []
+    send = signal.pidfd_send_signal
+
+    def note(fd, signum):
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        asked.append((int(lines["Pid"]), signum))
+        send(fd, signum)
+
+    # Its pair may have come while another test was in the way of pidfds.
+    hasty.wait(hasty.start_with_code("pass").raise_for_error().data.side_execution_id)
+    monkeypatch.setattr(signal, "pidfd_send_signal", note)
+    pids = []
+    for _ in range(3):
+        code = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+        id = hasty.start_with_code(code).raise_for_error().data.side_execution_id
+        eventually(lambda: hasty.get_status(id).data.output.endswith("\n"))
+        data = hasty.stop(id).data
+        assert (data.forced, data.exit_code) == (False, 143)
+        pids.append(int(data.output))
+    assert asked == [(pid, signal.SIGTERM) for pid in pids]
 
 
 # -- helpers of the cleanup

@@ -1,10 +1,10 @@
 """The keeper: one for each execution, the parent of whatever the snippet leaves.
 
-Responsible for asking the snippet, for its end after the grace period, and for
-the sweep that follows every end: when a keeper says END, no process of its
-execution is left. It never runs user code, never believes what a snippet says,
-and signals no process but its own unreaped children and the group of one, so that
-no pid can have gone to somebody else.
+Responsible for asking the snippet, unless the host has, for its end after the grace
+period, and for the sweep that follows every end: when a keeper says END, no process
+of its execution is left. It never runs user code, never believes what a snippet
+says, and signals no process but its own unreaped children and the group of one, so
+that no pid can have gone to somebody else.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
 parent ends, wherever that descendant has moved and whatever it has emptied: the
@@ -118,7 +118,7 @@ class Keeper:
         The pages that this writes to are the keeper's own then, and need not be copied
         while somebody waits.
         """
-        self._obey(pack(STOP, b"0"))
+        self._obey(pack(STOP, b"0 0"))
         self._deadline = None
         kernel.signal_process(os.getpid(), _signal.SIGCHLD)
         control, self._control = self._control, wake_end
@@ -148,8 +148,8 @@ class Keeper:
 
     # -- asking
 
-    def _stop(self, grace: float) -> None:
-        """Ask once; every further call can only bring the end nearer."""
+    def _stop(self, grace: float, *, is_asked: bool = False) -> None:
+        """Ask once, if the host has not; every further call can only bring the end nearer."""
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
             self._deadline = deadline
@@ -157,7 +157,8 @@ class Keeper:
             self._asked = True
             self._asked_at = time.monotonic()
             # The leader alone: its cleanup may need the helpers that it has started.
-            kernel.signal_process(self._leader, _signal.SIGTERM)
+            if not is_asked:
+                kernel.signal_process(self._leader, _signal.SIGTERM)
             kernel.signal_process(self._leader, _signal.SIGCONT)  # a stopped one is deaf
             self._nudge_at = time.monotonic() + FIRST_NUDGE
 
@@ -229,7 +230,8 @@ class Keeper:
     def _obey(self, data: bytes) -> None:
         for kind, payload in self._inbox.feed(data):
             if kind == STOP:
-                self._stop(float(payload))
+                grace, is_asked = payload.split()
+                self._stop(float(grace), is_asked=is_asked == b"1")
 
     def _drain_for_host(self) -> None:
         """Read the output that nobody reads any more, and throw it away.
