@@ -103,27 +103,29 @@ class Pair:
 
     def stop(self, grace: float) -> None:
         """Ask the snippet, and have the keeper end it after `grace` seconds."""
-        if grace > 0 and not self.is_asked:
-            self._ask()
-        text = f"{grace!r} {int(self.is_asked)}"
-        self._write(self._control, protocol.pack(protocol.STOP, text.encode()))
+        asks = grace > 0 and not self.is_asked and self._pidfd in self._open
+        # Told before it is asked: or the keeper might find it gone, and no stop.
+        self._tell_keeper(grace, asks or self.is_asked)
+        if asks and not self._ask():
+            self._tell_keeper(grace, False)
         # What a short cleanup writes is read at its end: to wake for each piece, and for
         # the end of each descriptor, would take the processor from those who work on it.
         if not self._unsent:
             self._unwatch(self._channel, *self._streams.values())
             self._loop.at(time.monotonic() + STOP_PAUSE, self._resume_all)
 
-    def _ask(self) -> None:
-        """Ask at once, and not by the keeper: it would have to wake first.
+    def _tell_keeper(self, grace: float, is_asked: bool) -> None:
+        text = f"{grace!r} {int(is_asked)}"
+        self._write(self._control, protocol.pack(protocol.STOP, text.encode()))
 
-        Before it is told, as it asks by itself if this process is killed in between.
-        """
-        if self._pidfd in self._open:
-            try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
-                self.is_asked = True
-            except (AttributeError, OSError):
-                pass  # it has ended, or it is for the keeper to ask
+    def _ask(self) -> bool:
+        """Ask at once, and not by the keeper: it would have to wake first."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            self.is_asked = True
+        except (AttributeError, OSError):
+            pass  # it has ended, or it is for the keeper to ask
+        return self.is_asked
 
     def _open_pidfd(self) -> None:
         try:

@@ -27,7 +27,7 @@ READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
 END = b"e"  # "<exit code or None> <forced: 0 or 1> <pid that can't be killed>..."
 
 # host -> keeper
-STOP = b"s"  # "<grace period in seconds> <1 if the snippet has been asked, else 0>"
+STOP = b"s"  # "<grace period in seconds> <1 if the host asks the snippet, else 0>"
 
 # host -> snippet
 RUN = b"g"  # a marshalled dict: what to run, and how

@@ -388,14 +388,14 @@ id = manager.start_with_code(code, {"path": sys.argv[1]}).raise_for_error().data
 while manager.get_status(id).data.output != "ready\\n":
     time.sleep(0.002)
 if sys.argv[2] == "before":
-    Pair._ask = lambda pair: die(pair, 0, b"")
-Pair._write = die
+    Pair._write = die
+Pair._ask = lambda pair: die(pair, 0, b"")
 manager.stop(id)
 """
 
 
 @pytest.mark.parametrize("when", ("before", "after"))
-def test_a_host_killed_right_before_or_after_it_has_asked(tmp_path, when):
+def test_a_host_killed_right_before_or_after_it_has_said_that_it_asks(tmp_path, when):
     path = tmp_path / "cleaned up"
     command = [sys.executable, "-c", KILLED_WHILE_IT_STOPS, str(path), when]
     root = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))

@@ -764,6 +764,31 @@ def test_it_is_asked_once_whoever_asks(hasty, monkeypatch, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the keeper asks here")
+def test_a_host_that_is_slow_to_say_so_gives_the_whole_grace(shared, monkeypatch):
+    code = """
+    import os, signal, time
+    if not os.fork():
+        def handler(signum, frame):
+            time.sleep(0.6)
+            print("tidy")
+            os._exit(0)
+        signal.signal(signal.SIGTERM, handler)
+        print("ready")
+        while True: signal.pause()
+    time.sleep(60)
+    """
+    send = signal.pidfd_send_signal
+    monkeypatch.setattr(
+        signal, "pidfd_send_signal", lambda *args: (send(*args), time.sleep(0.3))
+    )
+    with sidexec.ExecutionManager(grace_period=0.1) as manager:
+        id = manager.start_with_code(code).raise_for_error().data.side_execution_id
+        eventually(lambda: manager.get_status(id).data.output == "ready\n")
+        data = manager.stop(id, grace=20).data
+    assert (data.output, data.forced) == ("ready\ntidy\n", False)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the keeper asks here")
 def test_the_host_signals_no_process_but_its_snippet(hasty, monkeypatch):
     asked = []
     send = signal.pidfd_send_signal

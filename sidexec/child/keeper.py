@@ -63,7 +63,7 @@ class Keeper:
         self._leader = 0
         self._leader_reaped = False
         self._exit_code: int | None = None
-        self._asked = False
+        self._is_asked = self._has_asked = False  # by anybody, and by this process
         self._asked_at = self._nudge_at = 0.0
         self._asked_strays: set[int] = set()
         self._deadline: float | None = None
@@ -149,18 +149,24 @@ class Keeper:
     # -- asking
 
     def _stop(self, grace: float, *, is_asked: bool = False) -> None:
-        """Ask once, if the host has not; every further call can only bring the end nearer."""
+        """Ask once, if the host does not; every further call can only bring the end nearer.
+
+        A host that has died may have done so before it came to ask.
+        """
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
             self._deadline = deadline
-        if grace > 0 and not self._asked and not self._leader_reaped:
-            self._asked = True
-            self._asked_at = time.monotonic()
-            # The leader alone: its cleanup may need the helpers that it has started.
-            if not is_asked:
-                kernel.signal_process(self._leader, _signal.SIGTERM)
+        if grace <= 0 or self._leader_reaped:
+            return
+        # The leader alone: its cleanup may need the helpers that it has started.
+        if not is_asked and not self._has_asked:
+            self._has_asked = True
+            kernel.signal_process(self._leader, _signal.SIGTERM)
+        if not self._is_asked:
+            self._is_asked = True
             kernel.signal_process(self._leader, _signal.SIGCONT)  # a stopped one is deaf
-            self._nudge_at = time.monotonic() + FIRST_NUDGE
+            self._asked_at = time.monotonic()
+            self._nudge_at = self._asked_at + FIRST_NUDGE
 
     def _nudge(self, now: float) -> None:
         """Interrupt the call that the snippet sits in, in case it has missed the ask.
@@ -200,7 +206,7 @@ class Keeper:
             timeout = min(max(0.0, self._deadline - now), MAX_TIMEOUT)
             if self._leader_reaped:
                 timeout = min(timeout, GROUP_INTERVAL)
-            elif self._asked:
+            elif self._is_asked:
                 if now >= self._nudge_at:
                     self._nudge(now)
                 timeout = min(timeout, self._nudge_at - now)
