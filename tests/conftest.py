@@ -79,6 +79,17 @@ def descriptors():
     return {fd: name for fd, name in found.items() if not name.startswith("/proc/")}
 
 
+def pidfds():
+    """The processes of which this one has a pidfd."""
+    found = set()
+    for fd, name in descriptors().items():
+        with contextlib.suppress(OSError):
+            if name == "anon_inode:[pidfd]":
+                with open(f"/proc/self/fdinfo/{fd}") as file:
+                    found.update(int(line[4:]) for line in file if line.startswith("Pid:"))
+    return found
+
+
 @contextlib.contextmanager
 def nothing_left():
     """Check that a block leaves no child, thread or descriptor of this process behind."""

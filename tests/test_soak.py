@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from conftest import children, descriptors, eventually, tree
+from conftest import children, descriptors, eventually, pidfds, tree
 
 # How an execution ends: its code, how it is stopped, and its status and exit codes.
 ENDS = {
@@ -81,6 +81,10 @@ class Watch:
 
     def __init__(self, manager, before):
         self._before = before
+        self._at_rest()
+        # The thread that let go of a launcher has done all of it when it starts another
+        # execution, and not yet when that launcher's process is gone.
+        end(manager, "completes", begin(manager, "completes"))
         self.launcher = self._at_rest()
         self.descriptors = len(descriptors())
         self.threads = len(os.listdir("/proc/self/task"))
@@ -90,7 +94,8 @@ class Watch:
         self.processes = len(tree(os.getpid()))
 
     def _at_rest(self):
-        """Wait until one launcher is there, with one keeper and its waiting snippet; its pid."""
+        """Wait until one launcher is there, with one keeper and its snippet, which the
+        host knows to be ready; its pid."""
 
         def is_at_rest():
             launchers = set(children()) - self._before
@@ -98,7 +103,9 @@ class Watch:
                 return None
             (launcher,) = launchers
             keepers = children(launcher)
-            return len(keepers) == 1 and len(tree(keepers[0])) == 1 and launcher
+            snippets = [pid for keeper in keepers for pid in tree(keeper)]
+            is_one = len(keepers) == len(snippets) == 1
+            return is_one and pidfds() == {launcher, *snippets} and launcher
 
         return eventually(is_at_rest)
 
