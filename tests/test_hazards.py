@@ -615,15 +615,16 @@ def test_a_handler_that_raises_inside_a_start_loses_no_execution(make_manager, t
     try:
         for number in range(60):
             armed = True
-            signal.setitimer(signal.ITIMER_REAL, 0.00005 + number % 30 * 0.00005)
             try:
-                manager.start_with_code(code, trace.params).raise_for_error()
-                began += 1
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.00005 + number % 30 * 0.00005)
+                    manager.start_with_code(code, trace.params).raise_for_error()
+                    began += 1
+                finally:
+                    armed = False
             except Interrupted:
                 raised += 1
-            finally:
-                armed = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert raised > 5
