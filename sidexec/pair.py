@@ -128,6 +128,8 @@ class Pair:
         return self.is_asked
 
     def _open_pidfd(self) -> None:
+        # Before it runs: nothing is closed yet, so this gets the number of no descriptor
+        # that an event still to come takes for the one it was.
         try:
             self._pidfd = os.pidfd_open(self.snippet_pid)
         except (AttributeError, OSError):
