@@ -32,7 +32,6 @@ class Pool(Owner):
         self._send = send
         self._on_idle = on_idle
         self._can_fork = False
-        self._is_closed = False
         self._pending = 0  # forks asked for that have neither come nor been refused
         self._ahead: Timer | None = None
         self._waiting: Deque[Supervision] = collections.deque()
@@ -61,7 +60,7 @@ class Pool(Owner):
         self._running.discard(supervision)
         if pair is not None:
             self._forget(pair)
-        if not self._is_closed and self.is_idle and not self.forks_ahead:
+        if self.is_idle and not self.forks_ahead:
             self._on_idle()
 
     def _assign(self) -> None:
@@ -81,7 +80,7 @@ class Pool(Owner):
             self._ahead = self._loop.at(time.monotonic() + AHEAD_AFTER, self._fork_ahead)
 
     def _wants_spare(self) -> bool:
-        return self.forks_ahead and self._can_fork and not self._pending and not self._spares
+        return self.forks_ahead and not self._pending and not self._spares
 
     def _fork_ahead(self) -> None:
         self._ahead = None
@@ -121,11 +120,11 @@ class Pool(Owner):
 
     def close(self) -> None:
         """Fork nothing any more, and let go of what waits."""
-        self._is_closed = True
         self._can_fork = self.forks_ahead = False
         if self._ahead is not None:
             self._ahead.cancel()
-        self._drop_spares()
+        while self._spares:
+            self._forget(self._spares.popleft())
 
     def end(self, reason: str, was_expected: bool) -> None:
         """The launcher is gone."""
@@ -143,15 +142,11 @@ class Pool(Owner):
         pair.close()
         self._pairs.pop(pair.keeper_pid, None)
 
-    def _drop_spares(self) -> None:
-        while self._spares:
-            self._forget(self._spares.popleft())
-
     # -- the owner of pairs on which nothing runs yet
 
     def on_ready(self, pair: Pair) -> None:
         self._pending -= 1
-        if not self._is_closed and (self._waiting or not self._spares):
+        if self._can_fork and (self._waiting or not self._spares):
             self._spares.append(pair)
             self._assign()
         else:

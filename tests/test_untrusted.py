@@ -326,7 +326,7 @@ def test_floods_harm_no_other_execution(make_manager):
             manager.start_with_code(CHANNEL + flood).raise_for_error().data.side_execution_id
             for flood in floods
         ]
-        for _ in range(8):
+        for _ in range(20):
             at = time.monotonic()
             for id in ids:
                 assert manager.get_status(id).data.status == "running"

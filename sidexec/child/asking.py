@@ -273,8 +273,7 @@ class Ask:
             return frozenset()  # there, each such jump is in its block's range
         if Ask._jumps is None:
             opcodes = self._library.module("opcode").opmap
-            names = (name for name in opcodes if "JUMP_BACKWARD" in name)
-            Ask._jumps = frozenset(opcodes[name] for name in names)
+            Ask._jumps = frozenset(opcodes[name] for name in opcodes if "JUMP_BACKWARD" in name)
         return Ask._jumps
 
 

@@ -63,8 +63,9 @@ class Keeper:
         self._leader = 0
         self._leader_reaped = False
         self._exit_code: int | None = None
-        self._is_asked = self._has_asked = False  # by anybody, and by this process
-        self._asked_at = self._nudge_at = 0.0
+        self._has_asked = False  # this process, and not the host
+        self._asked_at: float | None = None
+        self._nudge_at = 0.0
         self._asked_strays: set[int] = set()
         self._deadline: float | None = None
         self._forced = False
@@ -162,20 +163,19 @@ class Keeper:
         if not is_asked and not self._has_asked:
             self._has_asked = True
             kernel.signal_process(self._leader, _signal.SIGTERM)
-        if not self._is_asked:
-            self._is_asked = True
+        if self._asked_at is None:
             kernel.signal_process(self._leader, _signal.SIGCONT)  # a stopped one is deaf
             self._asked_at = time.monotonic()
             self._nudge_at = self._asked_at + FIRST_NUDGE
 
-    def _nudge(self, now: float) -> None:
+    def _nudge(self, now: float, waited: float) -> None:
         """Interrupt the call that the snippet sits in, in case it has missed the ask.
 
         Python only takes note of a signal, and looks at its notes between opcodes: one
         that comes after such a look and before a system call waits for its end.
         """
         kernel.signal_process(self._leader, _signal.SIGURG)
-        self._nudge_at = now + min(10 * (now + FIRST_NUDGE - self._asked_at), LAST_NUDGE)
+        self._nudge_at = now + min(10 * (waited + FIRST_NUDGE), LAST_NUDGE)
 
     def _ask_strays(self, strays: set[int]) -> None:
         if self._deadline is None:
@@ -206,9 +206,9 @@ class Keeper:
             timeout = min(max(0.0, self._deadline - now), MAX_TIMEOUT)
             if self._leader_reaped:
                 timeout = min(timeout, GROUP_INTERVAL)
-            elif self._is_asked:
+            elif self._asked_at is not None:
                 if now >= self._nudge_at:
-                    self._nudge(now)
+                    self._nudge(now, now - self._asked_at)
                 timeout = min(timeout, self._nudge_at - now)
         # Rounded up: to wake a moment before the deadline would be to spin until it.
         for fd, _ in self._poll.poll(None if timeout is None else int(timeout * 1000) + 1):
