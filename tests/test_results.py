@@ -409,6 +409,31 @@ def test_reports_from_threads_arrive_whole(run):
     assert data.progress == 49
 
 
+def test_the_progress_reported_last_is_the_progress(run):
+    # Another thread reports the same number while the first one's report is on its way.
+    code = """
+    import sys, threading
+    is_sending, others_are_through = threading.Event(), threading.Event()
+    def trace(frame, event, arg):
+        if frame.f_code.co_name == "_send":
+            sys.settrace(None)
+            is_sending.set()
+            others_are_through.wait()
+    def work():
+        sys.settrace(trace)
+        report_progress(48)
+        report_progress(49)
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_sending.wait(10)
+    report_progress(49)
+    others_are_through.set()
+    thread.join()
+    """
+    data = run(code)
+    assert (data.status, data.progress) == ("completed", 49), data.error
+
+
 def test_report_result_in_a_forked_child_is_refused(run):
     code = """
     import os

@@ -63,7 +63,7 @@ class Snippet:
         self._partial: CodeType | None = None
         self._value: object = None
         self._reported: object = None
-        self._progress: float | None = None
+        self._progress = b""  # that was sent last
         self._lifted: list[tuple[Callable[..., object], int, tuple[int, int]]] = []
 
     def prepare(self, *, rehearse: bool) -> None:
@@ -180,10 +180,7 @@ class Snippet:
             raise TypeError(f"percent must be a number, not {type(percent).__name__}")
         if not 0 <= percent <= 100:
             raise ValueError(f"percent must be between 0 and 100, not {percent!r}")
-        number = float(percent)
-        if number != self._progress:
-            self._progress = number
-            self._send(PROGRESS, repr(number).encode())
+        self._send(PROGRESS, repr(float(percent)).encode())
 
     def _report_result(self, value: object) -> None:
         """Keep `value` as the partial result, and again as it is when asked to stop."""
@@ -240,6 +237,11 @@ class Snippet:
             self._ask.hold()
         try:
             with self._send_lock:
+                if kind == PROGRESS:
+                    # Looked at here, as another thread may have sent a progress meanwhile.
+                    if payload == self._progress:
+                        return
+                    self._progress = payload
                 view = memoryview(pack(kind, payload))
                 while view:
                     view = view[os.write(self._channel, view) :]
