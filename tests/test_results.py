@@ -434,6 +434,82 @@ def test_the_progress_reported_last_is_the_progress(run):
     assert (data.status, data.progress) == ("completed", 49), data.error
 
 
+HANDLER_REPORTS = """
+import signal
+calls = 0
+def handler(signum, frame):
+    global calls
+    calls += 1
+    report_progress(calls % 100)
+    report_result(["handler", calls, "x" * 1000])
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+reports = 0
+while reports < 1000 or calls < 50:
+    report_progress(reports % 100)
+    report_result(["code", reports, "x" * 1000])
+    reports += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+report_progress(50)
+report_result("last")
+"""
+
+
+def first_run(code, **options):
+    """Run code as a first execution, where what it reports with is still to be loaded."""
+    with sidexec.ExecutionManager(**options) as manager:
+        started = manager.start_with_code(code, timeout=20).raise_for_error()
+        return manager.wait(started.data.side_execution_id).data
+
+
+def test_a_signal_handler_may_report_while_the_code_reports():
+    for _ in range(5):
+        data = first_run(HANDLER_REPORTS)
+        assert (data.status, data.result) == ("completed", "last"), data.error
+
+
+def test_threads_may_report_at_once_in_a_first_execution():
+    code = """
+    import threading
+    errors = []
+    def work():
+        try:
+            report_result(1)
+        except BaseException as error:
+            errors.append(repr(error))
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return errors
+    """
+    for _ in range(10):
+        assert first_run(code).result == []
+
+
+def test_a_report_disturbs_no_import_of_another_thread(tmp_path):
+    (tmp_path / "own.py").write_text("")
+    code = """
+    import sys, threading
+    errors = []
+    is_reported = False
+    def work():
+        while not is_reported:
+            sys.modules.pop("own", None)
+            try:
+                import own
+            except BaseException as error:
+                errors.append(repr(error))
+    thread = threading.Thread(target=work)
+    thread.start()
+    report_result(1)
+    is_reported = True
+    thread.join()
+    return errors
+    """
+    for _ in range(5):
+        assert first_run(code, cwd=str(tmp_path)).result == []
+
+
 def test_report_result_in_a_forked_child_is_refused(run):
     code = """
     import os

@@ -7,11 +7,15 @@ interpreter's own modules; and whatever the user's code has put there stays.
 from __future__ import annotations
 
 import _imp
+import _signal  # type: ignore[import-not-found]
+import _thread
 import os
 import sys
+from _frozen_importlib_external import PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
 
@@ -28,24 +32,45 @@ class Library:
         if module is None:
             module = sys.modules.get(name)
             if module is None or not _is_own(name):
-                module = self._load(name)
+                # A signal handler of the user's that reports would find half a module.
+                mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
+                try:
+                    module = self._load(name)
+                finally:
+                    _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+            elif getattr(module.__spec__, "_initializing", False):
+                __import__(name)  # waits for another thread that has come half its way
             self._modules[name] = module
         return module
 
     def _load(self, name: str) -> ModuleType:
         theirs = {each: sys.modules.pop(each) for each in _shadows(name)}
-        path = sys.path[:]
-        sys.path[:] = self._path
+        finder = _Finder(self._path)
+        sys.meta_path.insert(0, finder)
         try:
             # What this one imports has to be our own as well, and the same.
-            sys.modules.update({each: self._modules[each] for each in self._modules if each in theirs})
+            known = dict(self._modules)
+            sys.modules.update({each: known[each] for each in known if each in theirs})
             __import__(name)
             return sys.modules[name]
         finally:
-            sys.path[:] = path
-            for each in [each for each in sys.modules if each.partition(".")[0] in theirs]:
+            sys.meta_path.remove(finder)
+            for each in [each for each in list(sys.modules) if each.partition(".")[0] in theirs]:
                 del sys.modules[each]
             sys.modules.update(theirs)
+
+
+class _Finder:
+    """Finds the interpreter's own modules, and for one thread only: others import theirs."""
+
+    def __init__(self, path: list[str]) -> None:
+        self._path = path
+        self._thread = _thread.get_ident()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if _thread.get_ident() != self._thread:
+            return None
+        return PathFinder.find_spec(name, self._path if path is None else path, target)
 
 
 def _shadows(name: str) -> list[str]:
@@ -54,7 +79,7 @@ def _shadows(name: str) -> list[str]:
     if names is None:  # before Python 3.10
         names = {each.partition(".")[0] for each in os.listdir(_HOME)}
     found = {each for each in {name, *names} if each in sys.modules and not _is_own(each)}
-    return [each for each in sys.modules if each.partition(".")[0] in found]
+    return [each for each in list(sys.modules) if each.partition(".")[0] in found]
 
 
 def _is_own(name: str) -> bool:

@@ -56,7 +56,9 @@ class Snippet:
         self._main_thread = _thread.get_ident()
         self._library = Library(path)
         self._ask = Ask(self._library)
-        self._send_lock = _thread.allocate_lock()
+        self._send_lock = _thread.RLock()
+        self._is_sending = False
+        self._unsent: list[tuple[bytes, bytes]] = []
         self._filename = FILENAME
         self._text: str | None = None
         self._namespace: dict[str, Any] = {}
@@ -219,7 +221,9 @@ class Snippet:
     # -- the channel
 
     def _after_fork_in_child(self) -> None:
-        self._send_lock = _thread.allocate_lock()
+        self._send_lock = _thread.RLock()
+        self._is_sending = False
+        self._unsent = []
 
     def _read(self, size: int) -> bytes:
         parts = []
@@ -232,15 +236,30 @@ class Snippet:
         return b"".join(parts)
 
     def _send(self, kind: bytes, payload: bytes) -> None:
+        self._unsent.append((kind, payload))
+        while True:
+            with self._send_lock:
+                if self._is_sending:
+                    return  # a signal handler's report: the call that it interrupted sends it
+                self._is_sending = True
+                try:
+                    self._send_all()
+                finally:
+                    self._is_sending = False
+            if not self._unsent:  # or a handler came after the last look
+                return
+
+    def _send_all(self) -> None:
         in_main_thread = _thread.get_ident() == self._main_thread
         if in_main_thread:
             self._ask.hold()
         try:
-            with self._send_lock:
+            while self._unsent:
+                kind, payload = self._unsent.pop(0)
                 if kind == PROGRESS:
                     # Looked at here, as another thread may have sent a progress meanwhile.
                     if payload == self._progress:
-                        return
+                        continue
                     self._progress = payload
                 view = memoryview(pack(kind, payload))
                 while view:
