@@ -21,6 +21,7 @@ _ROOT = "<side>"
 _MODULES = (
     "protocol",
     "child.kernel",
+    "child.masking",
     "child.library",
     "child.source",
     "child.streams",

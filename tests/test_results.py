@@ -468,6 +468,26 @@ def test_a_signal_handler_may_report_while_the_code_reports():
         assert (data.status, data.result) == ("completed", "last"), data.error
 
 
+def test_a_handler_that_raises_cuts_no_report_in_two(run):
+    code = """
+    import random, signal
+    class Late(Exception): pass
+    def handler(signum, frame): raise Late
+    signal.signal(signal.SIGALRM, handler)
+    data = "x" * 2_000_000
+    for _ in range(40):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.01))
+            report_result(data)
+            while True: pass
+        except Late:
+            pass
+    report_result("last")
+    """
+    data = run(code)
+    assert (data.status, data.result) == ("completed", "last"), data.error
+
+
 def test_threads_may_report_at_once_in_a_first_execution():
     code = """
     import threading

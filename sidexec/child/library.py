@@ -7,11 +7,12 @@ interpreter's own modules; and whatever the user's code has put there stays.
 from __future__ import annotations
 
 import _imp
-import _signal  # type: ignore[import-not-found]
 import _thread
 import os
 import sys
 from _frozen_importlib_external import PathFinder
+
+from .masking import Masked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,11 +34,8 @@ class Library:
             module = sys.modules.get(name)
             if module is None or not _is_own(name):
                 # A signal handler of the user's that reports would find half a module.
-                mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
-                try:
+                with Masked():
                     module = self._load(name)
-                finally:
-                    _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
             elif getattr(module.__spec__, "_initializing", False):
                 __import__(name)  # waits for another thread that has come half its way
             self._modules[name] = module
@@ -45,8 +43,9 @@ class Library:
 
     def _load(self, name: str) -> ModuleType:
         theirs = {each: sys.modules.pop(each) for each in _shadows(name)}
-        finder = _Finder(self._path)
-        sys.meta_path.insert(0, finder)
+        finders = sys.meta_path
+        # Another list, as another thread may be going through that one.
+        own_first = sys.meta_path = [_Finder(self._path), *finders]
         try:
             # What this one imports has to be our own as well, and the same.
             known = dict(self._modules)
@@ -54,7 +53,9 @@ class Library:
             __import__(name)
             return sys.modules[name]
         finally:
-            sys.meta_path.remove(finder)
+            if sys.meta_path is not own_first:  # another thread loads as well
+                finders = [each for each in sys.meta_path if each is not own_first[0]]
+            sys.meta_path = finders
             for each in [each for each in list(sys.modules) if each.partition(".")[0] in theirs]:
                 del sys.modules[each]
             sys.modules.update(theirs)

@@ -30,6 +30,7 @@ from ..protocol import (
 from . import leaving, source, streams
 from .asking import ASKED_EXIT_CODE, RUNNING, SETTLING, Ask, StopRequested
 from .library import Library
+from .masking import Masked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 FILENAME = "<snippet>"
+# A write of as many bytes to the channel is done at once, or not at all.
+UNDIVIDED = 4096
 
 REHEARSAL: dict[str, Any] = {
     "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
@@ -261,12 +264,22 @@ class Snippet:
                     if payload == self._progress:
                         continue
                     self._progress = payload
-                view = memoryview(pack(kind, payload))
-                while view:
-                    view = view[os.write(self._channel, view) :]
+                frame = pack(kind, payload)
+                if len(frame) <= UNDIVIDED:
+                    self._write(frame)
+                else:
+                    # Not for the ask alone: what a handler of the user's raises would
+                    # cut it in two as well.
+                    with Masked():
+                        self._write(frame)
         finally:
             if in_main_thread:
                 self._ask.resume()
+
+    def _write(self, frame: bytes) -> None:
+        view = memoryview(frame)
+        while view:
+            view = view[os.write(self._channel, view) :]
 
     def _to_json(self, value: object, what: str) -> bytes:
         json = self._library.module("json")
@@ -398,8 +411,17 @@ class Snippet:
 
 
 # Their frames are left out of what the user sees of an error.
-_OWN_CODE = (Snippet.run, Ask.resume, Library.module, leaving.leave, source.prepare, pack)
-_OWN_FILES = {each.__code__.co_filename for each in (*_OWN_CODE, streams.replace)}
+_OWN_CODE = (
+    Snippet.run,
+    Ask.resume,
+    Library.module,
+    Masked.__exit__,
+    leaving.leave,
+    source.prepare,
+    streams.replace,
+    pack,
+)
+_OWN_FILES = {each.__code__.co_filename for each in _OWN_CODE}
 
 
 def _forget_launcher() -> None:
