@@ -12,7 +12,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import eventually, tree
+from conftest import eventually, one_in, tree
 
 import sidexec
 
@@ -348,7 +348,7 @@ def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path
 
 @pytest.mark.parametrize(
     "options",
-    [["-I"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-bb", "-X", "dev", "-W", "error"]],
+    one_in(2, [["-I"], ["-O"], ["-X", "dev"], ["-OO"], ["-W", "error"], ["-bb", "-X", "dev", "-W", "error"]]),
     ids=" ".join,
 )
 def test_it_runs_clean_under_the_options_of_the_interpreter(options):

@@ -12,7 +12,7 @@ import time
 from datetime import datetime, timezone
 
 import pytest
-from conftest import eventually, is_alive, nothing_left
+from conftest import eventually, is_alive, nothing_left, one_in
 
 import sidexec
 from sidexec import procfs
@@ -709,7 +709,7 @@ def ask_at_random_moments(manager, work, rounds, missed):
     assert len(bad) <= missed, (work, bad)
 
 
-@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("work", one_in(2, WORKS))
 def test_asked_at_a_random_moment_all_tasks_clean_up(hasty, work):
     ask_at_random_moments(hasty, work, 12, missed=2)
 
@@ -881,7 +881,7 @@ DEAF = {
 }
 
 
-@pytest.mark.parametrize("name", DEAF)
+@pytest.mark.parametrize("name", one_in(2, DEAF))
 def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, name):
     id = start(f"def ready(): print('ready')\n{DEAF[name]}")
     before = time.monotonic()
