@@ -380,7 +380,17 @@ SAME = {
     " if n.startswith('RLIMIT')])",
     "streams": "import sys\nfor s in (sys.stdin, sys.stdout, sys.stderr):\n"
     "    print(s.name, s.mode, s.errors, s.fileno(), s.isatty(), type(s).__name__)\n"
-    "print(sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__)",
+    "print(sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__)\n"
+    "print(sys.stdout.seekable(), sys.stdout.buffer.seekable(), sys.stderr.seekable())",
+    "writes": "import sys\nclass S(str):\n    def encode(self): return b'no'\n    def __str__(self): return 'text'\n"
+    "print(sys.stdout.write('ß\\n'), sys.stdout.write(S('s\\n')), sys.stdout.write(''))\nprint(S('s'))\n"
+    "sys.stdout.writelines(['a', 'b\\n'])\nfor wrong in (b'b', None, 1):\n    try: sys.stdout.write(wrong)\n"
+    "    except TypeError as e: print(e, e.__context__)\ntry: sys.stdout.write('a', 'b')\nexcept TypeError: print('two')",
+    "another encoding": "import sys\nwrite = sys.stdout.write\nprint('é')\n"
+    "sys.stdout.reconfigure(encoding='ascii', errors='backslashreplace')\nprint('é', sys.stdout.encoding)\nwrite('ß\\n')",
+    "detached": "import sys\nprint('before')\nold = sys.stdout\nraw = old.detach()\ntry: old.write('x')\n"
+    "except ValueError as e: print(e, e.__context__, file=sys.stderr)\nraw.write(b'raw\\n')\nsys.stdout = open(1, 'w', closefd=False)",
+    "closed": "import sys\nsys.stderr.close()\ntry: sys.stderr.write('x')\nexcept ValueError as e: print(e)",
     "hooks": "import sys\nprint(sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__,"
     " sys.unraisablehook is sys.__unraisablehook__, sys.gettrace(), sys.getprofile(), sys.meta_path and len(sys.meta_path))",
     "recursion limit": "import sys, gc\nprint(sys.getrecursionlimit(), gc.isenabled(), gc.get_threshold(), gc.callbacks)",

@@ -29,6 +29,9 @@ class _Whole(io.FileIO):
             return self._write_rest(data, written)
         return written
 
+    def seekable(self) -> bool:
+        return False  # a pipe, whatever has its number when this is made
+
     def _write_rest(self, data: Any, written: int | None) -> int | None:
         view = memoryview(data).cast("B")
         # None: the snippet has set the descriptor to non-blocking, and it is full.
