@@ -12,22 +12,15 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
-
-# A write to a pipe of at most 4096 bytes is never cut short: so many items, at most 8
-# bytes each, need no second look.
-_SMALL = 512
 
 
 class _Whole(io.FileIO):
     """An unbuffered file whose writes are never cut short."""
 
-    # The arguments with defaults are globals that are looked up twice for each `print`.
-    def write(self, data: Any, write: Any = io.FileIO.write, size: Any = len) -> Any:
-        written = write(self, data)
-        if written != size(data) or written > _SMALL:
-            return self._write_rest(data, written)
-        return written
+    def write(self, data: Any) -> Any:
+        return self._write_rest(data, super().write(data))
 
     def seekable(self) -> bool:
         return False  # a pipe, whatever has its number when this is made
@@ -43,6 +36,37 @@ class _Whole(io.FileIO):
         return written
 
 
+def _quicken(stream: io.TextIOWrapper, raw: _Whole) -> None:
+    """Have `print` call one function of ours, not the class's and then ours: it writes twice."""
+    errors = stream.errors or "strict"
+    quick: type | None = str
+    encode = str.encode
+    size = len
+    write_any = stream.write
+    write_raw = super(_Whole, raw).write
+
+    def write(text: str, /) -> int:
+        if type(text) is not quick:
+            return write_any(text)
+        data = encode(text, "utf-8", errors)
+        written = write_raw(data)
+        if written != size(data):
+            raw._write_rest(data, written)
+        return size(text)
+
+    def slow_from_now_on(method: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal quick
+            quick = None
+            return method(*arguments, **options)
+
+        return call
+
+    stream.write = write  # type: ignore[method-assign]
+    for name in ("reconfigure", "detach", "close"):
+        setattr(stream, name, slow_from_now_on(getattr(stream, name)))
+
+
 def replace() -> None:
     """Put such streams in the place of standard output and standard error."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
@@ -53,5 +77,6 @@ def replace() -> None:
             raw, encoding="utf-8", errors=old.errors, newline="\n", write_through=True
         )
         stream.mode = "w"  # type: ignore[misc]
+        _quicken(stream, raw)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
