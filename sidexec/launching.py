@@ -17,7 +17,7 @@ from typing import Any
 from . import payload, protocol
 from .execution import describe_exit
 from .interpreter import Interpreter
-from .loop import Loop, Timer
+from .loop import Loop
 from .pool import FDS_PER_PAIR, Pool
 
 # How long an interpreter may take to come up and to load what it is to preload.
