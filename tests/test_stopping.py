@@ -12,7 +12,7 @@ import time
 from datetime import datetime, timezone
 
 import pytest
-from conftest import eventually, is_alive, nothing_left, one_in
+from conftest import eventually, is_alive, nothing_left, one_in, pid_of
 
 import sidexec
 from sidexec import procfs
@@ -794,9 +794,7 @@ def test_the_host_signals_no_process_but_its_snippet(hasty, monkeypatch):
     send = signal.pidfd_send_signal
 
     def note(fd, signum):
-        with open(f"/proc/self/fdinfo/{fd}") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        asked.append((int(lines["Pid"]), signum))
+        asked.append((pid_of(fd), signum))
         send(fd, signum)
 
     # Its pair may have come while another test was in the way of pidfds.

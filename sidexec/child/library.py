@@ -16,6 +16,7 @@ from .masking import Masked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -56,7 +57,7 @@ class Library:
             if sys.meta_path is not own_first:  # another thread loads as well
                 finders = [each for each in sys.meta_path if each is not own_first[0]]
             sys.meta_path = finders
-            for each in [each for each in list(sys.modules) if each.partition(".")[0] in theirs]:
+            for each in _modules_of(theirs):
                 del sys.modules[each]
             sys.modules.update(theirs)
 
@@ -80,7 +81,11 @@ def _shadows(name: str) -> list[str]:
     if names is None:  # before Python 3.10
         names = {each.partition(".")[0] for each in os.listdir(_HOME)}
     found = {each for each in {name, *names} if each in sys.modules and not _is_own(each)}
-    return [each for each in list(sys.modules) if each.partition(".")[0] in found]
+    return _modules_of(found)
+
+
+def _modules_of(packages: Container[str]) -> list[str]:
+    return [each for each in list(sys.modules) if each.partition(".")[0] in packages]
 
 
 def _is_own(name: str) -> bool:
