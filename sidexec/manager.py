@@ -373,7 +373,8 @@ class ExecutionManager:
         """Iterate over an execution's output, from the first byte kept to its end.
 
         Blocks between chunks until there is more. Every call has an iterator of its
-        own. Raises `SideExecutionError` at the call for an unknown id. In a process that
+        own. Where it is read too slowly for `max_output`, the chunk after the gap says
+        in `dropped` how many bytes are missing. Raises `SideExecutionError` at the call for an unknown id. In a process that
         was forked meanwhile it ends with what is known there.
         """
         id = checks.text("side_execution_id", side_execution_id)

@@ -27,10 +27,15 @@ MANY = 8192
 
 @dataclass(frozen=True)
 class OutputChunk:
-    """A piece of an execution's output: which `stream` it came on, and its `text`."""
+    """A piece of an execution's output: which `stream` it came on, and its `text`.
+
+    `dropped` is the number of bytes of that stream that were dropped just before this
+    chunk, because its reader was slower than `max_output` allows; 0 as a rule.
+    """
 
     stream: Stream
     text: str
+    dropped: int = 0
 
 
 class Decoder:
@@ -39,15 +44,18 @@ class Decoder:
     def __init__(self, stream: Stream) -> None:
         self._stream: Stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._dropped = 0
 
     def feed(self, data: bytes, *, final: bool = False) -> Iterator[OutputChunk]:
         """The chunk that `data` makes, if it makes one; with `final`, what was kept back."""
         text = self._decoder.decode(data, final)
-        if text:
-            yield OutputChunk(self._stream, text)
+        if text or (final and self._dropped):
+            dropped, self._dropped = self._dropped, 0
+            yield OutputChunk(self._stream, text, dropped)
 
-    def reset(self) -> None:
-        """What comes next does not follow on what came last."""
+    def skip(self, count: int) -> None:
+        """`count` bytes are missing here, and with them the character begun before."""
+        self._dropped += count + len(self._decoder.getstate()[0])
         self._decoder.reset()
 
 
@@ -65,6 +73,11 @@ def _inside_character(data: bytes, start: int) -> int:
         if rest > 3:
             return 0
     return rest
+
+
+def _torn(chunk: _Chunk) -> int:
+    """How many bytes of the first chunk kept belong to a character that was dropped."""
+    return _inside_character(chunk.data, 0) if chunk.offset else 0
 
 
 class _Kept:
@@ -145,7 +158,8 @@ class Output:
         end = chunks[-1].offset + len(chunks[-1].data)
         owner, cached_end, text = self._texts.get(stream, (None, 0, ""))
         if owner is not self or cached_end != end:
-            text = b"".join(chunk.data for chunk in chunks).decode("utf-8", "replace")
+            data = b"".join(chunk.data for chunk in chunks)[_torn(chunks[0]) :]
+            text = data.decode("utf-8", "replace")
             self._texts[stream] = (self, end, text)
         return text
 
@@ -161,10 +175,12 @@ class Output:
                 for chunk in self._since(stream, positions[stream])
             )
             for _, stream, chunk in news:
-                if chunk.offset > positions[stream]:
-                    decoders[stream].reset()  # too slow: what lay between was let go
+                missing, torn = chunk.offset - positions[stream], 0
+                if missing:
+                    torn = _torn(chunk)
+                    decoders[stream].skip(missing + torn)
                 positions[stream] = chunk.offset + len(chunk.data)
-                yield from decoders[stream].feed(chunk.data)
+                yield from decoders[stream].feed(chunk.data[torn:])
             if over:
                 break
             self.changed.wait_for(lambda: is_over() or self._is_news(positions))
@@ -188,6 +204,7 @@ class Output:
     def _start(self, stream: Stream) -> int:
         kept = self._kept[stream]
         try:
-            return kept.chunks[0].offset
+            first = kept.chunks[0]
         except IndexError:
             return kept.end
+        return first.offset + _torn(first)

@@ -336,9 +336,63 @@ def test_a_follower_that_is_too_slow_misses_the_oldest_and_goes_on(make_manager,
     for n in "12":
         (tmp_path / n).touch()
     manager.wait(id)
-    rest = texts(follower)[0]
-    assert rest.endswith("last")
-    assert len(rest) <= 1000
+    rest = list(follower)
+    assert texts(rest)[0] == "a" * 996 + "last"
+    assert [chunk.dropped for chunk in rest] == [2004]
+    assert sum(chunk.dropped for chunk in manager.follow(id)) == 2009
+
+
+def test_a_slow_follower_is_told_what_it_missed_of_each_stream(make_manager):
+    """With the text, it makes up every byte, and no character is torn."""
+    manager = make_manager(max_output=10_001)
+    flood = r"""
+import os
+one, two = "123456789\u20ac\n".encode() * 100, "\U0001f600".encode() * 5
+for n in range(200):
+    os.write(1, one)
+    os.write(2, two)
+"""
+    id = id_of(manager.start_with_code(flood))
+    read = {"stdout": 0, "stderr": 0}
+    dropped = {"stdout": [], "stderr": []}
+    for chunk in manager.follow(id):
+        assert not {*chunk.text} - {*"123456789\u20ac\n\U0001f600"}
+        read[chunk.stream] += len(chunk.text.encode()) + chunk.dropped
+        dropped[chunk.stream].append(chunk.dropped)
+        manager.wait(id)
+    assert read == {"stdout": 200 * 1300, "stderr": 200 * 20}
+    assert sum(dropped["stdout"]) > 200_000
+    assert set(dropped["stderr"]) == {0}
+
+
+@pytest.mark.parametrize("character", ["\u00e9", "\u20ac", "\U0001f600"])
+def test_what_begins_in_the_middle_of_a_character_begins_after_it(
+    make_manager, tmp_path, character
+):
+    manager = make_manager(max_output=5000)
+    begun, *rest = character.encode()
+    second = bytes(rest) + b"y" * (5000 - len(rest))
+    id = in_steps(manager, tmp_path, [(1, b"x" * 4999 + bytes([begun])), (1, second)])
+    follower = manager.follow(id)
+    assert next(follower).text == "x" * 4999
+    late = manager.follow(id)
+    (tmp_path / "0").touch()
+    eventually(lambda: "y" in manager.get_status(id).data.output)
+    (tmp_path / "1").touch()
+    data = manager.wait(id).data
+    assert (data.output, data.output_dropped) == ("y" * (5000 - len(rest)), 5000 + len(rest))
+    assert texts(late)[0] == data.output
+    # Whoever has read its beginning gets the character.
+    got = list(follower)
+    assert texts(got)[0] == character + data.output
+    assert {chunk.dropped for chunk in got} == {0}
+
+
+def test_a_follower_is_told_also_where_nothing_is_left(make_manager):
+    manager = make_manager(max_output=1)
+    id = id_of(manager.start_with_code("print('\u20ac', end='')"))
+    assert manager.wait(id).data.output_dropped == 3
+    assert [(chunk.text, chunk.dropped) for chunk in manager.follow(id)] == [("", 3)]
 
 
 def test_follow_ends_with_the_end(manager, start):
