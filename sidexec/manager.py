@@ -34,9 +34,11 @@ from .responses import (
     SideExecutionError,
     StartData,
     StartSideExecutionResponse,
+    Status,
     StatusData,
     StopData,
     StopSideExecutionResponse,
+    StopStatus,
 )
 
 if os.name == "posix":  # elsewhere the constructor says so, not an import
@@ -218,7 +220,7 @@ class ExecutionManager:
                 side_execution_id=None if execution is None else execution.id,
                 code=code,
                 action_block=block,
-                status="failed" if execution is None else execution.status,
+                status="failed" if execution is None else "running",
                 start_time=None if execution is None else execution.start_time,
                 params=copied,
                 timeout=seconds,
@@ -374,8 +376,9 @@ class ExecutionManager:
 
         Blocks between chunks until there is more. Every call has an iterator of its
         own. Where it is read too slowly for `max_output`, the chunk after the gap says
-        in `dropped` how many bytes are missing. Raises `SideExecutionError` at the call for an unknown id. In a process that
-        was forked meanwhile it ends with what is known there.
+        in `dropped` how many bytes are missing. Raises `SideExecutionError` at the call
+        for an unknown id. In a process that was forked meanwhile it ends with what is
+        known there.
         """
         id = checks.text("side_execution_id", side_execution_id)
         execution = self._executions.get(id)
@@ -390,7 +393,7 @@ class ExecutionManager:
         found = []
         for execution in list(self._executions.values()):
             end = execution.end
-            current = "running" if end is None else end.status
+            current: Status = "running" if end is None else end.status
             if status is None or status == current:
                 found.append(
                     ExecutionSummary(
@@ -475,7 +478,7 @@ class ExecutionManager:
                 StopData(id, "not_found"), False, None, _unknown(id)
             )
         end = execution.end
-        status = execution.status
+        status: StopStatus = "running" if end is None else end.status
         error = None
         if end is None:
             error = self._foreign() if self._is_foreign() else _why_lost()

@@ -12,23 +12,29 @@ import json
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 _Self = TypeVar("_Self", bound="Response")
 
+Status = Literal["running", "completed", "failed", "stopped"]
+StatusOrNotFound = Literal[Status, "not_found"]
+StopStatus = Literal[StatusOrNotFound, "already_stopped"]
+StopReason = Literal["requested", "timeout", "closed"]
+
 
 class SideExecutionError(Exception):
-    """What `raise_for_error` raises, and `follow` for an unknown id.
+    """What `raise_for_error` and `check` raise, and `follow` for an unknown id.
 
-    `response` is the response that was not a success; the text is its `error`.
+    `response` is the response that it is about; the text is its `error`. Made from text
+    alone, as task queues do, it has a response that holds just this text.
     """
 
-    def __init__(self, response: Response) -> None:
-        super().__init__(response)
+    def __init__(self, response: Response | str, text: str | None = None) -> None:
+        if isinstance(response, str):
+            response = Response(None, success=False, error=response)
+        # In `args`, the text alone: pickling and copying take `response` along.
+        super().__init__(text or response.error or response.message or response.type)
         self.response = response
-
-    def __str__(self) -> str:
-        return self.response.error or self.response.message or self.response.type
 
 
 def _wire_name(name: str) -> str:
@@ -80,7 +86,7 @@ class StartData(_Wire):
     side_execution_id: str | None
     code: str | None
     action_block: str | None
-    status: str
+    status: Literal["running", "failed"]
     start_time: datetime | None
     params: dict[str, Any]
     timeout: float | None
@@ -101,7 +107,7 @@ class StatusData(_Wire):
     """
 
     side_execution_id: str
-    status: str
+    status: StatusOrNotFound
     start_time: datetime | None = None
     end_time: datetime | None = None
     duration: float | None = None
@@ -113,23 +119,27 @@ class StatusData(_Wire):
     cpu_usage: float | None = None
     error_output: str = ""
     exit_code: int | None = None
-    stop_reason: str | None = None
+    stop_reason: StopReason | None = None
     output_dropped: int = 0
 
 
 @dataclass(frozen=True, repr=False)
 class StopData(_Wire):
-    """`status` is stopped, already_stopped, completed, failed or not_found."""
+    """`status` is stopped, already_stopped, completed, failed or not_found.
+
+    It is running where the call could not stop it, as in a process that was forked from
+    the manager's.
+    """
 
     side_execution_id: str
-    status: str
+    status: StopStatus
     stopped_at: datetime | None = None
     result: Any = None
     output: str = ""
     error_output: str = ""
     exit_code: int | None = None
     forced: bool = False
-    stop_reason: str | None = None
+    stop_reason: StopReason | None = None
     output_dropped: int = 0
 
 
@@ -138,10 +148,10 @@ class ExecutionSummary(_Wire):
     """One execution in a list."""
 
     side_execution_id: str
-    status: str
+    status: Status
     start_time: datetime
     end_time: datetime | None
-    stop_reason: str | None
+    stop_reason: StopReason | None
     action_block: str | None
 
 
@@ -215,6 +225,14 @@ class StartSideExecutionResponse(Response):
     type: ClassVar[str] = "startSideExecutionResponse"
     data: StartData
 
+    @property
+    def id(self) -> str:
+        """What every other method takes; `SideExecutionError` where it did not start."""
+        id = self.data.side_execution_id
+        if id is None:
+            raise SideExecutionError(self)
+        return id
+
 
 @dataclass(frozen=True, repr=False)
 class GetSideExecutionStatusResponse(Response):
@@ -222,6 +240,18 @@ class GetSideExecutionStatusResponse(Response):
 
     type: ClassVar[str] = "getSideExecutionStatusResponse"
     data: StatusData
+
+    def check(self) -> GetSideExecutionStatusResponse:
+        """The response itself; `SideExecutionError`, with it, unless it completed.
+
+        The text of the error is that of the execution's, if it failed.
+        """
+        data = self.raise_for_error().data
+        if data.status != "completed":
+            reason = f" ({data.stop_reason})" if data.stop_reason else ""
+            text = data.error or f"the execution is {data.status}{reason}"
+            raise SideExecutionError(self, text)
+        return self
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,12 +3,15 @@
 import copy
 import dataclasses
 import json
+import logging
 import pickle
 import subprocess
 import sys
+import typing
 from datetime import datetime, timedelta
 
 import pytest
+from conftest import eventually
 
 import sidexec
 from sidexec import SideExecutionError
@@ -313,6 +316,86 @@ def test_the_error_can_be_pickled(responses):
         assert type(again) is SideExecutionError
         assert again.response == responses["no stop"]
         assert str(again) == str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no status", "no stop", "not started", "no blocks"])
+def test_the_error_can_be_rebuilt_from_text(responses, name):
+    """As task queues do, whose results are JSON."""
+    with pytest.raises(SideExecutionError) as caught:
+        responses[name].raise_for_error()
+    again = type(caught.value)(*map(str, caught.value.args))
+    assert str(again) == str(caught.value) == responses[name].error
+    assert again.response.error == responses[name].error
+    assert not again.response.success
+    for copied in (copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))):
+        assert copied(caught.value).response == responses[name]
+        assert str(copied(again)) == str(again)
+        assert copied(again).response == again.response
+
+
+def test_check(manager, responses):
+    assert responses["completed"].check() is responses["completed"]
+    deadline = manager.wait(manager.start_with_code(FOREVER, timeout=0.1).id)
+    for response, text in [
+        (responses["failed"], responses["failed"].data.error),
+        (responses["running"], "the execution is running"),
+        (responses["status of a stopped one"], "the execution is stopped (requested)"),
+        (deadline, "the execution is stopped (timeout)"),
+        (responses["no status"], responses["no status"].error),
+    ]:
+        with pytest.raises(SideExecutionError) as caught:
+            response.check()
+        assert caught.value.response is response
+        assert str(caught.value) == text
+        assert str(SideExecutionError(*map(str, caught.value.args))) == text
+
+
+def test_the_id_of_a_start(responses):
+    assert responses["start"].id == responses["start"].data.side_execution_id
+    with pytest.raises(SideExecutionError) as caught:
+        responses["not started"].id
+    assert caught.value.response is responses["not started"]
+
+
+class WaitForTheEnd(logging.Handler):
+    """Holds up whoever logs that an execution is started, until it has ended."""
+
+    def __init__(self, manager):
+        super().__init__()
+        self.manager = manager
+
+    def emit(self, record):
+        if "is started" in record.getMessage():
+            eventually(lambda: not self.manager.list_executions("running").data.count)
+
+
+def test_a_start_says_running_however_soon_it_ended(manager, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("sidexec"), "handlers", [WaitForTheEnd(manager)])
+    caplog.set_level(logging.DEBUG, "sidexec")
+    started = manager.start_with_code("pass")
+    assert manager.get_status(started.id).data.status == "completed"
+    assert started.data.status == "running"
+
+
+def test_statuses_are_literals():
+    ends = {"completed", "failed"}
+    for of, name, values in [
+        (sidexec.StartData, "status", {"running", "failed"}),
+        (sidexec.StatusData, "status", {"running", "stopped", "not_found", *ends}),
+        (
+            sidexec.StopData,
+            "status",
+            {"running", "stopped", "already_stopped", "not_found", *ends},
+        ),
+        (sidexec.ExecutionSummary, "status", {"running", "stopped", *ends}),
+        (sidexec.StatusData, "stop_reason", {"requested", "timeout", "closed"}),
+        (sidexec.StopData, "stop_reason", {"requested", "timeout", "closed"}),
+        (sidexec.ExecutionSummary, "stop_reason", {"requested", "timeout", "closed"}),
+        (sidexec.OutputChunk, "stream", {"stdout", "stderr"}),
+    ]:
+        hint = of.__annotations__[name].replace(" | None", "")
+        found = typing.get_args(eval(hint, vars(sys.modules[of.__module__])))
+        assert set(found) == values, (of, name)
 
 
 def test_a_repr_is_short_and_tells_what_it_is(manager, run, responses):
