@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import glob
+import inspect
 import json
 import os
 import pathlib
@@ -568,6 +569,11 @@ def test_a_manager_that_has_started_nothing_lists_nothing(manager):
 
 
 # -- history
+
+
+def test_ten_thousand_finished_executions_are_remembered_by_default():
+    parameters = inspect.signature(ExecutionManager).parameters
+    assert parameters["max_history"].default == 10_000
 
 
 def test_the_newest_finished_executions_are_remembered(make_manager):
