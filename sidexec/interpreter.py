@@ -28,12 +28,11 @@ class Interpreter:
         try:
             for fd in (stdin, stderr):
                 fds.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
-            actions: list[tuple[object, ...]] = [
+            actions = [
                 (os.POSIX_SPAWN_DUP2, fds[0], 0),
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_DUP2, fds[1], 2),
             ]
-            actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()]
             spawn = functools.partial(
                 os.posix_spawnp,
                 python,
@@ -90,14 +89,3 @@ class Interpreter:
         if self._exit_code is None:
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-
-
-def _inheritable() -> list[int]:
-    """The descriptors, beside the standard ones, that a new process would get."""
-    found = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):
-                if int(name) > 2 and os.get_inheritable(int(name)):
-                    found.append(int(name))
-    return found

@@ -59,8 +59,9 @@ class Launcher:
             self._errors, errors_end = os.pipe()
             try:
                 arguments = ["-u", "-c", payload.BOOT]
+                environment = {**self.environment, payload.MARK: "1"}
                 self._process = Interpreter(
-                    self._python, arguments, self.environment, theirs.fileno(), errors_end
+                    self._python, arguments, environment, theirs.fileno(), errors_end
                 )
             except BaseException:
                 os.close(self._errors)

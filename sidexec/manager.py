@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Union
 
-from . import blocks, checks, procfs, protocol
+from . import blocks, checks, payload, procfs, protocol
 from .delivery import WAIT_LIMIT, Delivery
 from .execution import Execution, Sample, parse_result
 from .limits import Limits
@@ -64,7 +64,8 @@ DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
 class ExecutionManager:
     """Runs Python snippets in processes of their own, and stops them.
 
-    python: the interpreter to run them with.
+    python: the interpreter to run them with, by default `sys.executable`. A program
+        that is none, as a frozen one or a server that embeds Python, has to pass it.
     cwd, env: their current directory and environment; by default the host's, as
         they are at each start.
     default_timeout: seconds until an execution is stopped, unless its start says
@@ -88,13 +89,13 @@ class ExecutionManager:
     def __init__(
         self,
         *,
-        python: Path = sys.executable,
+        python: Path | None = None,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         default_timeout: float | None = 300.0,
         grace_period: float = 5.0,
         max_output: int = 16 * 1024 * 1024,
-        max_history: int = 1000,
+        max_history: int = 10_000,
         preload: Iterable[str] = (),
         limits: Limits | None = None,
     ) -> None:
@@ -110,7 +111,7 @@ class ExecutionManager:
         self._max_output = checks.count("max_output", max_output, 1)
         self._limits = Limits._check(limits) or Limits()
         self._settings = Settings(
-            python=_interpreter(checks.path("python", python)),
+            python=_interpreter(python),
             cwd=self._cwd,
             preload=checks.names("preload", preload),
             grace=self._grace,
@@ -560,9 +561,34 @@ def _unknown(id: str) -> str:
     )
 
 
-def _interpreter(python: str) -> str:
+def _interpreter(python: Path | None) -> str:
     """An absolute path, unless it is a bare name, to be looked up on PATH."""
-    return checks.absolute(python) if os.sep in python else python
+    if payload.MARK in os.environ:
+        raise ValueError(
+            "an ExecutionManager has started this program as if it were a Python"
+            " interpreter: pass python there, the path of an interpreter"
+        )
+    if python is None:
+        if not sys.executable:
+            raise ValueError("sys.executable is empty: pass python, the path of an interpreter")
+        if _is_embedded():
+            raise ValueError(
+                f"sys.executable, {sys.executable!r}, is this program itself: pass python,"
+                " the path of a Python interpreter"
+            )
+        python = sys.executable
+    path = checks.path("python", python)
+    return checks.absolute(path) if os.sep in path else path
+
+
+def _is_embedded() -> bool:
+    """Whether `sys.executable` is a program that has Python inside, frozen or as a library."""
+    if getattr(sys, "frozen", False):
+        return True
+    # Python's own `main` sets it; a program that calls the library instead may not.
+    if getattr(sys, "orig_argv", True):
+        return False
+    return os.path.realpath(sys.executable) == os.path.realpath("/proc/self/exe")
 
 
 def _current_environment() -> dict[str, str]:

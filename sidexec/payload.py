@@ -32,14 +32,29 @@ _MODULES = (
     "child.launcher",
 )
 
-# What `python -c` is given. It says which interpreter it is, takes the modules, and
-# calls the launcher. The current directory leaves the path meanwhile: a file there
-# that is named like a module of the standard library would be imported instead. The
-# modules get the built-in names in a copy of their own, since a snippet may change them.
+# In the environment of a new launcher, until BOOT removes it. A process that still has it
+# ignored its arguments: it is a program, and not the Python interpreter it was taken for.
+MARK = "EXECUTION_MANAGER_LAUNCHER"
+
+# What `python -c` is given. It makes a session, closes the descriptors that it inherited
+# (those without the close-on-exec flag, which Python sets on all that it opens), says
+# which interpreter it is, takes the modules, and calls the launcher. The current directory
+# leaves the path meanwhile: a file there that is named like a module of the standard
+# library would be imported instead. The modules get the built-in names in a copy of their
+# own, since a snippet may change them.
 BOOT = """\
 import sys
 if sys.version_info<(3,9):sys.exit("Python 3.9 or newer is needed, this is "+sys.version)
 import os,marshal,_frozen_importlib_external as e
+os.environ.pop("%s",None)
+try:os.setsid()
+except OSError:pass
+try:f=os.listdir("/proc/self/fd")
+except OSError:f=range(min(os.sysconf("SC_OPEN_MAX"),4096))
+for x in map(int,f):
+ try:
+  if x>2 and os.get_inheritable(x):os.close(x)
+ except OSError:pass
 p=sys.path[:]
 sys.path[:]=[x for x in p if x]
 def r(n):
@@ -60,7 +75,7 @@ for n,k,s in l:
  exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
 m.main(c,p)
-"""
+""" % MARK
 GREETING = len(importlib.util.MAGIC_NUMBER)
 
 

@@ -353,7 +353,7 @@ def test_check(manager, responses):
 def test_the_id_of_a_start(responses):
     assert responses["start"].id == responses["start"].data.side_execution_id
     with pytest.raises(SideExecutionError) as caught:
-        responses["not started"].id
+        str(responses["not started"].id)
     assert caught.value.response is responses["not started"]
 
 

@@ -1,0 +1,205 @@
+"""Hosts that are no plain interpreter, and what a launcher inherits from its host."""
+
+import os
+import pathlib
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import descriptors, eventually, tree
+
+import sidexec
+from sidexec import ExecutionManager, payload
+
+ROOT = str(pathlib.Path(sidexec.__file__).parent.parent)
+NESTED = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import sidexec
+with sidexec.ExecutionManager() as manager:
+    return manager.wait(manager.start_with_code("return 5").id).check().data.result
+"""
+# Says which descriptors a snippet has: its streams, its channel, and whatever else.
+OPEN = """
+import os
+print([os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in range(3, 256)
+       if os.path.lexists(f"/proc/self/fd/{fd}")])
+"""
+
+
+def host(code, *arguments, **options):
+    """Run code, which finds the package, in a process of its own: its standard output."""
+    code = f"import sys\nsys.path.insert(0, {ROOT!r})\nimport sidexec\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+# -- python
+
+
+@pytest.mark.parametrize("executable", ["", None])
+def test_where_the_interpreter_is_unknown(make_manager, monkeypatch, executable):
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(ValueError, match=r"sys\.executable.*pass python"):
+        ExecutionManager()
+    manager = make_manager(python=python)
+    assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
+
+
+@pytest.mark.parametrize("name, value", [("frozen", True), ("orig_argv", [])])
+def test_where_sys_executable_is_the_program_itself(make_manager, monkeypatch, name, value):
+    """A frozen one, and a server that embeds Python: that one has no arguments."""
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with pytest.raises(ValueError, match="pass python") as caught:
+        ExecutionManager()
+    assert repr(sys.executable) in str(caught.value)
+    manager = make_manager(python=sys.executable)
+    assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
+
+
+def test_a_program_that_embeds_python_may_know_an_interpreter(make_manager, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "orig_argv", [], raising=False)
+    monkeypatch.setattr(sys, "executable", str(python))
+    manager = make_manager()
+    assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
+
+
+def test_sys_executable_is_read_when_the_manager_is_made(make_manager, monkeypatch, tmp_path):
+    link = tmp_path / "python"
+    link.symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setattr(sys, "executable", str(link))
+    for manager in (make_manager(), make_manager(python=None)):
+        started = manager.start_with_code("import sys\nreturn sys.executable")
+        assert manager.wait(started.id).data.result == str(link)
+
+
+@pytest.mark.parametrize("python", ["", "python=sys.executable"])
+def test_a_program_that_ignores_its_arguments_does_not_start_itself_forever(tmp_path, python):
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{os.path.realpath(sys.executable)}\n"
+        "import sys\n"
+        f"with open({str(tmp_path / 'log')!r}, 'a') as file:\n"
+        "    file.write('x')\n"
+        "    if file.tell() > 5: sys.exit()\n"
+        f"sys.path.insert(0, {ROOT!r})\n"
+        "import sidexec\n"
+        "sys.executable = __file__\n"
+        f"with sidexec.ExecutionManager({python}) as manager:\n"
+        "    print(manager.start_with_code('pass').error)\n"
+    )
+    program.chmod(0o755)
+    said = subprocess.check_output([program], text=True, timeout=60)
+    assert (tmp_path / "log").read_text() == "xx"
+    assert repr(str(program)) in said and "ValueError" in said and "pass python" in said
+
+
+def test_a_snippet_may_have_a_manager(run):
+    assert run(NESTED).result == 5
+    code = (
+        "import subprocess, sys\n"
+        f"code = {NESTED.replace('    return ', '    assert 5 == ')!r}\n"
+        "subprocess.run([sys.executable, '-c', code], check=True)\n"
+    )
+    assert run(code).status == "completed"
+
+
+def test_what_marks_a_launcher_is_not_in_the_environment_of_a_snippet(run, make_manager):
+    code = "import os, subprocess\nprint(*os.environ)\nsubprocess.run('env', env=None)\nos.system('env')"
+    data = run(code)
+    assert "PATH" in data.output and payload.MARK not in data.output
+    manager = make_manager(env={"A": "a"})
+    data = manager.wait(manager.start_with_code("import os\nreturn dict(os.environ)").id).data
+    assert payload.MARK not in data.result and data.result["A"] == "a"
+    assert payload.MARK not in os.environ
+
+
+# -- what is inherited
+
+
+def test_what_the_host_lets_its_children_inherit_stops_at_the_launcher(manager, start, tmp_path):
+    path = str(tmp_path / "inherited")
+    fd = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        os.set_inheritable(fd, True)
+        id = start(OPEN + "import time\nprint('ready')\ntime.sleep(600)")
+        assert manager.get_status(id).data.output == "['socket']\nready\n"
+        for pid in tree("self"):
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                assert not pathlib.Path(f"/proc/{pid}/fd/{name}").is_file()
+        assert path in descriptors().values()
+    finally:
+        os.close(fd)
+
+
+def test_an_inherited_descriptor_above_the_soft_limit(tmp_path):
+    code = f"""
+import os, resource
+fd = os.open(os.devnull, os.O_RDWR)
+os.dup2(fd, 100)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+with sidexec.ExecutionManager() as manager:
+    print(manager.wait(manager.start_with_code({OPEN!r}).id).check().data.output, end="")
+"""
+    assert host(code) == "['socket']\n"
+
+
+def launcher(python=sys.executable, **options):
+    """A launcher as nobody has told it anything yet: its process and the host's socket."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [python, "-u", "-c", payload.BOOT], stdin=theirs, close_fds=False, **options
+        )
+    ours.settimeout(60)
+    assert len(ours.recv(payload.GREETING)) == payload.GREETING
+    return process, ours
+
+
+def test_a_launcher_makes_a_session_of_its_own():
+    process, ours = launcher()
+    with process, ours:
+        assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
+        ours.close()
+
+
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_a_launcher_closes_what_it_inherits_and_nothing_else(tmp_path, has_proc):
+    """Not what `sitecustomize` has opened, which is not inherited."""
+    (tmp_path / "own").touch()
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nown = os.open({str(tmp_path / 'own')!r}, os.O_RDONLY)\n"
+        "def listdir(path, listdir=os.listdir):\n"
+        f"    if {not has_proc} and path.startswith(('/proc', '/dev')):\n"
+        "        raise FileNotFoundError(path)\n"
+        "    return listdir(path)\n"
+        "os.listdir = listdir\n"
+    )
+    read, write = os.pipe()
+    try:
+        os.set_inheritable(write, True)
+        process, ours = launcher(env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        with process, ours:
+            names = [
+                os.readlink(f"/proc/{process.pid}/fd/{fd}")
+                for fd in os.listdir(f"/proc/{process.pid}/fd")
+                if int(fd) > 2
+            ]
+            assert names == [str(tmp_path / "own")]
+            ours.close()
+    finally:
+        os.close(read)
+        os.close(write)
