@@ -99,14 +99,33 @@ def load(as_source: bool = False) -> list[tuple[str, bool, CodeType | str]]:
 
 
 def _load(name: str, as_source: bool) -> CodeType | str:
-    package, _, module = name.rpartition(".")
     assert __package__ is not None
+    full_name = f"{__package__}.{name}"
+    package = name.rpartition(".")[0]
     places = [os.path.join(place, package) for place in sys.modules[__package__].__path__]
-    spec = importlib.machinery.PathFinder.find_spec(module, places)
-    loader: Any = spec.loader if spec is not None else None
-    found: CodeType | str | None = None
-    if loader is not None:
-        found = loader.get_source(module) if as_source else loader.get_code(module)
-    if found is None:
-        raise OSError(f"the module {name} is missing from {places}")
-    return found
+    is_there = False
+    # The others, such as that of a frozen program, whose modules stand in an archive.
+    for finder in (importlib.machinery.PathFinder, *sys.meta_path):
+        find_spec: Any = getattr(finder, "find_spec", None)
+        spec = find_spec and find_spec(full_name, places)
+        loader: Any = spec and spec.loader
+        if hasattr(loader, "get_code"):
+            is_there = True
+            found: CodeType | str | None = (
+                loader.get_source(full_name) if as_source else loader.get_code(full_name)
+            )
+            if found is not None:
+                return found
+    if is_there and as_source:
+        version = "%d.%d" % sys.version_info[:2]
+        raise OSError(
+            f"the source of {name} is missing, which an interpreter of another version needs:"
+            f" pass as python an interpreter of this version, Python {version}, or install"
+            " this package with its sources"
+        )
+    raise OSError(f"the module {name} is missing from {places}")
+
+
+def _name_the_modules() -> None:
+    """Never called: what it imports is found by packagers, such as PyInstaller."""
+    from .child import launcher  # noqa: F401

@@ -135,7 +135,7 @@ def test_the_path_to_search(manager, value):
 @pytest.mark.parametrize(
     "argument, value",
     [
-        *cases_of("python", 5, None, b"python", "", "a\0b", "\ud800", BytesPath()),
+        *cases_of("python", 5, b"python", "", "a\0b", "\ud800", BytesPath()),
         *cases_of("cwd", 5, b"/tmp", "", "a\0b", "\ud800"),
         *cases_of("env", 5, "A=1", {"A": 1}, {"A=": "1"}),
         *cases_of("default_timeout", *TIMEOUTS, HUGE),

@@ -1,9 +1,12 @@
 """The package as such: what it holds, what importing it does, where it can live."""
 
 import ast
+import compileall
 import io
 import json
 import logging
+import marshal
+import modulefinder
 import os
 import pathlib
 import shutil
@@ -194,10 +197,23 @@ def test_the_child_side_imports_the_protocol_and_nothing_else_of_the_host():
         for level, module, names in imports(file):
             if level == 2:
                 assert module == "protocol" or (not module and names == ["protocol"]), file
-    for file in PACKAGE.glob("*.py"):
-        for level, module, names in imports(file):
-            if level:
-                assert "child" not in [module.split(".")[0], *names], file
+    # And the host nothing of it, but where those look that collect imports.
+    found = [
+        file.name
+        for file in PACKAGE.glob("*.py")
+        for level, module, names in imports(file)
+        if level and "child" in [module.split(".")[0], *names]
+    ]
+    assert found == ["payload.py"]
+
+
+def test_what_collects_imports_finds_every_module(tmp_path):
+    (tmp_path / "program.py").write_text("import sidexec\n")
+    finder = modulefinder.ModuleFinder([str(PACKAGE.parent)])  # not the library: it is large
+    finder.run_script(str(tmp_path / "program.py"))
+    modules = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in FILES}
+    modules = {name.removesuffix(".__init__") for name in modules} - {"sidexec.__main__"}
+    assert {name for name in finder.modules if name.split(".")[0] == "sidexec"} == modules
 
 
 # -- what importing does
@@ -291,13 +307,73 @@ def test_a_vendored_copy_works_from_inside_a_zip(tmp_path):
     assert python(code=from_place(path, "app._vendor.sidexec")) == "well\n"
 
 
-def test_it_works_as_bytecode_without_sources(vendored):
-    import compileall
-
+@pytest.fixture
+def without_sources(vendored):
     assert compileall.compile_dir(str(vendored), quiet=2, legacy=True)
     for file in vendored.rglob("*.py"):
         file.unlink()
-    assert python(code=from_place(vendored, "app._vendor.sidexec")) == "well\n"
+    return vendored
+
+
+def test_it_works_as_bytecode_without_sources(without_sources):
+    assert python(code=from_place(without_sources, "app._vendor.sidexec")) == "well\n"
+
+
+def test_without_sources_an_interpreter_of_another_version_is_an_error(without_sources, tmp_path):
+    other = tmp_path / "python"
+    other.write_text(
+        f"#!{os.path.realpath(sys.executable)}\n"
+        "import sys\nimport _frozen_importlib_external as e\ne.MAGIC_NUMBER = b'else'\n"
+        "exec(sys.argv[sys.argv.index('-c') + 1])"
+    )
+    other.chmod(0o755)
+    code = (
+        f"with package.ExecutionManager(python={str(other)!r}) as manager:\n"
+        "    print(manager.start_with_code('pass').error)"
+    )
+    error = python(code=from_place(without_sources, "app._vendor.sidexec", code))
+    assert "the source of protocol is missing" in error
+    assert f"Python {sys.version_info[0]}.{sys.version_info[1]}" in error
+
+
+# Imports what it is given as bytecode, as a program does that a packager has made.
+ARCHIVE = """
+import importlib.util, marshal, sys
+class Archive:
+    def __init__(self, modules):
+        self.modules = modules
+    def find_spec(self, name, path=None, target=None):
+        if name in self.modules:
+            is_package = self.modules[name][0]
+            return importlib.util.spec_from_loader(name, self, is_package=is_package)
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        if module.__name__.endswith(".child"):
+            raise AssertionError("the host never imports it")
+        module.__file__ = f"/nowhere/{module.__name__}.py"
+        if module.__spec__.submodule_search_locations is not None:
+            module.__path__ = ["/nowhere/" + module.__name__]
+        exec(self.get_code(module.__name__), vars(module))
+    def get_code(self, name):
+        return self.modules[name][1]
+    def get_source(self, name):
+        return None
+with open(sys.argv[2], "rb") as file:
+    sys.meta_path.append(Archive(marshal.load(file)))
+"""
+
+
+def test_it_works_where_a_packager_has_put_it_into_an_archive(tmp_path):
+    modules = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        code = compile(file.read_text(), name, "exec", dont_inherit=True)
+        modules[name.removesuffix(".__init__")] = (file.name == "__init__.py", code)
+    (tmp_path / "archive").write_bytes(marshal.dumps(modules))
+    code = f"{ARCHIVE.replace('sys.argv[2]', repr(str(tmp_path / 'archive')))}\n{TOUR}\n"
+    code += "import sidexec\nprint(sidexec.__path__, tour(sidexec))"
+    assert python("-I", code=code) == "['/nowhere/sidexec'] well\n"
 
 
 def test_two_copies_work_in_one_process(vendored):
