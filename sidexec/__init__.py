@@ -4,7 +4,7 @@
 
     with ExecutionManager() as manager:
         started = manager.start_with_code("while True: print('working')")
-        stopped = manager.stop(started.data.side_execution_id)
+        stopped = manager.stop(started.id)
         print(stopped.data.status, len(stopped.data.output))
 
 An `ExecutionManager` runs snippets in child processes and stops them: gracefully,

@@ -244,7 +244,7 @@ class GetSideExecutionStatusResponse(Response):
     def check(self) -> GetSideExecutionStatusResponse:
         """The response itself; `SideExecutionError`, with it, unless it completed.
 
-        The text of the error is that of the execution's, if it failed.
+        Where the execution failed, the text is its error and traceback.
         """
         data = self.raise_for_error().data
         if data.status != "completed":
