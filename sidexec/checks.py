@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MOST = 2**63 - 1  # what the system can count
@@ -90,6 +90,19 @@ def names(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be names of modules, such as ['json'], not {value!r}")
     return tuple(utf8(f"each of {name}", each) for each in value)
+
+
+def arguments(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of str, such as ['--all'], not {value!r}")
+    for each in value:
+        try:
+            encoded = os.fsencode(text(f"each of {name}", each))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} can't hold {each!r}: {error}") from None
+        if b"\0" in encoded:
+            raise ValueError(f"{name} can't hold {each!r}: it has a null character")
+    return tuple(value)
 
 
 def environment(name: str, value: object) -> dict[str, str] | None:

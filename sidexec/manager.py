@@ -17,7 +17,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from . import blocks, checks, payload, procfs, protocol
@@ -174,6 +174,7 @@ class ExecutionManager:
         params: dict[str, Any] | None = None,
         timeout: float | None | Literal[Default.DEFAULT] = DEFAULT,
         *,
+        args: Sequence[str] = (),
         thread_id: str | None = None,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
@@ -182,12 +183,13 @@ class ExecutionManager:
     ) -> StartSideExecutionResponse:
         """Start a `.py` file, or a directory that has a `__main__.py`.
 
-        A relative path is relative to the host's current directory. All else is as
-        for `start_with_code`.
+        A relative path is relative to the host's current directory. `args` is its
+        `sys.argv[1:]`. All else is as for `start_with_code`.
         """
         block = checks.path("path", path)
+        arguments = checks.arguments("args", args)
         return self._start(
-            None, block, None, params, timeout, thread_id, cwd, env, limits, on_output
+            None, block, None, params, timeout, thread_id, cwd, env, limits, on_output, arguments
         )
 
     def _start(
@@ -202,6 +204,7 @@ class ExecutionManager:
         env: object,
         limits: Limits | None,
         on_output: Callable[[OutputChunk], object] | None,
+        args: tuple[str, ...] = (),
     ) -> StartSideExecutionResponse:
         copied = checks.params("params", params)
         seconds = self._default_timeout
@@ -251,6 +254,7 @@ class ExecutionManager:
         request = {
             "code": source,
             "block": None if block is None else checks.absolute(block),
+            "args": args,
             "params": copied,
             "cwd": directory or _current_directory(),
             "limits": bounds._to_request(),

@@ -85,6 +85,12 @@ def test_path_of_an_action_block(manager, value):
         manager.start_with_action_block(value)
 
 
+@pytest.mark.parametrize("value", ["-x", b"-x", 5, None, {"-x"}, [5], [b"-x"], ["\0"], ["\ud800"]])
+def test_args_of_an_action_block(manager, value):
+    with pytest.raises((TypeError, ValueError), match="^(each of )?args "):
+        manager.start_with_action_block(__file__, args=value)
+
+
 @pytest.mark.parametrize("value", [None, 5, b"id", ["id"], 1.5])
 @pytest.mark.parametrize("method", ["get_status", "wait", "follow", "stop"])
 def test_an_id_must_be_a_str(manager, method, value):

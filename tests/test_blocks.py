@@ -306,8 +306,8 @@ def run_block(manager, path, **options):
     return manager.wait(started.data.side_execution_id).data
 
 
-def as_plain_python(path):
-    return subprocess.check_output([sys.executable, path], text=True)
+def as_plain_python(path, *args):
+    return subprocess.check_output([sys.executable, path, *args], text=True)
 
 
 def test_a_directory_finds_what_it_finds_under_plain_python(manager, make_block):
@@ -317,6 +317,12 @@ def test_a_directory_finds_what_it_finds_under_plain_python(manager, make_block)
     first, file, argv, name, _ = json.loads(data.output)
     assert (first, file, argv) == (path, f"{path}/__main__.py", [path])
     assert name == "__main__"
+
+
+def test_args_are_what_they_are_under_plain_python(manager, make_block):
+    path = str(make_block("block", "import sys\nprint(ascii(sys.argv))"))
+    args = ("-c", "--", "", "a b", "\u00e9", os.fsdecode(b"\xff"))
+    assert run_block(manager, path, args=args).output == as_plain_python(path, *args)
 
 
 def test_a_file_finds_what_it_finds_under_plain_python(manager, tmp_path):

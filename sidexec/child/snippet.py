@@ -160,7 +160,7 @@ class Snippet:
             self._filename = namespace["__file__"] = file
             loaders = sys.modules["_frozen_importlib_external"]
             namespace["__loader__"] = loaders.SourceFileLoader("__main__", file)
-            sys.argv[:] = [block]
+            sys.argv[:] = [block, *request["args"]]
         program, self._partial = source.prepare(code, self._filename, namespace)
         if self._text is not None and "import" in self._text:
             self._show_source()
