@@ -362,8 +362,8 @@ class ExecutionManager:
     ) -> GetSideExecutionStatusResponse:
         """Wait until an execution has ended, at most `timeout` seconds; its status then.
 
-        Past the timeout the status is still `running`. An unknown id answers at once. An
-        `on_output` that is still at work is given another second.
+        It returns once `on_output` has had everything. Past the timeout the status may
+        still be `running`. An unknown id answers at once.
         """
         id = checks.text("side_execution_id", side_execution_id)
         limit = checks.seconds_or_none("timeout", timeout)
@@ -372,7 +372,7 @@ class ExecutionManager:
             began = time.monotonic()
             if execution.changed.wait_for(self._is_over(execution), limit):
                 left = math.inf if limit is None else limit - (time.monotonic() - began)
-                self._wait_for_callbacks([execution], min(WAIT_LIMIT, left))
+                self._wait_for_callbacks([execution], left)
         # Of the one that was waited for, which may be forgotten already.
         return self._status_response(id, execution)
 
