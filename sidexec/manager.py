@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
-from . import blocks, checks, payload, procfs, protocol
+from . import blocks, checks, payload, procfs, protocol, suspending
 from .delivery import WAIT_LIMIT, Delivery
 from .execution import Execution, Sample, parse_result
 from .limits import Limits
@@ -508,6 +508,12 @@ class ExecutionManager:
         return StopSideExecutionResponse(
             data, error is None, f"the execution is {status}", error, thread_id=execution.thread_id
         )
+
+    def _signal_all(self, signum: int) -> None:
+        """Signal the processes of all executions: for the command line's Ctrl-Z."""
+        for execution in list(self._executions.values()):
+            if execution.end is None and execution.keeper_pid is not None:
+                suspending.signal_tree(execution.keeper_pid, signum)
 
     # -- what the methods share
 

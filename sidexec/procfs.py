@@ -19,7 +19,7 @@ def usage_of_tree(keeper_pid: int) -> Usage | None:
     """What all descendants of the keeper use together."""
     memory = 0
     ticks = 0
-    pids = _children(keeper_pid)
+    pids = children(keeper_pid)
     if not pids:
         return None
     while pids:
@@ -29,7 +29,7 @@ def usage_of_tree(keeper_pid: int) -> Usage | None:
             continue  # it has ended meanwhile
         ticks += sum(map(int, fields[11:15]))  # its own, and that of reaped children
         memory += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        pids += _children(pid)
+        pids += children(pid)
     return Usage(memory, ticks * _tick())
 
 
@@ -57,7 +57,7 @@ def _stat(pid: int) -> list[bytes] | None:
         return None
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     found: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):

@@ -1,5 +1,6 @@
 """The command line, as real processes, in pipelines and in a real terminal."""
 
+import configparser
 import contextlib
 import fcntl
 import json
@@ -16,10 +17,12 @@ import uuid
 
 import pytest
 
+import sidexec
 from conftest import eventually, is_alive, one_in
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIMIT = 30  # only a hang takes so long
+STOPPING = "sidexec: stopping; Ctrl-C again kills"
 
 # Named tiny programs. Those that wait do so until they are stopped.
 HELLO = "print('hello')"
@@ -53,6 +56,25 @@ IN_TERMINAL = """
 import os, sys
 os.close(os.open(os.ttyname(0), os.O_RDWR))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+# The same as a shell with job control does it, which continues the command when a line comes.
+IN_SHELL = """
+import os, signal, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+pid = os.fork()
+if pid == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while os.WIFSTOPPED(status := os.waitpid(pid, os.WUNTRACED)[1]):
+    os.tcsetpgrp(0, os.getpgrp())
+    os.write(0, b"suspended\\n")
+    sys.stdin.readline()
+    os.tcsetpgrp(0, pid)
+    os.killpg(pid, signal.SIGCONT)
+sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
@@ -139,11 +161,13 @@ def cli(tmp_path):
     [
         (HELLO, [], 0, ""),
         ("import sys; sys.exit(0)", [], 0, ""),
-        ("import sys; sys.exit(3)", [], 1, "sidexec: exit code 3\n"),
-        ("import os; os.kill(os.getpid(), 9)", [], 1, "sidexec: killed by SIGKILL\n"),
+        ("import sys; sys.exit(3)", [], 3, ""),
+        ("import os; os._exit(125)", [], 125, ""),
+        ("raise SystemExit('why')", [], 1, "why\n"),
+        ("import os; os.kill(os.getpid(), 9)", [], 137, "sidexec: killed by SIGKILL\n"),
         (WAITING, ["--timeout", "0.3"], 124, "sidexec: timed out after 0.3 s\n"),
-        (WAITING, ["--stop-after", "0.3"], 130, "sidexec: stopped\n"),
-        (STUBBORN, ["--stop-after", ".3", "--grace", ".1"], 130, "sidexec: stopped, by force\n"),
+        (WAITING, ["--stop-after", "0.3"], 0, "sidexec: stopped\n"),
+        (STUBBORN, ["--stop-after", ".3", "--grace", ".1"], 0, "sidexec: stopped, by force\n"),
         (STUBBORN, ["--timeout", ".3", "--grace", "0"], 124, "timed out after 0.3 s, by force\n"),
     ],
 )
@@ -154,21 +178,16 @@ def test_the_exit_code_and_a_line_say_how_it_ended(cli, code, options, expected,
     assert out in ("", "hello\n", "ready\n", "ready\ncleaned\n", "ready\nasked\n")
 
 
-def test_what_a_snippet_prints_on_its_way_out_is_shown(cli):
-    _, out, _ = cli.run("run", "--stop-after", "0.3", "-c", WAITING)
-    assert out == "ready\ncleaned\n"
-
-
-def test_a_busy_loop_runs_its_finally_block(cli):
-    code = "try:\n    print('ready')\n    while True: pass\nfinally:\n    print('cleaned')"
-    _, out, _ = cli.run("run", "--stop-after", "0.3", "-c", code)
-    assert out == "ready\ncleaned\n"
-
-
-def test_the_first_statement_of_a_try_block_may_be_the_loop(cli):
-    code = "try:\n    while True: pass\nfinally:\n    print('cleaned')"
-    _, out, _ = cli.run("run", "--stop-after", "0.3", "-c", code)
-    assert out == "cleaned\n"
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        (WAITING, "ready\ncleaned\n"),
+        ("try:\n    print(1)\n    while True: pass\nfinally:\n    print(2)", "1\n2\n"),
+        ("try:\n    while True: pass\nfinally:\n    print('cleaned')", "cleaned\n"),
+    ],
+)
+def test_what_a_snippet_prints_on_its_way_out_is_shown(cli, code, expected):
+    assert cli.run("run", "--stop-after", "0.3", "-c", code)[1] == expected
 
 
 def test_a_traceback_is_printed_once_and_nothing_more(cli):
@@ -193,11 +212,15 @@ BAD_USAGE = [
     ["fly"],
     ["run"],
     ["run", "-c", HELLO, "file.py"],
-    ["run", "a.py", "b.py"],
+    ["run", "-c", HELLO, "-"],
+    ["run", "-", "argument"],
+    ["run", "--json"],
     ["run", "-c"],
     ["run", "-c", HELLO, "--params", "{"],
     ["run", "-c", HELLO, "--params", "[1]"],
     ["run", "-c", HELLO, "--params", "[" * 100_000],
+    ["run", "-c", HELLO, "--params", "@no-such-file"],
+    ["run", "-c", HELLO, "--params", "@/dev/null"],
     ["run", "-c", HELLO, "--params", '{"a": NaN}'],
     ["run", "-c", HELLO, "--timeout", "-1"],
     ["run", "-c", HELLO, "--timeout", "soon"],
@@ -206,9 +229,8 @@ BAD_USAGE = [
     ["run", "-c", HELLO, "--python", ""],
     ["run", "-c", HELLO, "--time", "3"],
     ["run", "-c", HELLO, "--two\nlines"],
-    ["run", os.fsdecode(b"no \xff such file.py")],
-    ["run", "no-such-file.py"],
-    ["run", "."],
+    ["run", "-c", HELLO, "--cwd", ""],
+    ["run", "--time", "3", "a.py"],
     ["run", ""],
     ["blocks", "no-such-directory"],
 ]
@@ -227,20 +249,25 @@ def test_code_that_is_not_utf8_is_bad_usage(cli):
     assert (returncode, out, err.count("\n")) == (2, "", 1)
 
 
-def test_a_start_that_fails_is_one_line_and_exit_code_1(cli):
-    returncode, out, err = cli.run("run", "--python", "/no/such/python", "-c", HELLO)
-    assert (returncode, out) == (1, "")
-    assert err.startswith("sidexec: no such interpreter: '/no/such/python'")
-    assert err.count("\n") == 1
-
-
-def test_an_interpreter_that_is_none_is_one_line_and_exit_code_1(cli):
-    returncode, out, err = cli.run("run", "--python", "/bin/false", "--json", "-c", HELLO)
-    assert returncode == 1
-    assert err.startswith("sidexec: ") and err.count("\n") == 1
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--python", "/no/such/python", "-c", HELLO], "no such interpreter: '/no/such/python'"),
+        (["--cwd", "nowhere", "-c", HELLO], "no such directory: "),
+        ([os.fsdecode(b"no \xff such file.py")], "no such action block: "),
+        (["."], "no such action block: '.' is a directory without"),
+        (["--python", "/bin/false", "-c", HELLO], "the interpreter '/bin/false' did not start"),
+    ],
+)
+def test_a_start_that_fails_is_one_line_and_exit_code_125(cli, arguments, line):
+    returncode, out, err = cli.run("run", *arguments)
+    assert (returncode, out) == (125, "")
+    assert err.startswith(f"sidexec: {line}") and err.count("\n") == 1
+    returncode, out, err = cli.run("run", "--json", *arguments)
+    assert (returncode, err.count("\n")) == (125, 1)
     response = json.loads(out)
     assert response["type"] == "startSideExecutionResponse"
-    assert response["success"] is False and "/bin/false" in response["error"]
+    assert response["success"] is False and line in response["error"]
 
 
 # -- where the code comes from
@@ -252,8 +279,29 @@ def test_code_comes_from_a_file_or_a_directory(cli, tmp_path):
     (block / "helper.py").write_text("def greet(name): print('hello', name)\n")
     (block / "__main__.py").write_text("import helper\nhelper.greet(params['name'])\n")
     for path in ("block", "block/__main__.py", tmp_path / "block"):
-        returncode, out, err = cli.run("run", path, "--params", '{"name": "you"}')
+        returncode, out, err = cli.run("run", "--params", '{"name": "you"}', path)
         assert (returncode, out, err) == (0, "hello you\n", "")
+
+
+def test_all_after_a_path_is_the_snippets(cli, tmp_path):
+    (tmp_path / "block.py").write_text("import sys; print(ascii(sys.argv[1:]))")
+    arguments = ["--json", "-c", "--", "--timeout", "soon", "--no=1", "", "-", "--", "\u00e9", "-h"]
+    assert cli.run("run", "block.py", *arguments)[1] == f"{ascii(arguments)}\n"
+    assert cli.run("run", "--timeout", "9", "--", "block.py", "--", "x")[1] == "['--', 'x']\n"
+    assert cli.run("run", "block.py") == (0, "[]\n", "")
+
+
+def test_params_come_from_a_file(cli, tmp_path):
+    (tmp_path / "params.json").write_bytes('{"name": "\u00e9"}'.encode())
+    code = "print(params)"
+    assert cli.run("run", "--params", "@params.json", "-c", code)[1] == "{'name': '\u00e9'}\n"
+
+
+def test_it_runs_in_another_directory(cli, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "block.py").write_text("import os; print(os.getcwd())")
+    for source in (["-c", "import os; print(os.getcwd())"], ["block.py"]):
+        assert cli.run("run", "--cwd", "elsewhere", *source)[1] == f"{tmp_path}/elsewhere\n"
 
 
 def test_code_comes_from_standard_input(cli):
@@ -302,7 +350,7 @@ def test_a_slow_reader_gets_everything(cli):
     code = f"import os\nfor _ in range({size >> 16}): os.write(1, b'x' * 65536)"
     process = cli.start("run", "-c", code)
     select.select([process.stdout], [], [], LIMIT)
-    time.sleep(0.5)  # time enough to produce all of it, were it not waited for
+    time.sleep(1.5)  # time enough to produce all of it, were it not waited for
     returncode, out, err = finish(process)
     assert (returncode, len(out), err) == (0, size, "")
 
@@ -314,7 +362,7 @@ def test_a_reader_that_waits_does_not_keep_a_stop_from_it(cli, tmp_path):
     process.send_signal(signal.SIGINT)
     eventually((tmp_path / "cleaned").exists)
     returncode, out, err = finish(process)
-    assert (returncode, err) == (130, "sidexec: stopped\n")
+    assert (returncode, err) == (130, f"{STOPPING}\nsidexec: stopped\n")
     assert set(out.split()[:-1]) == {"x" * 10_000}
 
 
@@ -325,16 +373,10 @@ def test_descriptors_that_are_closed_do_no_harm(cli):
     assert os.path.exists(os.path.join(cli.cwd, "ran"))
 
 
-def test_an_output_that_can_not_be_written_is_told_and_ends_it(cli):
+@pytest.mark.parametrize("arguments", [["-c", ENDLESS], ["--json", "-c", "pass"]])
+def test_an_output_that_can_not_be_written_is_told_and_ends_it(cli, arguments):
     with open("/dev/full", "wb") as full:
-        returncode, _, err = cli.run("run", "-c", ENDLESS, stdout=full)
-    assert returncode == 1
-    assert err == "sidexec: could not write the output: No space left on device\n"
-
-
-def test_a_response_that_can_not_be_written_is_told(cli):
-    with open("/dev/full", "wb") as full:
-        returncode, _, err = cli.run("run", "--json", "-c", "pass", stdout=full)
+        returncode, _, err = cli.run("run", *arguments, stdout=full)
     assert returncode == 1
     assert err == "sidexec: could not write the output: No space left on device\n"
 
@@ -358,7 +400,7 @@ def test_a_reader_that_leaves_ends_it_quietly(cli):
     assert process.stdout.readline() == b"line\n"
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(LIMIT) == 130
+    assert process.wait(LIMIT) == 141
     assert os.path.exists(os.path.join(cli.cwd, "cleaned"))
 
 
@@ -375,7 +417,7 @@ def test_standard_error_goes_on_when_standard_output_is_closed(cli):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"cleaned\n"
-    assert process.wait(LIMIT) == 130
+    assert process.wait(LIMIT) == 141
 
 
 @pytest.mark.parametrize(
@@ -383,10 +425,11 @@ def test_standard_error_goes_on_when_standard_output_is_closed(cli):
     [
         (["-h"], 0),
         (["run", "-h"], 0),
-        (["run", "-c", HELLO], 0),
-        (["run", "--json", "-c", HELLO], 0),
-        (["blocks", "HERE"], 0),
-        (["blocks", "--json"], 0),
+        (["--version"], 0),
+        (["run", "-c", HELLO], 141),
+        (["run", "--json", "-c", HELLO], 141),
+        (["blocks", "HERE"], 141),
+        (["blocks", "--json"], 141),
     ],
 )
 def test_a_pipe_that_nobody_reads_makes_no_noise(cli, tmp_path, arguments, expected):
@@ -398,7 +441,7 @@ def test_a_pipe_that_nobody_reads_makes_no_noise(cli, tmp_path, arguments, expec
     process = cli.start(*arguments, stdout=theirs)
     os.close(theirs)
     returncode, _, err = finish(process)
-    assert returncode == expected or arguments == ["run", "-c", HELLO] and returncode == 130
+    assert returncode == expected
     assert err == ("hello\n" if arguments[:2] == ["run", "--json"] else "")
 
 
@@ -422,7 +465,7 @@ def test_json_is_the_status_of_what_ended_by_itself(cli):
 def test_json_is_the_response_to_the_stop_of_what_was_stopped(cli):
     code = f"results = [1]\n{WAITING}\nreturn results"
     returncode, out, err = cli.run("run", "--json", "--stop-after", "0.3", "-c", code)
-    assert returncode == 130
+    assert returncode == 0
     assert err == "ready\ncleaned\nsidexec: stopped\n"
     response = json.loads(out)
     assert response["type"] == "stopSideExecutionResponse"
@@ -452,11 +495,13 @@ def start_and_wait(cli, code, *options, ready=b"ready\n"):
     return process
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_gracefully(cli, signum):
+@pytest.mark.parametrize(
+    "signum, expected, said", [(signal.SIGINT, 130, f"{STOPPING}\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_stops_it_gracefully(cli, signum, expected, said):
     process = start_and_wait(cli, WAITING)
     process.send_signal(signum)
-    assert finish(process) == (130, "cleaned\n", "sidexec: stopped\n")
+    assert finish(process) == (expected, "cleaned\n", f"{said}sidexec: stopped\n")
 
 
 def test_output_goes_on_while_a_stop_is_under_way(cli, tmp_path):
@@ -467,7 +512,7 @@ def test_output_goes_on_while_a_stop_is_under_way(cli, tmp_path):
     assert process.stdout.readline() == b"cleaning\n"
     assert process.poll() is None
     (tmp_path / "go").touch()
-    assert finish(process) == (130, "cleaned\n", "sidexec: stopped\n")
+    assert finish(process) == (130, "cleaned\n", f"{STOPPING}\nsidexec: stopped\n")
 
 
 def test_a_second_signal_stops_it_by_force(cli):
@@ -478,18 +523,18 @@ def test_a_second_signal_stops_it_by_force(cli):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == b"asked\n"
     process.send_signal(signal.SIGINT)
-    assert finish(process) == (130, "", "sidexec: stopped, by force\n")
+    assert finish(process) == (130, "", f"{STOPPING}\nsidexec: stopped, by force\n")
 
 
 def test_json_of_a_stop_by_force_is_the_stop_that_won(cli):
     process = cli.start("run", "--json", "--grace", "600", "-c", STUBBORN)
     assert process.stderr.readline() == b"ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     assert process.stderr.readline() == b"asked\n"
     process.send_signal(signal.SIGINT)
     returncode, out, _ = finish(process)
     data = json.loads(out)["data"]
-    assert (returncode, data["status"], data["forced"]) == (130, "stopped", True)
+    assert (returncode, data["status"], data["forced"]) == (143, "stopped", True)
 
 
 def test_signals_count_while_stop_after_is_stopping_it(cli):
@@ -497,7 +542,8 @@ def test_signals_count_while_stop_after_is_stopping_it(cli):
     assert process.stdout.readline() == b"asked\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    assert finish(process) == (130, "", "sidexec: stopped, by force\n")
+    returncode, _, err = finish(process)
+    assert (returncode, err) == (130, f"{STOPPING}\nsidexec: stopped, by force\n")
 
 
 def test_an_ignored_interrupt_stays_ignored(cli):
@@ -508,23 +554,27 @@ def test_an_ignored_interrupt_stays_ignored(cli):
         ignored = next(line for line in file if line.startswith("SigIgn"))
     assert int(ignored.split()[1], 16) >> (signal.SIGINT - 1) & 1
     process.send_signal(signal.SIGTERM)
-    assert finish(process) == (130, "cleaned\n", "sidexec: stopped\n")
+    assert finish(process) == (143, "cleaned\n", "sidexec: stopped\n")
 
 
 def test_an_interrupt_while_standard_input_is_read_is_quiet(cli):
     process = cli.start("run", "-", stdin=subprocess.PIPE)
     process.stdin.write(b"\n")
     process.stdin.flush()
-    eventually(lambda: not any(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4))))
-    eventually(lambda: is_asleep(process.pid))
+    eventually(lambda: unread(process.stdin) == 0)
+    eventually(lambda: state_of(process.pid) == "S")
     process.send_signal(signal.SIGINT)
     assert process.wait(LIMIT) == 130
     assert process.stderr.read() == b""
 
 
-def is_asleep(pid):
+def unread(pipe):
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def state_of(pid):
     with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "S"
+        return file.read().rpartition(")")[2].split()[0]
 
 
 def test_an_interrupt_before_the_interpreter_is_up_ends_it(cli, tmp_path):
@@ -534,12 +584,13 @@ def test_an_interrupt_before_the_interpreter_is_up_ends_it(cli, tmp_path):
     process = cli.start("run", "--python", python, "-c", HELLO)
     eventually((tmp_path / "started").exists)
     process.send_signal(signal.SIGINT)
-    assert finish(process) == (130, "", "sidexec: stopped\n")
+    assert finish(process) == (130, "", f"{STOPPING}\nsidexec: stopped\n")
 
 
-def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path):
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, stderr):
     code = "import os\nprint('x' * 1_000_000)\nprint(os.getpid(), file=open('pid', 'w'))\n"
-    process = cli.start("run", "-c", code + WAITING)
+    process = cli.start("run", "-c", code + WAITING, stderr=stderr)
     eventually((tmp_path / "pid").exists)
     pid = int(eventually((tmp_path / "pid").read_text))
     process.send_signal(signal.SIGINT)
@@ -556,7 +607,7 @@ def test_two_signals_at_the_same_moment_are_two(cli):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
     returncode, _, err = finish(process)
-    assert (returncode, err) == (130, "sidexec: stopped, by force\n")
+    assert returncode == 130 and err.endswith("sidexec: stopped, by force\n")
 
 
 def test_nothing_is_left_when_the_command_is_killed(cli):
@@ -573,16 +624,20 @@ def test_nothing_is_left_when_the_command_is_killed(cli):
 class Terminal:
     """A command in a terminal of its own, and what the terminal shows."""
 
-    def __init__(self, cli, *arguments, columns=80, **options):
+    def __init__(self, cli, *arguments, columns=80, starter=IN_TERMINAL, **options):
         self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self._sizes = []  # from how many bytes of the data on, and how many columns
+        self.data = b""
+        self.resize(columns)
         streams = {"stdin": slave, "stdout": slave, "stderr": slave, **options}
         argv = cli.argv(*arguments)
-        argv[1:1] = ["-c", IN_TERMINAL]
+        argv[1:1] = ["-c", starter]
         self.process = cli.popen(argv, start_new_session=True, **streams)
         os.close(slave)
-        self.data = b""
-        self._columns = columns
+
+    def resize(self, columns):
+        self._sizes.append((len(self.data), columns))
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def read(self):
         """Read what there is, for at most a moment; false at the end."""
@@ -611,25 +666,34 @@ class Terminal:
         return self.process.wait(LIMIT)
 
     def lines(self):
-        """The lines that the terminal shows, without blanks at their ends."""
-        rows, column = [[]], 0
-        text = iter(self.data.decode())
-        for char in text:
-            if char == "\r":
-                column = 0
-            elif char == "\n":
-                rows.append([])
-            elif char == "\x1b":
-                assert next(text) + next(text) == "[K"
-                del rows[-1][column:]
-            else:
-                if column == self._columns:
-                    rows.append([])
-                    column = 0
-                rows[-1] += " " * (column + 1 - len(rows[-1]))
-                rows[-1][column] = char
-                column += 1
-        return ["".join(row).rstrip() for row in rows]
+        """What it shows, without blanks at the ends: a list of lines, each of them whole.
+
+        A line that is longer than the window goes on in the next row, as also one does
+        that was there when the window was made narrower. The cursor stays where it was in
+        its line.
+        """
+        lines, at, text = [[]], 0, ""
+        for start, (begin, columns) in enumerate(self._sizes):
+            end = self._sizes[start + 1][0] if start + 1 < len(self._sizes) else None
+            text += self.data[begin:end].decode()
+            while text:
+                char, text = text[0], text[1:]
+                row = (at - 1 if char == "\r" and at == len(lines[-1]) else at) // columns * columns
+                if char == "\r":
+                    at = max(0, row)
+                elif char == "\n":
+                    lines.append([])
+                    at = 0
+                elif char == "\x1b":
+                    code, text = text[:2], text[2:]
+                    rest = row + columns if code == "[K" else len(lines[-1])
+                    assert code in ("[K", "[J")
+                    lines[-1][at:rest] = " " * max(0, min(rest, len(lines[-1])) - at)
+                else:
+                    lines[-1] += " " * (at + 1 - len(lines[-1]))
+                    lines[-1][at] = char
+                    at += 1
+        return ["".join(line).rstrip() for line in lines]
 
 
 def test_a_terminal_shows_a_bar_of_the_progress(cli, tmp_path):
@@ -672,6 +736,20 @@ for number in range(3):
     assert terminal.finish() == 0
     assert b"%" in terminal.data
     assert terminal.lines() == ["partial whole"] * 3 + [""]
+
+
+@pytest.mark.parametrize("columns", [30, 12])
+def test_a_bar_leaves_nothing_behind_when_the_window_is_resized(cli, tmp_path, columns):
+    code = f"{UNTIL_FILE}\nprint('one')\nreport_progress(50)\nuntil_file('go')\nprint('two')"
+    terminal = Terminal(cli, "run", "-c", code)
+    bar = {80: f"[{'#' * 20}{'.' * 20}]  50%", 30: f"[{'#' * 11}{'.' * 11}]  50%", 12: " 50%"}
+    for size in (80, columns, 80):
+        if size != 80 or len(terminal.lines()) > 1:
+            terminal.resize(size)
+        terminal.until(lambda: terminal.lines() == ["one", bar[size]])
+    (tmp_path / "go").touch()
+    assert terminal.finish() == 0
+    assert terminal.lines() == ["one", "two", ""]
 
 
 @pytest.mark.parametrize("columns", [4, 30])
@@ -721,17 +799,71 @@ def test_ctrl_c_stops_it_gracefully(cli):
     terminal.until(lambda: "ready" in terminal.lines()[:-1])
     terminal.press(b"\x03")
     assert terminal.finish() == 130
-    assert terminal.lines() == ["ready", "^Ccleaned", "sidexec: stopped", ""]
+    assert terminal.lines() == ["ready", STOPPING, "cleaned", "sidexec: stopped", ""]
 
 
 def test_a_second_ctrl_c_stops_it_by_force(cli):
     terminal = Terminal(cli, "run", "--grace", "600", "-c", STUBBORN)
     terminal.until(lambda: "ready" in terminal.lines()[:-1])
     terminal.press(b"\x03")
-    terminal.until(lambda: terminal.lines()[-2:] == ["^Casked", ""])
+    terminal.until(lambda: terminal.lines() == ["ready", STOPPING, "asked", ""])
     terminal.press(b"\x03")
     assert terminal.finish() == 130
-    assert terminal.lines() == ["ready", "^Casked", "sidexec: stopped, by force", ""]
+    assert terminal.lines()[-2:] == ["sidexec: stopped, by force", ""]
+
+
+def test_ctrl_c_is_answered_while_the_terminal_is_written_to(cli):
+    terminal = Terminal(cli, "run", "-c", f"try:\n    {ENDLESS}\nfinally:\n    print('cleaned')")
+    terminal.until(lambda: "line" in terminal.lines()[:-1])
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+    assert STOPPING in terminal.lines()
+
+
+def test_ctrl_c_is_answered_where_nobody_reads_the_output(cli):
+    terminal = Terminal(cli, "run", "-c", ENDLESS, stdout=subprocess.PIPE)
+    select.select([terminal.process.stdout], [], [], LIMIT)
+    terminal.press(b"\x03")
+    terminal.until(lambda: STOPPING in terminal.lines())
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+
+
+def test_ctrl_z_suspends_the_snippet_and_what_it_has_started(cli):
+    code = """
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+report_progress(50)
+print(os.getpid(), child.pid)
+while True: pass
+"""
+    terminal = Terminal(cli, "run", "-c", code, starter=IN_SHELL)
+    bar = f"[{'#' * 20}{'.' * 20}]  50%"
+    terminal.until(lambda: terminal.lines()[-1] == bar)
+    pids = terminal.lines()[0].split()
+    for _ in range(2):
+        terminal.press(b"\x1a")
+        terminal.until(lambda: terminal.lines()[-2:] == ["suspended", ""])
+        eventually(lambda: [state_of(pid) for pid in pids] == ["T", "T"])
+        terminal.press(b"fg\n")
+        terminal.until(lambda: terminal.lines()[-1] == bar)
+        eventually(lambda: [state_of(pid) for pid in pids] == ["R", "S"])
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+    shown = ["suspended", "fg", "suspended", "fg", STOPPING, "sidexec: stopped", ""]
+    assert terminal.lines()[1:] == shown
+
+
+def test_ctrl_z_suspends_it_while_its_response_waits_for_a_reader(cli):
+    code = "return 'x' * 1_000_000"
+    terminal = Terminal(cli, "run", "--json", "-c", code, stdout=subprocess.PIPE, starter=IN_SHELL)
+    out = terminal.process.stdout
+    eventually(lambda: unread(out) >= 65536)
+    terminal.press(b"\x1a")
+    terminal.until(lambda: "suspended" in terminal.lines()[0])
+    terminal.press(b"fg\n")
+    assert len(json.loads(out.read())["data"]["result"]) == 1_000_000
+    assert terminal.finish() == 0
 
 
 @pytest.mark.parametrize("columns", [18, 80])
@@ -741,13 +873,16 @@ def test_ctrl_c_leaves_no_bar_behind(cli, columns):
     terminal.until(lambda: terminal.lines()[-1].endswith("90%"))
     terminal.press(b"\x03")
     assert terminal.finish() == 130
-    assert terminal.lines() == ["ready", "cleaned", "sidexec: stopped", ""]
+    assert terminal.lines() == ["ready", STOPPING, "cleaned", "sidexec: stopped", ""]
+
+
+PARTIAL = "import os\nprint('partial', end='')\nos.kill(os.getpid(), 9)"
 
 
 def test_the_last_line_stands_on_a_line_of_its_own(cli):
-    terminal = Terminal(cli, "run", "-c", "print('partial', end='')\nraise SystemExit(3)")
-    assert terminal.finish() == 1
-    assert terminal.lines() == ["partial", "sidexec: exit code 3", ""]
+    terminal = Terminal(cli, "run", "-c", PARTIAL)
+    assert terminal.finish() == 137
+    assert terminal.lines() == ["partial", "sidexec: killed by SIGKILL", ""]
 
 
 def test_nothing_is_added_to_a_line_left_open(cli):
@@ -765,10 +900,9 @@ def test_a_response_in_a_terminal_stands_on_a_line_of_its_own(cli):
 
 
 def test_a_file_gets_no_line_end_for_the_terminals_sake(cli):
-    code = "print('partial', end='')\nraise SystemExit(3)"
-    terminal = Terminal(cli, "run", "-c", code, stderr=subprocess.PIPE)
-    assert terminal.finish() == 1
-    assert terminal.process.stderr.read() == b"sidexec: exit code 3\n"
+    terminal = Terminal(cli, "run", "-c", PARTIAL, stderr=subprocess.PIPE)
+    assert terminal.finish() == 137
+    assert terminal.process.stderr.read() == b"sidexec: killed by SIGKILL\n"
 
 
 def test_a_terminal_that_goes_away_ends_it(cli):
@@ -811,6 +945,7 @@ def test_blocks_as_json_is_the_wire_form(cli, library):
 
 def test_blocks_says_where_there_are_none(cli):
     assert cli.run("blocks") == (0, "", f"sidexec: no action blocks below {cli.cwd}\n")
+    assert cli.run("blocks", "") == (2, "", "python -m sidexec blocks: PATH must be a path, not ''\n")
     _, out, err = cli.run("blocks", "--json")
     assert (json.loads(out)["data"]["count"], err) == (0, "")
 
@@ -820,7 +955,14 @@ def test_what_blocks_lists_can_be_run(cli, library):
     assert cli.run("run", path) == (0, "", "")
 
 
-# -- the name it goes by
+# -- the name it goes by, and what it imports
+
+
+def test_it_imports_nothing_to_ask_for_the_width_of_a_help_that_nobody_reads(cli):
+    argv = [sys.executable, "-X", "importtime", *cli.argv("run", "-c", HELLO)[1:]]
+    _, _, err = finish(cli.popen(argv))
+    imported = {line.split("|")[-1].strip() for line in err.splitlines()}
+    assert "argparse" in imported and "shutil" not in imported
 
 
 def test_a_vendored_copy_goes_by_its_own_name(cli, tmp_path):
@@ -831,5 +973,19 @@ def test_a_vendored_copy_goes_by_its_own_name(cli, tmp_path):
     argv = [sys.executable, "-m", "_vendor.runner"]
     _, out, _ = finish(cli.popen([*argv, "-h"]))
     assert out.startswith("usage: python -m _vendor.runner ")
-    ended = finish(cli.popen([*argv, "run", "-c", "print(1); raise SystemExit(3)"]))
-    assert ended == (1, "1\n", "runner: exit code 3\n")
+    ended = finish(cli.popen([*argv, "run", "--stop-after", "0", "-c", "pass"]))
+    assert ended[2] == "runner: stopped\n"
+    assert finish(cli.popen([*argv, "--version"])) == (0, f"runner {sidexec.__version__}\n", "")
+
+
+def test_the_installed_command_is_the_same(cli, tmp_path):
+    config = configparser.ConfigParser()
+    config.read(os.path.join(ROOT, "setup.cfg"))
+    name, _, target = config["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = target.partition(":")
+    script = tmp_path / name
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())")
+    argv = [sys.executable, str(script)]
+    assert finish(cli.popen([*argv, "--version"])) == (0, f"sidexec {sidexec.__version__}\n", "")
+    assert finish(cli.popen([*argv, "run", "-c", "raise SystemExit(3)"])) == (3, "", "")
+    assert finish(cli.popen([*argv, "run"]))[2].startswith("sidexec run: pass either ")

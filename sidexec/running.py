@@ -1,0 +1,194 @@
+"""One run of the command line, from the start of its execution to the exit code.
+
+The main thread waits, draws the progress and takes the signals. It never waits for
+whoever reads the output: `on_output` writes that, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import _thread
+import argparse
+import contextlib
+import errno
+import math
+import queue
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from . import (
+    ExecutionManager,
+    GetSideExecutionStatusResponse,
+    OutputChunk,
+    StartSideExecutionResponse,
+    StopSideExecutionResponse,
+)
+from .responses import Response
+from .terminal import STDERR, STDOUT, Screen, encode, one_line, tell
+
+# Exit codes, where it is not the snippet's own.
+FAILED = 1
+TIMED_OUT = 124
+NOT_STARTED = 125
+BY_SIGNAL = 128
+
+TICK = 0.1
+# How long the reader of the output has, in seconds, when a stop by force is through.
+LAST_WORDS = 1.0
+# Between the end of an execution and the answer of the call that has stopped it.
+ANSWER_LIMIT = 5.0
+
+
+class Run:
+    """One execution, from its start to the exit code."""
+
+    def __init__(self, manager: ExecutionManager, arguments: argparse.Namespace) -> None:
+        self._manager = manager
+        self._arguments = arguments
+        self._screen = Screen()
+        self._signals: list[int] = []
+        self._is_suspended = False
+        self._answers: queue.SimpleQueue[StopSideExecutionResponse] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[GetSideExecutionStatusResponse] = queue.SimpleQueue()
+
+    def run(self, code: str | None) -> int:
+        _handle(signal.SIGINT, self._on_signal)
+        _handle(signal.SIGTERM, self._on_signal)
+        _handle(signal.SIGTSTP, self._on_suspend)
+        started = self._start(code)
+        id = started.data.side_execution_id
+        if id is None:
+            self._end(started.error, started)
+            return NOT_STARTED
+        if self._signals:  # they may have come before there was anything to stop
+            self._ask(force=len(self._signals) > 1)
+        _thread.start_new_thread(lambda: self._ended.put(self._manager.wait(id)), ())
+        try:
+            status = self._watch(id)
+        except queue.Empty:  # nobody reads what is written, nor would they read more
+            self._screen.hide_bar()
+            return BY_SIGNAL + self._signals[0]
+        _handle(signal.SIGTSTP, signal.SIG_DFL)  # nothing is left that would go on meanwhile
+        response: Response = status
+        if status.data.stop_reason == "requested":
+            with contextlib.suppress(queue.Empty):
+                response = self._answers.get(timeout=ANSWER_LIMIT)
+        exit_code, line = self._judge(status)
+        if self._screen.failure is not None and status.success:
+            line = None  # the failure is what ended it
+        self._end(line, response)
+        failure = self._screen.failure
+        return exit_code if failure is None else report(failure)
+
+    def _start(self, code: str | None) -> StartSideExecutionResponse:
+        params, on_output = self._arguments.params, self._write
+        try:
+            if code is not None:
+                return self._manager.start_with_code(code, params, on_output=on_output)
+            path, *args = self._arguments.block
+            return self._manager.start_with_action_block(
+                path, params, args=args, on_output=on_output
+            )
+        except ValueError as error:
+            parser: argparse.ArgumentParser = self._arguments.parser
+            parser.error(str(error))
+
+    def _watch(self, id: str) -> GetSideExecutionStatusResponse:
+        """Wait until all is over and written; `queue.Empty` where nobody reads it.
+
+        In short waits: where the system hands a signal to another thread, Python runs
+        the handler only when this one wakes.
+        """
+        stop_at = time.monotonic() + self._arguments.stop_after
+        while True:
+            pause = min(TICK, stop_at - time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                return self._ended.get(timeout=max(0.0, pause))
+            if self._is_suspended:
+                self._suspend()
+            if time.monotonic() >= stop_at:
+                stop_at = math.inf
+                self._ask()
+            is_hurried = len(self._signals) > 1
+            if self._screen.has_bar or is_hurried:
+                data = self._manager.get_status(id).data
+                if is_hurried and data.status != "running":
+                    return self._ended.get(timeout=LAST_WORDS)
+                self._screen.refresh(data.progress)
+
+    # -- signals
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signals.append(signum)
+        if self._signals == [signal.SIGINT]:
+            self._screen.notify(one_line("stopping; Ctrl-C again kills"))
+        self._ask(force=len(self._signals) > 1)
+
+    def _on_suspend(self, signum: int, frame: FrameType | None) -> None:
+        self._is_suspended = True  # by the next tick: this may have interrupted the drawing
+
+    def _suspend(self) -> None:
+        """Ctrl-Z reaches this process alone: the snippet has a session of its own."""
+        self._is_suspended = False
+        self._manager._signal_all(signal.SIGSTOP)
+        self._screen.hide_bar()
+        _handle(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)  # returns when the shell continues this process
+        _handle(signal.SIGTSTP, self._on_suspend)
+        self._manager._signal_all(signal.SIGCONT)
+
+    def _ask(self, force: bool = False) -> None:
+        """Have it stopped, without waiting for that: a signal handler must be short."""
+        _thread.start_new_thread(self._stop, (force,))
+
+    def _stop(self, force: bool) -> None:
+        for answer in self._manager.stop_all(force=force):
+            if answer.data.status == "stopped":
+                self._answers.put(answer)
+
+    # -- output
+
+    def _write(self, chunk: OutputChunk) -> None:
+        failure = self._screen.failure
+        is_error = chunk.stream == "stderr" or self._arguments.json
+        self._screen.write(STDERR if is_error else STDOUT, encode(chunk.text))
+        if self._screen.failure is not failure:
+            self._ask()  # for the first failure
+
+    def _end(self, line: str | None, response: Response) -> None:
+        wire = encode(response.to_json() + "\n") if self._arguments.json else b""
+        self._screen.end([one_line(line)] if line else [], wire)
+
+    def _judge(self, status: GetSideExecutionStatusResponse) -> tuple[int, str | None]:
+        """The exit code, and in words what neither that nor the snippet's output says."""
+        data = status.data
+        if not status.success:
+            return FAILED, status.error
+        if data.status == "completed":
+            return 0, None
+        if data.status == "failed":
+            code = data.exit_code or 0
+            if code > 0:
+                return code, None
+            return (BY_SIGNAL - code if code else FAILED), data.error
+        forced = self._manager.stop(data.side_execution_id).data.forced
+        how = ", by force" if forced else ""
+        if data.stop_reason == "timeout":
+            return TIMED_OUT, f"timed out after {self._arguments.timeout:g} s{how}"
+        code = BY_SIGNAL + self._signals[0] if self._signals else 0
+        return code, f"stopped{how}"
+
+
+def _handle(signum: int, handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    if signal.getsignal(signum) is not signal.SIG_IGN:  # as `nohup` and `&` want it
+        signal.signal(signum, handler)
+
+
+def report(failure: OSError) -> int:
+    """Say that the output could not be written; returns the exit code."""
+    if failure.errno == errno.EPIPE:
+        return BY_SIGNAL + signal.SIGPIPE  # whoever closed the pipe knows
+    tell(f"could not write the output: {failure.strerror}")
+    return FAILED
