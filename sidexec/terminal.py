@@ -62,7 +62,7 @@ class Screen:
             self._clear()
             self._write(fd, data)
             self._line_is_open = not data.endswith(b"\n")
-            self._draw()
+        self.refresh()
 
     def notify(self, line: bytes) -> None:
         """Write a line of ours to standard error, as soon as that need not be waited for.
@@ -73,13 +73,16 @@ class Screen:
         self.refresh()
 
     def refresh(self, percent: float | None = None) -> None:
-        """Draw what is new, unless something is being written, which may take long."""
-        if self._lock.acquire(blocking=False):
+        """Draw what is new, unless that would block, or something is being written."""
+        if percent is not None:
+            self._percent = percent
+        while select.select([], [STDERR], [], 0)[1] and self._lock.acquire(blocking=False):
             try:
-                self._percent = self._percent if percent is None else percent
                 self._draw()
             finally:
                 self._lock.release()
+            if not self._notices:  # or a signal handler came while the lock was held
+                break
 
     def hide_bar(self) -> None:
         """Clear the bar until the next `refresh`."""
@@ -105,17 +108,13 @@ class Screen:
             self.failure = self.failure or error
 
     def _draw(self) -> None:
-        if not select.select([], [STDERR], [], 0)[1]:
-            return  # it would block
-        while True:
-            if self.has_bar and self._percent is not None and not self._line_is_open:
-                bar = _bar(self._percent)
-                if bar != self._bar:
-                    self._put(CLEAR + bar + b"\r")
-                    self._bar = bar
-            if not self._notices:  # last: a signal handler may just have added one
-                break
+        while self._notices:
             self._say(self._notices.popleft())
+        if self.has_bar and self._percent is not None and not self._line_is_open:
+            bar = _bar(self._percent)
+            if bar != self._bar:
+                self._put(CLEAR + bar + b"\r")
+                self._bar = bar
 
     def _say(self, line: bytes) -> None:
         if STDERR in self._terminals:

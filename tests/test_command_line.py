@@ -1,156 +1,32 @@
-"""The command line, as real processes, in pipelines and in a real terminal."""
+"""The command line, as real processes and in pipelines."""
 
 import configparser
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
-import uuid
 
 import pytest
 
 import sidexec
+from commands import (
+    ENDLESS,
+    HELLO,
+    LIMIT,
+    ROOT,
+    STOPPING,
+    STUBBORN,
+    UNTIL_FILE,
+    WAITING,
+    cli,  # noqa: F401
+    finish,
+    state_of,
+    unread,
+)
 from conftest import eventually, is_alive, one_in
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LIMIT = 30  # only a hang takes so long
-STOPPING = "sidexec: stopping; Ctrl-C again kills"
-
-# Named tiny programs. Those that wait do so until they are stopped.
-HELLO = "print('hello')"
-ENDLESS = "while True: print('line')"
-WAITING = """
-import time
-try:
-    print("ready")
-    while True: time.sleep(1)
-finally:
-    print("cleaned")
-"""
-STUBBORN = """
-import time
-line = "ready"
-while True:
-    try:
-        print(line)
-        while True: time.sleep(1)
-    except BaseException:
-        line = "asked"
-"""
-UNTIL_FILE = """
-import os, time
-def until_file(name):
-    while not os.path.exists(name): time.sleep(0.01)
-"""
-
-# Takes the terminal on its standard input as its controlling one, and becomes the command.
-IN_TERMINAL = """
-import os, sys
-os.close(os.open(os.ttyname(0), os.O_RDWR))
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-# The same as a shell with job control does it, which continues the command when a line comes.
-IN_SHELL = """
-import os, signal, sys
-os.close(os.open(os.ttyname(0), os.O_RDWR))
-signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-pid = os.fork()
-if pid == 0:
-    os.setpgid(0, 0)
-    os.tcsetpgrp(0, os.getpid())
-    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-while os.WIFSTOPPED(status := os.waitpid(pid, os.WUNTRACED)[1]):
-    os.tcsetpgrp(0, os.getpgrp())
-    os.write(0, b"suspended\\n")
-    sys.stdin.readline()
-    os.tcsetpgrp(0, pid)
-    os.killpg(pid, signal.SIGCONT)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Have the commands start with SIGINT as a shell's foreground job has it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def marked(mark):
-    """The pids of the processes with `mark` in their environment."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if mark.encode() in file.read():
-                    found.append(int(pid))
-    return found
-
-
-class Commands:
-    """Starts commands whose processes can be told from all others."""
-
-    def __init__(self, cwd):
-        self.cwd = str(cwd)
-        self.mark = uuid.uuid4().hex
-        self.env = {**os.environ, "PYTHONPATH": ROOT, "TERM": "xterm", "MARK": self.mark}
-        self.started = []
-
-    def argv(self, *arguments):
-        return [sys.executable, "-m", "sidexec", *map(str, arguments)]
-
-    def popen(self, argv, **options):
-        options = {"stdin": subprocess.DEVNULL, "cwd": self.cwd, "env": self.env, **options}
-        for stream in ("stdout", "stderr"):
-            options.setdefault(stream, subprocess.PIPE)
-        process = subprocess.Popen(argv, **options)
-        self.started.append(process)
-        return process
-
-    def start(self, *arguments, **options):
-        return self.popen(self.argv(*arguments), **options)
-
-    def run(self, *arguments, input=None, **options):
-        """Run to the end: the exit code, standard output, standard error."""
-        if input is not None:
-            options["stdin"] = subprocess.PIPE
-        return finish(self.start(*arguments, **options), input)
-
-    def left(self):
-        return marked(self.mark)
-
-
-def finish(process, input=None):
-    out, err = process.communicate(input, timeout=LIMIT)
-    return process.returncode, (out or b"").decode(), (err or b"").decode()
-
-
-@pytest.fixture
-def cli(tmp_path):
-    commands = Commands(tmp_path)
-    try:
-        yield commands
-        for process in commands.started:
-            process.wait(LIMIT)
-        assert commands.left() == []
-    finally:
-        for process in commands.started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
 
 
 # -- exit codes, and the line that says what happened
@@ -358,7 +234,7 @@ def test_a_slow_reader_gets_everything(cli):
 def test_a_reader_that_waits_does_not_keep_a_stop_from_it(cli, tmp_path):
     code = "try:\n    while True: print('x' * 10_000)\nfinally:\n    open('cleaned', 'w')"
     process = cli.start("run", "-c", code)
-    select.select([process.stdout], [], [], LIMIT)
+    eventually(lambda: unread(process.stdout) >= 32768)  # and soon the pipe is full
     process.send_signal(signal.SIGINT)
     eventually((tmp_path / "cleaned").exists)
     returncode, out, err = finish(process)
@@ -568,15 +444,6 @@ def test_an_interrupt_while_standard_input_is_read_is_quiet(cli):
     assert process.stderr.read() == b""
 
 
-def unread(pipe):
-    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-
-def state_of(pid):
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-
-
 def test_an_interrupt_before_the_interpreter_is_up_ends_it(cli, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\ntouch started\nexec sleep 1000\n")
@@ -618,301 +485,6 @@ def test_nothing_is_left_when_the_command_is_killed(cli):
     eventually(lambda: not cli.left())
 
 
-# -- in a terminal
-
-
-class Terminal:
-    """A command in a terminal of its own, and what the terminal shows."""
-
-    def __init__(self, cli, *arguments, columns=80, starter=IN_TERMINAL, **options):
-        self._master, slave = pty.openpty()
-        self._sizes = []  # from how many bytes of the data on, and how many columns
-        self.data = b""
-        self.resize(columns)
-        streams = {"stdin": slave, "stdout": slave, "stderr": slave, **options}
-        argv = cli.argv(*arguments)
-        argv[1:1] = ["-c", starter]
-        self.process = cli.popen(argv, start_new_session=True, **streams)
-        os.close(slave)
-
-    def resize(self, columns):
-        self._sizes.append((len(self.data), columns))
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def read(self):
-        """Read what there is, for at most a moment; false at the end."""
-        if select.select([self._master], [], [], 0.05)[0]:
-            try:
-                part = os.read(self._master, 65536)
-            except OSError:  # nobody has the terminal open any more
-                return False
-            self.data += part
-        return True
-
-    def until(self, condition):
-        deadline = time.monotonic() + LIMIT
-        while not condition():
-            assert self.read(), self.lines()
-            assert time.monotonic() < deadline, self.lines()
-
-    def press(self, key):
-        os.write(self._master, key)
-
-    def finish(self):
-        deadline = time.monotonic() + LIMIT
-        while self.read():
-            assert time.monotonic() < deadline, self.lines()
-        os.close(self._master)
-        return self.process.wait(LIMIT)
-
-    def lines(self):
-        """What it shows, without blanks at the ends: a list of lines, each of them whole.
-
-        A line that is longer than the window goes on in the next row, as also one does
-        that was there when the window was made narrower. The cursor stays where it was in
-        its line.
-        """
-        lines, at, text = [[]], 0, ""
-        for start, (begin, columns) in enumerate(self._sizes):
-            end = self._sizes[start + 1][0] if start + 1 < len(self._sizes) else None
-            text += self.data[begin:end].decode()
-            while text:
-                char, text = text[0], text[1:]
-                row = (at - 1 if char == "\r" and at == len(lines[-1]) else at) // columns * columns
-                if char == "\r":
-                    at = max(0, row)
-                elif char == "\n":
-                    lines.append([])
-                    at = 0
-                elif char == "\x1b":
-                    code, text = text[:2], text[2:]
-                    rest = row + columns if code == "[K" else len(lines[-1])
-                    assert code in ("[K", "[J")
-                    lines[-1][at:rest] = " " * max(0, min(rest, len(lines[-1])) - at)
-                else:
-                    lines[-1] += " " * (at + 1 - len(lines[-1]))
-                    lines[-1][at] = char
-                    at += 1
-        return ["".join(line).rstrip() for line in lines]
-
-
-def test_a_terminal_shows_a_bar_of_the_progress(cli, tmp_path):
-    code = f"{UNTIL_FILE}\nprint('one')\nreport_progress(50)\nuntil_file('go')\nprint('two')"
-    terminal = Terminal(cli, "run", "-c", code)
-    terminal.until(lambda: "%" in terminal.lines()[-1])
-    assert terminal.lines() == ["one", "[" + "#" * 20 + "." * 20 + "]  50%"]
-    (tmp_path / "go").touch()
-    assert terminal.finish() == 0
-    assert terminal.lines() == ["one", "two", ""]
-
-
-def test_a_bar_never_tears_the_snippets_lines(cli):
-    code = """
-import time
-for number in range(30):
-    report_progress(number)
-    print("partial", number, end="")
-    if number % 7 == 0: time.sleep(0.15)
-    print(" whole")
-    if number % 5 == 0: time.sleep(0.12)
-"""
-    terminal = Terminal(cli, "run", "-c", code)
-    assert terminal.finish() == 0
-    assert b"%" in terminal.data
-    assert terminal.lines() == [f"partial {number} whole" for number in range(30)] + [""]
-
-
-def test_a_bar_does_not_tear_lines_of_standard_error(cli):
-    code = """
-import sys, time
-for number in range(3):
-    report_progress(20 * number)
-    print("partial", end="", file=sys.stderr)
-    time.sleep(0.15)
-    print(" whole", file=sys.stderr)
-    time.sleep(0.15)
-"""
-    terminal = Terminal(cli, "run", "-c", code)
-    assert terminal.finish() == 0
-    assert b"%" in terminal.data
-    assert terminal.lines() == ["partial whole"] * 3 + [""]
-
-
-@pytest.mark.parametrize("columns", [30, 12])
-def test_a_bar_leaves_nothing_behind_when_the_window_is_resized(cli, tmp_path, columns):
-    code = f"{UNTIL_FILE}\nprint('one')\nreport_progress(50)\nuntil_file('go')\nprint('two')"
-    terminal = Terminal(cli, "run", "-c", code)
-    bar = {80: f"[{'#' * 20}{'.' * 20}]  50%", 30: f"[{'#' * 11}{'.' * 11}]  50%", 12: " 50%"}
-    for size in (80, columns, 80):
-        if size != 80 or len(terminal.lines()) > 1:
-            terminal.resize(size)
-        terminal.until(lambda: terminal.lines() == ["one", bar[size]])
-    (tmp_path / "go").touch()
-    assert terminal.finish() == 0
-    assert terminal.lines() == ["one", "two", ""]
-
-
-@pytest.mark.parametrize("columns", [4, 30])
-def test_a_bar_fits_into_a_narrow_terminal(cli, columns):
-    code = "import time\nfor n in range(2):\n    report_progress(n * 100)\n    time.sleep(0.15)"
-    terminal = Terminal(cli, "run", "-c", code, columns=columns)
-    assert terminal.finish() == 0
-    assert b"%" in terminal.data
-    assert terminal.lines() == [""]
-
-
-def test_a_bar_is_on_standard_error_while_standard_output_is_a_pipe(cli, tmp_path):
-    code = f"{UNTIL_FILE}\nreport_progress(7)\nprint('partial', end='')\nuntil_file('go')\nprint()"
-    terminal = Terminal(cli, "run", "-c", code, stdout=subprocess.PIPE)
-    terminal.until(lambda: terminal.lines()[-1].endswith("]   7%"))
-    (tmp_path / "go").touch()
-    assert terminal.finish() == 0
-    assert terminal.process.stdout.read() == b"partial\n"
-    assert terminal.lines() == [""]
-
-
-def test_there_is_no_bar_without_progress(cli):
-    terminal = Terminal(cli, "run", "-c", "import time\nprint('one')\ntime.sleep(0.3)")
-    assert terminal.finish() == 0
-    assert terminal.data == b"one\r\n"
-
-
-PROGRESS = "import time\nreport_progress(50)\nprint('one')\ntime.sleep(0.3)"
-
-
-def test_there_is_no_bar_where_standard_error_is_no_terminal(cli):
-    assert cli.run("run", "-c", PROGRESS) == (0, "one\n", "")
-    terminal = Terminal(cli, "run", "-c", PROGRESS, stderr=subprocess.PIPE)
-    assert terminal.finish() == 0
-    assert (terminal.data, terminal.process.stderr.read()) == (b"one\r\n", b"")
-
-
-def test_there_is_no_bar_in_a_dumb_terminal(cli):
-    cli.env["TERM"] = "dumb"
-    terminal = Terminal(cli, "run", "-c", PROGRESS)
-    assert terminal.finish() == 0
-    assert terminal.data == b"one\r\n"
-
-
-def test_ctrl_c_stops_it_gracefully(cli):
-    terminal = Terminal(cli, "run", "-c", WAITING)
-    terminal.until(lambda: "ready" in terminal.lines()[:-1])
-    terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert terminal.lines() == ["ready", STOPPING, "cleaned", "sidexec: stopped", ""]
-
-
-def test_a_second_ctrl_c_stops_it_by_force(cli):
-    terminal = Terminal(cli, "run", "--grace", "600", "-c", STUBBORN)
-    terminal.until(lambda: "ready" in terminal.lines()[:-1])
-    terminal.press(b"\x03")
-    terminal.until(lambda: terminal.lines() == ["ready", STOPPING, "asked", ""])
-    terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert terminal.lines()[-2:] == ["sidexec: stopped, by force", ""]
-
-
-def test_ctrl_c_is_answered_while_the_terminal_is_written_to(cli):
-    terminal = Terminal(cli, "run", "-c", f"try:\n    {ENDLESS}\nfinally:\n    print('cleaned')")
-    terminal.until(lambda: "line" in terminal.lines()[:-1])
-    terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert STOPPING in terminal.lines()
-
-
-def test_ctrl_c_is_answered_where_nobody_reads_the_output(cli):
-    terminal = Terminal(cli, "run", "-c", ENDLESS, stdout=subprocess.PIPE)
-    select.select([terminal.process.stdout], [], [], LIMIT)
-    terminal.press(b"\x03")
-    terminal.until(lambda: STOPPING in terminal.lines())
-    terminal.press(b"\x03")
-    assert terminal.finish() == 130
-
-
-def test_ctrl_z_suspends_the_snippet_and_what_it_has_started(cli):
-    code = """
-import os, subprocess, sys
-child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-report_progress(50)
-print(os.getpid(), child.pid)
-while True: pass
-"""
-    terminal = Terminal(cli, "run", "-c", code, starter=IN_SHELL)
-    bar = f"[{'#' * 20}{'.' * 20}]  50%"
-    terminal.until(lambda: terminal.lines()[-1] == bar)
-    pids = terminal.lines()[0].split()
-    for _ in range(2):
-        terminal.press(b"\x1a")
-        terminal.until(lambda: terminal.lines()[-2:] == ["suspended", ""])
-        eventually(lambda: [state_of(pid) for pid in pids] == ["T", "T"])
-        terminal.press(b"fg\n")
-        terminal.until(lambda: terminal.lines()[-1] == bar)
-        eventually(lambda: [state_of(pid) for pid in pids] == ["R", "S"])
-    terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    shown = ["suspended", "fg", "suspended", "fg", STOPPING, "sidexec: stopped", ""]
-    assert terminal.lines()[1:] == shown
-
-
-def test_ctrl_z_suspends_it_while_its_response_waits_for_a_reader(cli):
-    code = "return 'x' * 1_000_000"
-    terminal = Terminal(cli, "run", "--json", "-c", code, stdout=subprocess.PIPE, starter=IN_SHELL)
-    out = terminal.process.stdout
-    eventually(lambda: unread(out) >= 65536)
-    terminal.press(b"\x1a")
-    terminal.until(lambda: "suspended" in terminal.lines()[0])
-    terminal.press(b"fg\n")
-    assert len(json.loads(out.read())["data"]["result"]) == 1_000_000
-    assert terminal.finish() == 0
-
-
-@pytest.mark.parametrize("columns", [18, 80])
-def test_ctrl_c_leaves_no_bar_behind(cli, columns):
-    code = "report_progress(90)\n" + WAITING
-    terminal = Terminal(cli, "run", "-c", code, columns=columns)
-    terminal.until(lambda: terminal.lines()[-1].endswith("90%"))
-    terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert terminal.lines() == ["ready", STOPPING, "cleaned", "sidexec: stopped", ""]
-
-
-PARTIAL = "import os\nprint('partial', end='')\nos.kill(os.getpid(), 9)"
-
-
-def test_the_last_line_stands_on_a_line_of_its_own(cli):
-    terminal = Terminal(cli, "run", "-c", PARTIAL)
-    assert terminal.finish() == 137
-    assert terminal.lines() == ["partial", "sidexec: killed by SIGKILL", ""]
-
-
-def test_nothing_is_added_to_a_line_left_open(cli):
-    terminal = Terminal(cli, "run", "-c", "print('partial', end='')")
-    assert terminal.finish() == 0
-    assert terminal.data == b"partial"
-
-
-def test_a_response_in_a_terminal_stands_on_a_line_of_its_own(cli):
-    terminal = Terminal(cli, "run", "--json", "-c", "print('partial', end='')", columns=5000)
-    assert terminal.finish() == 0
-    partial, response, rest = terminal.lines()
-    assert (partial, rest) == ("partial", "")
-    assert json.loads(response)["data"]["output"] == "partial"
-
-
-def test_a_file_gets_no_line_end_for_the_terminals_sake(cli):
-    terminal = Terminal(cli, "run", "-c", PARTIAL, stderr=subprocess.PIPE)
-    assert terminal.finish() == 137
-    assert terminal.process.stderr.read() == b"sidexec: killed by SIGKILL\n"
-
-
-def test_a_terminal_that_goes_away_ends_it(cli):
-    terminal = Terminal(cli, "run", "-c", "report_progress(1)\n" + WAITING)
-    terminal.until(lambda: "%" in terminal.lines()[-1])
-    os.close(terminal._master)
-    assert terminal.process.wait(LIMIT) != 0
-    eventually(lambda: not cli.left())
-
-
 # -- blocks
 
 
@@ -945,7 +517,8 @@ def test_blocks_as_json_is_the_wire_form(cli, library):
 
 def test_blocks_says_where_there_are_none(cli):
     assert cli.run("blocks") == (0, "", f"sidexec: no action blocks below {cli.cwd}\n")
-    assert cli.run("blocks", "") == (2, "", "python -m sidexec blocks: PATH must be a path, not ''\n")
+    line = "python -m sidexec blocks: PATH must be a path, not ''\n"
+    assert cli.run("blocks", "") == (2, "", line)
     _, out, err = cli.run("blocks", "--json")
     assert (json.loads(out)["data"]["count"], err) == (0, "")
 

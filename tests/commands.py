@@ -1,0 +1,224 @@
+"""Commands that tests start, in pipelines and in terminals, and what they show."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+import uuid
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIMIT = 30  # only a hang takes so long
+STOPPING = "sidexec: stopping; Ctrl-C again kills"
+
+# Named tiny programs. Those that wait do so until they are stopped.
+HELLO = "print('hello')"
+ENDLESS = "while True: print('line')"
+WAITING = """
+import time
+try:
+    print("ready")
+    while True: time.sleep(1)
+finally:
+    print("cleaned")
+"""
+STUBBORN = """
+import time
+line = "ready"
+while True:
+    try:
+        print(line)
+        while True: time.sleep(1)
+    except BaseException:
+        line = "asked"
+"""
+UNTIL_FILE = """
+import os, time
+def until_file(name):
+    while not os.path.exists(name): time.sleep(0.01)
+"""
+
+# Takes the terminal on its standard input as its controlling one, and becomes the command.
+IN_TERMINAL = """
+import os, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+# The same as a shell with job control does it, which continues the command when a line comes.
+IN_SHELL = """
+import os, signal, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+pid = os.fork()
+if pid == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while os.WIFSTOPPED(status := os.waitpid(pid, os.WUNTRACED)[1]):
+    os.tcsetpgrp(0, os.getpgrp())
+    os.write(0, b"suspended\\n")
+    sys.stdin.readline()
+    os.tcsetpgrp(0, pid)
+    os.killpg(pid, signal.SIGCONT)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+
+def marked(mark):
+    """The pids of the processes with `mark` in their environment."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if mark.encode() in file.read():
+                    found.append(int(pid))
+    return found
+
+
+class Commands:
+    """Starts commands whose processes can be told from all others."""
+
+    def __init__(self, cwd):
+        self.cwd = str(cwd)
+        self.mark = uuid.uuid4().hex
+        self.env = {**os.environ, "PYTHONPATH": ROOT, "TERM": "xterm", "MARK": self.mark}
+        self.started = []
+
+    def argv(self, *arguments):
+        return [sys.executable, "-m", "sidexec", *map(str, arguments)]
+
+    def popen(self, argv, **options):
+        options = {"stdin": subprocess.DEVNULL, "cwd": self.cwd, "env": self.env, **options}
+        for stream in ("stdout", "stderr"):
+            options.setdefault(stream, subprocess.PIPE)
+        process = subprocess.Popen(argv, **options)
+        self.started.append(process)
+        return process
+
+    def start(self, *arguments, **options):
+        return self.popen(self.argv(*arguments), **options)
+
+    def run(self, *arguments, input=None, **options):
+        """Run to the end: the exit code, standard output, standard error."""
+        if input is not None:
+            options["stdin"] = subprocess.PIPE
+        return finish(self.start(*arguments, **options), input)
+
+    def left(self):
+        return marked(self.mark)
+
+
+def finish(process, input=None):
+    out, err = process.communicate(input, timeout=LIMIT)
+    return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+@pytest.fixture
+def cli(tmp_path):
+    commands = Commands(tmp_path)
+    try:
+        yield commands
+        for process in commands.started:
+            process.wait(LIMIT)
+        assert commands.left() == []
+    finally:
+        for process in commands.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+
+
+def unread(pipe):
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def state_of(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+class Terminal:
+    """A command in a terminal of its own, and what the terminal shows."""
+
+    def __init__(self, cli, *arguments, columns=80, starter=IN_TERMINAL, **options):
+        self._master, slave = pty.openpty()
+        self._sizes = []  # from how many bytes of the data on, and how many columns
+        self.data = b""
+        self.resize(columns)
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave, **options}
+        argv = cli.argv(*arguments)
+        argv[1:1] = ["-c", starter]
+        self.process = cli.popen(argv, start_new_session=True, **streams)
+        os.close(slave)
+
+    def resize(self, columns):
+        self._sizes.append((len(self.data), columns))
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def read(self):
+        """Read what there is, for at most a moment; false at the end."""
+        if select.select([self._master], [], [], 0.05)[0]:
+            try:
+                part = os.read(self._master, 65536)
+            except OSError:  # nobody has the terminal open any more
+                return False
+            self.data += part
+        return True
+
+    def until(self, condition):
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            assert self.read(), self.lines()
+            assert time.monotonic() < deadline, self.lines()
+
+    def press(self, key):
+        os.write(self._master, key)
+
+    def finish(self):
+        deadline = time.monotonic() + LIMIT
+        while self.read():
+            assert time.monotonic() < deadline, self.lines()
+        os.close(self._master)
+        return self.process.wait(LIMIT)
+
+    def lines(self):
+        """What it shows, without blanks at the ends: a list of lines, each of them whole.
+
+        A line that is longer than the window goes on in the next row, as also one does
+        that was there when the window was made narrower. The cursor stays where it was in
+        its line.
+        """
+        lines, at, text = [[]], 0, ""
+        for start, (begin, columns) in enumerate(self._sizes):
+            end = self._sizes[start + 1][0] if start + 1 < len(self._sizes) else None
+            text += self.data[begin:end].decode()
+            while text:
+                char, text = text[0], text[1:]
+                row = (at - 1 if char == "\r" and at == len(lines[-1]) else at) // columns * columns
+                if char == "\r":
+                    at = max(0, row)
+                elif char == "\n":
+                    lines.append([])
+                    at = 0
+                elif char == "\x1b":
+                    code, text = text[:2], text[2:]
+                    rest = row + columns if code == "[K" else len(lines[-1])
+                    assert code in ("[K", "[J")
+                    lines[-1][at:rest] = " " * max(0, min(rest, len(lines[-1])) - at)
+                else:
+                    lines[-1] += " " * (at + 1 - len(lines[-1]))
+                    lines[-1][at] = char
+                    at += 1
+        return ["".join(line).rstrip() for line in lines]

@@ -1,0 +1,204 @@
+"""The command line in a real terminal: the progress bar, Ctrl-C and Ctrl-Z."""
+
+import json
+import os
+import select
+import subprocess
+
+import pytest
+
+from commands import (
+    ENDLESS,
+    IN_SHELL,
+    LIMIT,
+    STOPPING,
+    STUBBORN,
+    UNTIL_FILE,
+    WAITING,
+    Terminal,
+    cli,  # noqa: F401
+    state_of,
+    unread,
+)
+from conftest import eventually
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_bar_never_tears_the_snippets_lines(cli, stream):
+    code = f"""
+import sys, time
+for number in range(30):
+    report_progress(number)
+    print("partial", number, end="", file=sys.{stream})
+    if number % 7 == 0: time.sleep(0.15)
+    print(" whole", file=sys.{stream})
+    if number % 5 == 0: time.sleep(0.12)
+"""
+    terminal = Terminal(cli, "run", "-c", code)
+    assert terminal.finish() == 0
+    assert b"%" in terminal.data
+    assert terminal.lines() == [f"partial {number} whole" for number in range(30)] + [""]
+
+
+@pytest.mark.parametrize("columns", [30, 12])
+def test_a_bar_leaves_nothing_behind_when_the_window_is_resized(cli, tmp_path, columns):
+    code = f"{UNTIL_FILE}\nprint('one')\nreport_progress(50)\nuntil_file('go')\nprint('two')"
+    terminal = Terminal(cli, "run", "-c", code)
+    bar = {80: f"[{'#' * 20}{'.' * 20}]  50%", 30: f"[{'#' * 11}{'.' * 11}]  50%", 12: " 50%"}
+    for size in (80, columns, 80):
+        if size != 80 or len(terminal.lines()) > 1:
+            terminal.resize(size)
+        terminal.until(lambda: terminal.lines() == ["one", bar[size]])
+    (tmp_path / "go").touch()
+    assert terminal.finish() == 0
+    assert terminal.lines() == ["one", "two", ""]
+
+
+@pytest.mark.parametrize("columns", [4, 30])
+def test_a_bar_fits_into_a_narrow_terminal(cli, columns):
+    code = "import time\nfor n in range(2):\n    report_progress(n * 100)\n    time.sleep(0.15)"
+    terminal = Terminal(cli, "run", "-c", code, columns=columns)
+    assert terminal.finish() == 0
+    assert b"%" in terminal.data
+    assert terminal.lines() == [""]
+
+
+def test_a_bar_is_on_standard_error_while_standard_output_is_a_pipe(cli, tmp_path):
+    code = f"{UNTIL_FILE}\nreport_progress(7)\nprint('partial', end='')\nuntil_file('go')\nprint()"
+    terminal = Terminal(cli, "run", "-c", code, stdout=subprocess.PIPE)
+    terminal.until(lambda: terminal.lines()[-1].endswith("]   7%"))
+    (tmp_path / "go").touch()
+    assert terminal.finish() == 0
+    assert terminal.process.stdout.read() == b"partial\n"
+    assert terminal.lines() == [""]
+
+
+@pytest.mark.parametrize(
+    "percent, term, options",
+    [
+        (None, "xterm", {}),
+        (50, "dumb", {}),
+        (50, "xterm", {"stderr": subprocess.PIPE}),
+        (50, "xterm", {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}),
+    ],
+)
+def test_there_is_no_bar_without_progress_or_terminal(cli, percent, term, options):
+    code = f"import time\nif {percent}: report_progress({percent})\nprint('one')\ntime.sleep(0.3)"
+    cli.env["TERM"] = term
+    terminal = Terminal(cli, "run", "-c", code, **options)
+    assert terminal.finish() == 0
+    streams = (terminal.process.stdout, terminal.process.stderr)
+    shown = [terminal.data.replace(b"\r", b""), *(each.read() for each in streams if each)]
+    assert b"".join(shown) == b"one\n"
+
+
+@pytest.mark.parametrize("columns, progress", [(80, ""), (80, "90"), (18, "90")])
+def test_ctrl_c_stops_it_gracefully_and_leaves_no_bar_behind(cli, columns, progress):
+    code = (f"report_progress({progress})\n" if progress else "") + WAITING
+    terminal = Terminal(cli, "run", "-c", code, columns=columns)
+    terminal.until(lambda: "ready" in terminal.lines()[:-1])
+    terminal.until(lambda: progress in terminal.lines()[-1])
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+    assert terminal.lines() == ["ready", STOPPING, "cleaned", "sidexec: stopped", ""]
+
+
+def test_a_second_ctrl_c_stops_it_by_force(cli):
+    terminal = Terminal(cli, "run", "--grace", "600", "-c", STUBBORN)
+    terminal.until(lambda: "ready" in terminal.lines()[:-1])
+    terminal.press(b"\x03")
+    terminal.until(lambda: terminal.lines() == ["ready", STOPPING, "asked", ""])
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+    assert terminal.lines()[-2:] == ["sidexec: stopped, by force", ""]
+
+
+def test_ctrl_c_is_answered_while_the_terminal_is_written_to(cli):
+    terminal = Terminal(cli, "run", "-c", f"try:\n    {ENDLESS}\nfinally:\n    print('cleaned')")
+    terminal.until(lambda: "line" in terminal.lines()[:-1])
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+    assert STOPPING in terminal.lines()
+
+
+def test_ctrl_c_is_answered_where_nobody_reads_the_output(cli):
+    terminal = Terminal(cli, "run", "-c", ENDLESS, stdout=subprocess.PIPE)
+    select.select([terminal.process.stdout], [], [], LIMIT)
+    terminal.press(b"\x03")
+    terminal.until(lambda: STOPPING in terminal.lines())
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+
+
+def test_ctrl_z_suspends_the_snippet_and_what_it_has_started(cli):
+    code = """
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+report_progress(50)
+print(os.getpid(), child.pid)
+while True: pass
+"""
+    terminal = Terminal(cli, "run", "-c", code, starter=IN_SHELL)
+    bar = f"[{'#' * 20}{'.' * 20}]  50%"
+    terminal.until(lambda: terminal.lines()[-1] == bar)
+    pids = terminal.lines()[0].split()
+    for _ in range(2):
+        terminal.press(b"\x1a")
+        terminal.until(lambda: terminal.lines()[-2:] == ["suspended", ""])
+        eventually(lambda: [state_of(pid) for pid in pids] == ["T", "T"])
+        terminal.press(b"fg\n")
+        terminal.until(lambda: terminal.lines()[-1] == bar)
+        eventually(lambda: [state_of(pid) for pid in pids] == ["R", "S"])
+    terminal.press(b"\x03")
+    assert terminal.finish() == 130
+    shown = ["suspended", "fg", "suspended", "fg", STOPPING, "sidexec: stopped", ""]
+    assert terminal.lines()[1:] == shown
+
+
+def test_ctrl_z_suspends_it_while_its_response_waits_for_a_reader(cli):
+    code = "return 'x' * 1_000_000"
+    terminal = Terminal(cli, "run", "--json", "-c", code, stdout=subprocess.PIPE, starter=IN_SHELL)
+    out = terminal.process.stdout
+    eventually(lambda: unread(out) >= 32768)
+    terminal.press(b"\x1a")
+    terminal.until(lambda: "suspended" in terminal.lines()[0])
+    terminal.press(b"fg\n")
+    assert len(json.loads(out.read())["data"]["result"]) == 1_000_000
+    assert terminal.finish() == 0
+
+
+PARTIAL = "import os\nprint('partial', end='')\nos.kill(os.getpid(), 9)"
+
+
+def test_the_last_line_stands_on_a_line_of_its_own(cli):
+    terminal = Terminal(cli, "run", "-c", PARTIAL)
+    assert terminal.finish() == 137
+    assert terminal.lines() == ["partial", "sidexec: killed by SIGKILL", ""]
+
+
+def test_nothing_is_added_to_a_line_left_open(cli):
+    terminal = Terminal(cli, "run", "-c", "print('partial', end='')")
+    assert terminal.finish() == 0
+    assert terminal.data == b"partial"
+
+
+def test_a_response_in_a_terminal_stands_on_a_line_of_its_own(cli):
+    terminal = Terminal(cli, "run", "--json", "-c", "print('partial', end='')", columns=5000)
+    assert terminal.finish() == 0
+    partial, response, rest = terminal.lines()
+    assert (partial, rest) == ("partial", "")
+    assert json.loads(response)["data"]["output"] == "partial"
+
+
+def test_a_file_gets_no_line_end_for_the_terminals_sake(cli):
+    terminal = Terminal(cli, "run", "-c", PARTIAL, stderr=subprocess.PIPE)
+    assert terminal.finish() == 137
+    assert terminal.process.stderr.read() == b"sidexec: killed by SIGKILL\n"
+
+
+def test_a_terminal_that_goes_away_ends_it(cli):
+    terminal = Terminal(cli, "run", "-c", "report_progress(1)\n" + WAITING)
+    terminal.until(lambda: "%" in terminal.lines()[-1])
+    os.close(terminal._master)
+    assert terminal.process.wait(LIMIT) != 0
+    eventually(lambda: not cli.left())
