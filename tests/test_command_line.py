@@ -546,7 +546,7 @@ def test_a_vendored_copy_goes_by_its_own_name(cli, tmp_path):
     argv = [sys.executable, "-m", "_vendor.runner"]
     _, out, _ = finish(cli.popen([*argv, "-h"]))
     assert out.startswith("usage: python -m _vendor.runner ")
-    ended = finish(cli.popen([*argv, "run", "--stop-after", "0", "-c", "pass"]))
+    ended = finish(cli.popen([*argv, "run", "--stop-after", "0", "-c", WAITING]))
     assert ended[2] == "runner: stopped\n"
     assert finish(cli.popen([*argv, "--version"])) == (0, f"runner {sidexec.__version__}\n", "")
 
