@@ -49,7 +49,7 @@ class Run:
         self._arguments = arguments
         self._screen = Screen()
         self._signals: list[int] = []
-        self._is_suspended = False
+        self._must_suspend = False
         self._answers: queue.SimpleQueue[StopSideExecutionResponse] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[GetSideExecutionStatusResponse] = queue.SimpleQueue()
 
@@ -106,7 +106,7 @@ class Run:
             pause = min(TICK, stop_at - time.monotonic())
             with contextlib.suppress(queue.Empty):
                 return self._ended.get(timeout=max(0.0, pause))
-            if self._is_suspended:
+            if self._must_suspend:
                 self._suspend()
             if time.monotonic() >= stop_at:
                 stop_at = math.inf
@@ -127,11 +127,11 @@ class Run:
         self._ask(force=len(self._signals) > 1)
 
     def _on_suspend(self, signum: int, frame: FrameType | None) -> None:
-        self._is_suspended = True  # by the next tick: this may have interrupted the drawing
+        self._must_suspend = True  # not here: this may have interrupted drawing the bar
 
     def _suspend(self) -> None:
         """Ctrl-Z reaches this process alone: the snippet has a session of its own."""
-        self._is_suspended = False
+        self._must_suspend = False
         self._manager._signal_all(signal.SIGSTOP)
         self._screen.hide_bar()
         _handle(signal.SIGTSTP, signal.SIG_DFL)
