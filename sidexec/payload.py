@@ -20,6 +20,7 @@ from typing import Any
 _ROOT = "<side>"
 _MODULES = (
     "protocol",
+    "procfs",
     "child.kernel",
     "child.masking",
     "child.library",
@@ -28,6 +29,7 @@ _MODULES = (
     "child.asking",
     "child.leaving",
     "child.snippet",
+    "child.sweeping",
     "child.keeper",
     "child.launcher",
 )

@@ -1,18 +1,27 @@
-"""What /proc tells the host: what a tree uses, whose child a process is, when it began.
+"""What /proc tells of other processes, to both sides.
 
 Reads only: nothing here signals a process, so a pid that has gone to somebody else
-can at worst spoil one figure. Where there is no /proc, every answer is None.
+can at worst spoil one figure. Every answer is None or empty where there is no /proc, or
+only that of another PID namespace, in which the same pid is another process.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 
-class Usage(NamedTuple):
-    memory: int  # resident, in bytes
-    cpu: float  # seconds
+class Usage:
+    def __init__(self, memory: int, cpu: float) -> None:
+        self.memory = memory  # resident, in bytes
+        self.cpu = cpu  # seconds
+
+
+def is_ours() -> bool:
+    """Whether /proc counts processes as this one's PID namespace does."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def usage_of_tree(keeper_pid: int) -> Usage | None:
@@ -44,25 +53,42 @@ def began_at(pid: int) -> float | None:
     return None if fields is None else int(fields[19]) * _tick()
 
 
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    if is_ours():
+        try:
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                    found += map(int, file.read().split())
+        except OSError:
+            pass  # it has ended meanwhile, or there is no such file here
+    return found
+
+
+def group(leader: int) -> list[int] | None:
+    """The members of a process group that are no zombies."""
+    found = []
+    try:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if is_ours() else []
+    except OSError:
+        return None
+    for pid in pids:
+        fields = _stat(pid)
+        if fields is not None and int(fields[2]) == leader and fields[0] not in (b"Z", b"X"):
+            found.append(pid)
+    return found if pids else None
+
+
 def _tick() -> float:
     return 1 / os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: int) -> list[bytes] | None:
     """The fields behind the name, which may hold anything, brackets and blanks too."""
+    if not is_ours():
+        return None
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             return file.read(4096).rpartition(b")")[2].split()
     except OSError:
         return None
-
-
-def children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
-                found += map(int, file.read(65536).split())
-    except OSError:
-        pass  # it has ended meanwhile, or there is no such file here
-    return found

@@ -21,6 +21,7 @@ LOST = b"X"  # "<keeper pid> <exit code> <pid that can't be killed>...": swept
 
 # launcher -> host and keeper -> host
 REFUSED = b"R"  # the system did not give what a keeper or a snippet needs
+FAULT = b"f"  # what went wrong in launcher or keeper itself, which then ends
 
 # keeper -> host
 READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
@@ -44,8 +45,8 @@ MAX_ERROR = 1024 * 1024
 MAX_DEPTH = 100
 
 FROM_SNIPPET = {PROGRESS: 64, RESULT: MAX_RESULT, ERROR: MAX_ERROR}
-FROM_KEEPER = {READY: 64, END: 65536, REFUSED: 65536}
-FROM_LAUNCHER = {LOADED: 65536, PAIR: 64, LOST: 65536, REFUSED: 65536}
+FROM_KEEPER = {READY: 64, END: 65536, REFUSED: 65536, FAULT: 65536}
+FROM_LAUNCHER = {LOADED: 65536, PAIR: 64, LOST: 65536, REFUSED: 65536, FAULT: 65536}
 FROM_HOST = {FORK: 0, FORK_AHEAD: 0, KILL: 64, STOP: 64}
 
 

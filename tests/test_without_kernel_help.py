@@ -21,20 +21,24 @@ GRACE = 0.5
 MOMENT = 2.0
 
 # What a platform without them would answer, put after the real functions.
-WITHOUT = """
+WITHOUT = {
+    "kernel": """
 
 def become_subreaper():
     return False
 
-def children():
-    return None
-
-def group(leader):
-    return None
+def children(fd):
+    return set()
 
 def open_pidfd(pid):
     return None
-"""
+""",
+    "procfs": """
+
+def is_ours():
+    return False
+""",
+}
 
 REPLACE = """
 import sys
@@ -46,10 +50,11 @@ def take_away(without, load=payload.load):
         modules = []
         texts = {name: text for name, _, text in load(True)}
         for name, is_package, code in load(as_source):
-            if name.endswith(".kernel"):
-                code = texts[name] + without
+            more = without.get(name.rpartition(".")[2])
+            if more is not None:
+                code = texts[name] + more
                 if not as_source:
-                    code = compile(code, "kernel", "exec", dont_inherit=True)
+                    code = compile(code, name, "exec", dont_inherit=True)
             modules.append((name, is_package, code))
         return modules
     payload.load = variant

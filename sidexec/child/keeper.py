@@ -2,9 +2,10 @@
 
 Responsible for asking the snippet, unless the host has, for its end after the grace
 period, and for the sweep that follows every end: when a keeper says END, no process
-of its execution is left. It never runs user code, never believes what a snippet
-says, and signals no process but its own unreaped children and the group of one, so
-that no pid can have gone to somebody else.
+of its execution is left, or END says which are. It never runs user code, never
+believes what a snippet says, and signals no process but its own unreaped children and
+the group of one, so that no pid can have gone to somebody else. `sweeping` reaches
+further.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
 parent ends, wherever that descendant has moved and whatever it has emptied: the
@@ -19,16 +20,15 @@ import os
 import select
 import time
 
-from ..protocol import END, FROM_HOST, READY, REFUSED, STOP, Inbox, pack
-from . import kernel
+from .. import procfs
+from ..protocol import END, FAULT, FROM_HOST, READY, REFUSED, STOP, Inbox, pack
+from . import kernel, sweeping
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-# How long the kernel may take over a SIGKILL before a process counts as stuck.
-STUCK_AFTER = 2.0
 # How often to look where no SIGCHLD tells.
 GROUP_INTERVAL = 0.05
 # When to look whether the ask has been heard, from the first time to the last interval.
@@ -52,7 +52,7 @@ class Keeper:
         grace: float,
     ) -> None:
         self._control = control
-        self._lifeline = lifeline  # at end of file when the launcher is gone
+        self._lifeline = lifeline  # a socket, at end of file when the launcher is gone
         self._host = host  # a pidfd
         self._outputs = outputs  # the read ends, see _drain_for_host
         self._grace = grace
@@ -74,7 +74,9 @@ class Keeper:
         self, run_snippet: Callable[[], NoReturn], snippet_fds: list[int], *, rehearse: bool
     ) -> NoReturn:
         """Fork the snippet, look after it until nothing of it is left, and leave."""
-        self._has_tree = kernel.become_subreaper() and kernel.children() is not None
+        kernel.set_name(b"sidexec keeper")
+        self._has_tree = kernel.become_subreaper()
+        self._children = kernel.open_children()
         self._strays = self._adopted_strays if self._has_tree else self._group_strays
         self._wake, wake_end = os.pipe()
         os.set_blocking(self._wake, False)
@@ -86,23 +88,32 @@ class Keeper:
         except OSError as error:
             self._send(REFUSED, f"could not fork the snippet: {error.strerror}")
             os._exit(0)
-        own = [self._wake, self._control, self._lifeline, *self._outputs]
+        watched = [self._wake, self._control, self._lifeline]
         if self._host is not None:
-            own.append(self._host)
+            watched.append(self._host)
         if self._leader == 0:
             _signal.set_wakeup_fd(-1)
             _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
             os.setsid()
-            kernel.close_all([*own, wake_end])
+            kernel.set_name(b"sidexec snippet")
+            kernel.close_all([*watched, *self._outputs, self._children, wake_end])
             run_snippet()
-        kernel.close_all(snippet_fds)
-        self._send(READY, f"{self._leader} {int(self._has_tree)}")
-        self._wake_poll.register(self._wake, select.POLLIN)
-        for fd in own:
-            if fd not in self._outputs:
+        try:
+            kernel.close_all(snippet_fds)
+            self._send(READY, f"{self._leader} {int(self._has_tree)}")
+            self._wake_poll.register(self._wake, select.POLLIN)
+            for fd in watched:
                 self._poll.register(fd, select.POLLIN)
-        if rehearse and not self._poll.poll(REHEARSE_AFTER):
-            self._rehearse(wake_end)
+            if rehearse and not self._poll.poll(REHEARSE_AFTER):
+                self._rehearse(wake_end)
+            self._serve()
+            os._exit(0)
+        except BaseException as error:
+            self._send(FAULT, kernel.describe(error))
+            os._exit(1)  # for the launcher to sweep
+
+    def _serve(self) -> None:
+        """From READY to END, and a moment longer."""
         stuck = [] if self._look_after() else self._kill_all()
         self._send(END, " ".join(map(str, (self._exit_code, int(self._forced), *stuck))))
         while stuck:  # until then the launcher must not take them for its own
@@ -111,7 +122,6 @@ class Keeper:
         lifeline = select.poll()
         lifeline.register(self._lifeline, select.POLLIN)
         lifeline.poll(LINGER)
-        os._exit(0)
 
     def _rehearse(self, wake_end: int) -> None:
         """Go through a stop, short of any signal and of all that the host would hear.
@@ -138,10 +148,7 @@ class Keeper:
             if self._reap():
                 return True
             if self._leader_reaped:
-                strays = self._strays()
-                if not strays:
-                    return False
-                self._ask_strays(strays)
+                self._ask_strays(self._strays())
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._forced = True
                 return False
@@ -219,7 +226,7 @@ class Keeper:
             elif fd in self._outputs:
                 if _read(fd, 65536) == b"":
                     self._poll.unregister(fd)
-            else:  # a lifeline
+            elif fd == self._host or _read(fd) == b"":  # of a lifeline only the end counts
                 self._poll.unregister(fd)
                 if fd == self._host or _signal.SIGHUP in _signal.sigpending():
                     self._drain_for_host()
@@ -255,23 +262,23 @@ class Keeper:
         """Reap what has ended; whether there is nothing left to wait for."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = kernel.reap()
             except ChildProcessError:
                 return self._has_tree or not self._strays()
-            if pid == 0:
+            if ended is None:
                 return False
             # A second one of this pid is a stray that was given the number of the first.
-            if pid == self._leader and not self._leader_reaped:
+            if ended[0] == self._leader and not self._leader_reaped:
                 self._leader_reaped = True
-                self._exit_code = os.waitstatus_to_exitcode(status)
+                self._exit_code = ended[1]
 
     def _adopted_strays(self) -> set[int]:
-        found = kernel.children() or set()
+        found = kernel.children(self._children)
         return found if self._leader_reaped else found - {self._leader}
 
     def _group_strays(self) -> set[int]:
         """The same where orphans go to init: the group, if it has a member left."""
-        members = kernel.group(self._leader)
+        members = procfs.group(self._leader)
         if members is None:
             try:
                 os.kill(-self._leader, 0)
@@ -281,22 +288,22 @@ class Keeper:
 
     def _kill_all(self) -> list[int]:
         """End what is left; returns what the kernel does not let go of."""
-        until = time.monotonic() + STUCK_AFTER
-        if not self._leader_reaped:
-            kernel.signal_process(self._leader, _signal.SIGKILL)
-            kernel.signal_process(-self._leader, _signal.SIGKILL)
-        while not self._reap():
-            strays = self._strays()
-            if time.monotonic() >= until:
-                # A group's zombies can't be told from its members without /proc.
-                left = strays if self._has_tree else set(kernel.group(self._leader) or ())
-                return sorted(left if self._leader_reaped else left | {self._leader})
-            # In rounds: what is forked meanwhile turns up in the next one.
-            for target in strays | {self._target(pid) for pid in strays}:
-                kernel.signal_process(target, _signal.SIGKILL)
-            if self._wake_poll.poll(5):
-                _read(self._wake)
-        return []
+        left = sweeping.kill_all(self._find_left, self._wait_for_an_end)
+        if left and not self._has_tree:
+            # A group's zombies can't be told from its members without /proc.
+            left |= set(procfs.group(self._leader) or ())
+        return sorted(left - {-self._leader})
+
+    def _find_left(self) -> set[int] | None:
+        if self._reap():
+            return None
+        # At first with the whole group, whose number is the snippet's as yet.
+        leader = set() if self._leader_reaped else {self._leader, -self._leader}
+        return self._strays() | leader
+
+    def _wait_for_an_end(self) -> None:
+        if self._wake_poll.poll(5):
+            _read(self._wake)
 
     def _send(self, kind: bytes, text: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What keeper and launcher ask of the kernel beyond the `os` module.
+"""What launcher, keeper and sweep ask of the kernel beyond the `os` module.
 
 Each function says whether it could; where the platform has no such thing, the
 callers fall back on the process group. Nothing here keeps state or decides.
@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import os
 
+from .. import procfs
+
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_PTRACE_DETACH = 17
+_SIGTRAP = 5
+_PID_LIMIT = 2**22  # Linux gives no higher ones
 
 
 try:
@@ -27,6 +33,7 @@ def _find(name: str) -> int | None:
 
 # Looked up once, before any fork.
 _prctl = _find("prctl")
+_ptrace = _find("ptrace")
 _fflush = _find("fflush")
 
 
@@ -38,41 +45,82 @@ def become_subreaper() -> bool:
     return result == 0
 
 
-def children() -> set[int] | None:
-    """The pids of this process's children, zombies too; None where /proc can't tell.
+def set_name(name: bytes) -> None:
+    """What `ps` and `top` call this process; Linux takes 15 bytes of it."""
+    if _prctl is not None:
+        _ctypes.call_function(_prctl, (_PR_SET_NAME, name, 0, 0, 0))
 
-    The list may miss a child while another one ends: that nothing is left, only
-    `waitpid` knows.
+
+def open_children() -> int:
+    """A descriptor for `children`; -1 where /proc has no such list of this process's.
+
+    Opened ahead: a snippet may lower how many descriptors its keeper may open.
     """
     pid = os.getpid()
     try:
-        with open(f"/proc/{pid}/task/{pid}/children", "rb", buffering=0) as file:
-            data = b""
-            while True:
-                part = file.read(65536)
-                if not part:
-                    return set(map(int, data.split()))
-                data += part
+        return os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY) if procfs.is_ours() else -1
     except OSError:
-        return None
+        return -1
 
 
-def group(leader: int) -> list[int] | None:
-    """The members of a process group that are no zombies; None where /proc can't tell."""
-    found = []
+def children(fd: int) -> set[int]:
+    """The pids of this process's children, zombies too.
+
+    /proc may miss a child while another one ends: that nothing is left, only `waitpid`
+    knows.
+    """
+    data = b""
     try:
-        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+        while part := os.pread(fd, 65536, len(data)):
+            data += part
+        return set(map(int, data.split()))
     except OSError:
-        return None
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-                state, _, pgrp, *_ = file.read(4096).rpartition(b")")[2].split()
-        except (OSError, ValueError):
-            continue  # it has ended meanwhile
-        if int(pgrp) == leader and state not in (b"Z", b"X"):
-            found.append(int(pid))
-    return found if pids else None
+        return _find_children()
+
+
+def _find_children() -> set[int]:
+    """The same without /proc: `waitid` says of any number whether it is a child's."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        youngest = os.fork()
+        if youngest == 0:
+            os._exit(0)
+        os.waitpid(youngest, 0)
+    except ChildProcessError:
+        return set()
+    except OSError:
+        youngest = _PID_LIMIT
+    # Children are younger than their parent, unless the numbers have gone round meanwhile.
+    found = set(filter(_is_child, range(os.getpid() + 1, youngest)))
+    return found or set(filter(_is_child, range(1, _PID_LIMIT)))
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    except ChildProcessError:
+        return False
+
+
+def reap() -> tuple[int, int] | None:
+    """Reap a child that has ended: its pid and exit code; None where none has.
+
+    Raises `ChildProcessError` where there are no children.
+    """
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return None
+        if not os.WIFSTOPPED(status):
+            return pid, os.waitstatus_to_exitcode(status)
+        # It has asked to be traced by its parent, and so is held at each signal. Let go
+        # of, it gets this one; but for what it is sent when it executes a program.
+        if _ptrace is not None:
+            signum = os.WSTOPSIG(status)
+            _ctypes.call_function(
+                _ptrace, (_PTRACE_DETACH, pid, None, 0 if signum == _SIGTRAP else signum)
+            )
 
 
 def open_pidfd(pid: int) -> int | None:
@@ -103,3 +151,14 @@ def signal_process(pid: int, signum: int) -> None:
         os.kill(pid, signum)
     except (ProcessLookupError, PermissionError):
         pass  # a process of another user stays, and is reported as stuck
+
+
+def describe(error: BaseException) -> str:
+    """What has gone wrong in this process, and where; takes no module and no file."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        places.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return f"{error!a} at {', '.join(places)}"[:4096]

@@ -5,9 +5,9 @@ are loaded) and for the orphans of a keeper that was killed. It is single-thread
 runs no user code but the modules to preload, and never looks at what a snippet
 sends: the descriptors of each keeper and snippet go to the host at once.
 
-It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED and
-LOST. When its host is gone it closes the lifeline, which tells every keeper, waits
-for them, and ends.
+It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED,
+LOST and FAULT. When its host is gone it closes the lifeline, which tells every keeper, and
+waits for them. It ends those that take too long, and then itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,20 @@ import select
 import sys
 import time
 
-from ..protocol import FORK, FORK_AHEAD, FROM_HOST, KILL, LOADED, LOST, PAIR, REFUSED, Inbox, pack
-from . import kernel, streams
+from ..protocol import (
+    FAULT,
+    FORK,
+    FORK_AHEAD,
+    FROM_HOST,
+    KILL,
+    LOADED,
+    LOST,
+    PAIR,
+    REFUSED,
+    Inbox,
+    pack,
+)
+from . import kernel, streams, sweeping
 from .keeper import Keeper
 from .snippet import Snippet
 
@@ -32,7 +44,9 @@ if TYPE_CHECKING:
 # What every snippet may need of the standard library: loaded once the first snippet
 # is on its way, so that later ones share it.
 WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
-SWEEP_LIMIT = 5.0
+# How long past its grace period a keeper may take when the host is gone.
+SWEEP_ALLOWANCE = 4.0
+MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
 
 
 class Launcher:
@@ -43,16 +57,21 @@ class Launcher:
         self._inbox = Inbox(FROM_HOST)
         self._keepers: set[int] = set()
         self._bystanders: set[int] = set()  # what the preloaded modules have started
-        self._lifeline, self._lifeline_end = os.pipe()
+        # No pipe: a snippet could open that by way of /proc, and hold it open.
+        self._lifeline, self._lifeline_end = (end.detach() for end in _socket.socketpair())
+        os.set_blocking(self._lifeline, False)
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
         self._is_warm = False
+        self._deadline: float | None = None  # for the keepers, once the host is gone
         self._poll = select.poll()
 
     def run(self) -> None:
         """Serve until the host is gone and the last keeper has ended."""
+        kernel.set_name(b"sidexec launcher")
         self._set_signals()
         kernel.become_subreaper()
+        self._children = kernel.open_children()
         self._host = kernel.open_pidfd(self._config["host"])
         if os.getppid() != self._config["host"] or not self._preload():
             return  # had the host ended before, the pidfd could be somebody else's
@@ -63,7 +82,10 @@ class Launcher:
             self._step()
 
     def _step(self) -> None:
-        for fd, _ in self._poll.poll(1000 if self._host is None else None):
+        timeout = 1.0 if self._host is None else MAX_TIMEOUT
+        if self._deadline is not None:
+            timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
+        for fd, _ in self._poll.poll(int(timeout * 1000) + 1):
             if fd == self._wake:
                 os.read(fd, 65536)
                 self._reap()
@@ -73,6 +95,10 @@ class Launcher:
                 self._hear_host()
         if self._host is None and os.getppid() != self._config["host"]:
             self._on_host_gone()
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            for pid in self._keepers:
+                kernel.signal_process(pid, _signal.SIGKILL)
+            self._deadline = float("inf")
 
     def _set_signals(self) -> None:
         """Be deaf to what is meant for others, and pass on a clean slate.
@@ -117,7 +143,7 @@ class Launcher:
             return False
         finally:
             sys.path[:] = own_path
-        self._bystanders = kernel.children() or set()
+        self._bystanders = kernel.children(self._children)
         # Until here it went to the host, for the error of a start that failed.
         os.dup2(0, 2)
         self._send(LOADED)
@@ -157,6 +183,9 @@ class Launcher:
                 kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)
             self._lifeline_end = -1
+            for pid in self._keepers:
+                kernel.signal_process(pid, _signal.SIGCONT)  # a stopped one is deaf
+            self._deadline = time.monotonic() + self._config["grace"] + SWEEP_ALLOWANCE
 
     # -- forking
 
@@ -186,8 +215,8 @@ class Launcher:
         for_host = [control, channel, out, err]
         for_snippet = [snippet_channel, snippet_out, snippet_err]
         if pid == 0:
-            launchers = [self._wake, self._wake_end, self._lifeline_end, self._socket.detach()]
-            kernel.close_all([*launchers, control, channel])
+            launchers = [self._wake, self._wake_end, self._lifeline_end, self._children]
+            kernel.close_all([*launchers, self._socket.detach(), control, channel])
             keeper = Keeper(
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
@@ -217,38 +246,34 @@ class Launcher:
 
     def _reap(self) -> None:
         lost = {}
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if pid == 0:
-                break
-            self._bystanders.discard(pid)
-            if pid in self._keepers:
-                self._keepers.discard(pid)
-                if status != 0:
-                    lost[pid] = os.waitstatus_to_exitcode(status)
+        try:
+            while ended := kernel.reap():
+                pid, code = ended
+                self._bystanders.discard(pid)
+                if pid in self._keepers:
+                    self._keepers.discard(pid)
+                    if code != 0:
+                        lost[pid] = code
+        except ChildProcessError:
+            pass  # there are none left
         if lost:
-            stuck = self._sweep()
+            self._quiet_rounds = 0
+            stuck = sweeping.kill_all(self._find_orphans, lambda: time.sleep(0.001))
             for pid, code in lost.items():
-                self._send(LOST, " ".join(map(str, (pid, code, *stuck))).encode())
+                self._send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
 
-    def _sweep(self) -> list[int]:
-        """Kill what keepers that were killed have left; returns what can't be killed."""
-        until = time.monotonic() + SWEEP_LIMIT
-        quiet_rounds = 0
-        orphans: set[int] = set()
+    def _find_orphans(self) -> set[int] | None:
+        """What keepers that were killed have left."""
+        found = kernel.children(self._children) - self._keepers - self._bystanders
+        for pid in found:
+            os.waitpid(pid, os.WNOHANG)
         # Twice nothing: the list may miss a child while another one ends.
-        while quiet_rounds < 2 and time.monotonic() < until:
-            orphans = (kernel.children() or set()) - self._keepers - self._bystanders
-            for pid in orphans:
-                kernel.signal_process(pid, _signal.SIGKILL)
-                os.waitpid(pid, os.WNOHANG)
-            quiet_rounds = 0 if orphans else quiet_rounds + 1
-            if orphans:
-                time.sleep(0.001)
-        return sorted(orphans)
+        self._quiet_rounds = 0 if found else self._quiet_rounds + 1
+        return None if self._quiet_rounds == 2 else found
+
+    def report(self, error: BaseException) -> None:
+        """Tell the host what has gone wrong here."""
+        self._send(FAULT, kernel.describe(error).encode())
 
     def _send(self, kind: bytes, payload: bytes = b"") -> None:
         try:
@@ -263,6 +288,11 @@ def main(config: dict[str, Any], path: list[str]) -> None:
     devnull = os.open(os.devnull, os.O_RDWR)
     os.dup2(devnull, 0)
     os.close(devnull)
-    Launcher(socket, config, path).run()
+    launcher = Launcher(socket, config, path)
+    try:
+        launcher.run()
+    except BaseException as error:
+        launcher.report(error)
+        raise
     if not config["preload"]:
         os._exit(0)  # nobody's exit handlers; an interpreter takes 4 ms for its end

@@ -1,0 +1,172 @@
+"""Sweeps where /proc, limits, tracing or sheer numbers are against them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+import programs
+from conftest import children, eventually
+from test_misbehaving_hosts import ROOT
+
+# Works in surroundings in which the processes can't note who they are.
+DAEMONS = """
+import fcntl, os, time
+os.chdir(params["directory"])
+lock = os.open("lock", os.O_RDWR)
+fcntl.flock(lock, fcntl.LOCK_SH)
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 1), os.dup2(null, 2)
+            time.sleep(60)
+        os._exit(0)
+    os.wait()
+print("ready")
+"""
+
+HOST = """
+import json, sys, sidexec
+code, params = json.loads(sys.argv[1])
+manager = sidexec.ExecutionManager(grace_period=0.5)
+id = manager.start_with_code(code, params).raise_for_error().data.side_execution_id
+for chunk in manager.follow(id):
+    break
+usage = manager.get_status(id).data.memory_usage
+if "sleep(600)" in code:
+    manager.stop(id)
+answer = manager.wait(id)
+print(json.dumps([answer.success, answer.data.status, usage]), flush=True)
+sys.stdin.readline()
+"""
+
+# How to come there: neither shows a process's own entry by its own pid.
+SURROUNDINGS = {
+    "another namespace's /proc": ["unshare", "--fork", "--pid"],
+    "no /proc": ["unshare", "--mount", "sh", "-c", 'umount -l /proc && exec "$@"', "sh"],
+}
+
+
+@pytest.mark.parametrize(
+    "ending, status",
+    (
+        ("time.sleep(600)", "stopped"),
+        ("return 1", "completed"),
+        ("os.kill(os.getppid(), 9)\ntime.sleep(60)", "failed"),
+    ),
+    ids=("stopped", "completed", "keeper killed"),
+)
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_nothing_is_left_where_proc_is_not_ones_own(trace, surroundings, ending, status):
+    prefix = SURROUNDINGS[surroundings]
+    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("this user may not unshare namespaces")
+    host = subprocess.Popen(
+        [*prefix, sys.executable, "-c", HOST, json.dumps([DAEMONS + ending, trace.params])],
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with host:
+        try:
+            assert json.loads(host.stdout.readline()) == [True, status, None]
+            assert trace.left() == set()
+        finally:
+            host.stdin.close()
+
+
+@pytest.mark.parametrize("limit, status", ((5, "completed"), (0, "failed")))
+def test_a_keeper_whose_descriptors_were_limited_by_its_snippet(run, trace, limit, status):
+    code = programs.with_descendant("daemon").replace(programs.WAIT, "") + (
+        "import resource\n"
+        f"resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
+    )
+    data = run(code, trace.params)
+    assert trace.left() == set()
+    assert data.status == status
+    assert status == "completed" or "the keeper" in data.error
+
+
+TRACED = """
+import ctypes
+ctypes.CDLL(None).ptrace(0, 0, None, None)  # PTRACE_TRACEME
+"""
+
+
+def test_a_snippet_that_asks_to_be_traced_cleans_up(manager, start, trace):
+    id = start(programs.PRELUDE + TRACED + programs.CLEAN_UP, trace.params)
+    data = manager.stop(id).raise_for_error().data
+    assert (data.exit_code, data.forced) == (143, False)
+    assert "cleaning up\n" in data.output
+
+
+def test_a_snippet_that_asks_to_be_traced_executes_a_program(run):
+    data = run(TRACED + "import os\nos.execv('/bin/echo', ['echo', 'done'])")
+    assert (data.status, data.output) == ("completed", "done\n")
+
+
+NESTED = programs.PRELUDE + """
+deaf()
+depth = 0
+while depth < params["levels"] and os.fork() == 0:
+    os.setsid()
+    depth += 1
+if depth == params["levels"]:
+    os.write(1, b"ready\\n")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "levels, victim",
+    (
+        (100, "snippet"),
+        (100, "keeper"),
+        # The kernel takes them down at some milliseconds a level, as they share their memory.
+        pytest.param(600, "snippet", marks=pytest.mark.slow),
+    ),
+)
+def test_sessions_within_sessions(manager, start, trace, levels, victim):
+    id = start(NESTED, {**trace.params, "levels": levels}, ready=None)
+    assert next(manager.follow(id)).text == "ready\n"
+    if victim == "keeper":
+        trace.noted("keeper")[0].kill()
+        answer = manager.wait(id)
+    else:
+        answer = manager.stop(id, force=True)
+    assert answer.success, answer.error
+    assert trace.left() == set()
+
+
+def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, trace):
+    id = start(programs.PRELUDE + programs.WAIT, trace.params)
+    other = start("import time" + programs.WAIT)
+    (keeper,) = trace.noted("keeper")
+    (launcher,) = [pid for pid in children() if keeper.pid in children(pid)]
+    outputs = [os.readlink(f"/proc/{trace.noted('snippet')[0].pid}/fd/{fd}") for fd in (1, 2)]
+    for pid in (keeper.pid, launcher):
+        for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            name = os.readlink(path)
+            if name.startswith("pipe:") and name not in outputs:
+                fd = os.open(path, os.O_WRONLY)
+                os.write(fd, b"x")
+                os.close(fd)
+    assert manager.wait(id, 0.3).data.status == "running"
+    assert manager.wait(other, 0).data.status == "running"
+    with open(f"/proc/{keeper.pid}/schedstat") as file:
+        assert int(file.read().split()[0]) < 200_000_000  # in nanoseconds
+
+
+def test_the_processes_have_names(manager, start, trace):
+    start(programs.PRELUDE + programs.WAIT, trace.params)
+    (keeper,), (snippet,) = trace.noted("keeper"), trace.noted("snippet")
+    (launcher,) = [pid for pid in children() if keeper.pid in children(pid)]
+    names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in (launcher, keeper.pid, snippet.pid)]
+    # The kernel cuts them off after 15 bytes.
+    assert names == ["sidexec launche\n", "sidexec keeper\n", "sidexec snippet\n"]
