@@ -119,6 +119,7 @@ class Host:
         settings = self._settings
         launcher = Launcher(
             self.loop,
+            self.journal,
             settings.python,
             environment,
             {

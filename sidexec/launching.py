@@ -8,6 +8,7 @@ the end of a process that has been told to end, or is being killed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from . import payload, protocol
 from .execution import describe_exit
 from .interpreter import Interpreter
+from .journal import Journal
 from .loop import Loop
 from .pool import FDS_PER_PAIR, Pool
 
@@ -30,6 +32,7 @@ class Launcher:
     def __init__(
         self,
         loop: Loop,
+        journal: Journal,
         python: str,
         environment: dict[str, str],
         config: dict[str, Any],
@@ -39,6 +42,7 @@ class Launcher:
         self.is_up = True
         self.pool = Pool(loop, self._send, on_idle=self.retire)
         self._loop = loop
+        self._journal = journal
         self._python = python
         self._config = config
         self._on_gone = on_gone
@@ -188,6 +192,9 @@ class Launcher:
             self.pool.add(int(text), fds)
         elif kind == protocol.REFUSED:
             self.pool.refuse(text)
+        elif kind == protocol.FAULT:
+            self._failure = f"the launcher (pid {self._process.pid}) has failed: {text}"
+            self._journal.log(logging.ERROR, "%s", self._failure)
         elif kind == protocol.LOST:
             pid, code, *stuck = map(int, text.split())
             self.pool.lose(pid, code, tuple(stuck))

@@ -79,6 +79,7 @@ class Pair:
         self.ready_at = 0.0  # in seconds of CLOCK_BOOTTIME, as /proc counts
         self.has_tree = False
         self.is_asked = False
+        self.fault = ""  # what the keeper says of its own failure
         self.owner = owner
         self._loop = loop
         self._control, self._channel = fds[:2]
@@ -92,7 +93,7 @@ class Pair:
         self._rhythms = {stream: _Rhythm() for stream in STREAMS}
         for fd in fds:
             os.set_blocking(fd, False)
-        loop.watch(self._control, self._on_control)
+        loop.watch(self._control, self.hear_keeper)
 
     def run(self, request: bytes) -> None:
         """Send the request to the waiting snippet, and read what it writes."""
@@ -162,7 +163,7 @@ class Pair:
 
     # -- reading
 
-    def _on_control(self) -> None:
+    def hear_keeper(self) -> None:
         data = self._read(self._control, CONTROL_SIZE)
         if data is None:
             return
@@ -177,6 +178,8 @@ class Pair:
                 self.owner.on_ready(self)
             elif kind == protocol.REFUSED:
                 self.owner.on_refused(self, text)
+            elif kind == protocol.FAULT:
+                self.fault = text
             elif kind == protocol.END:
                 code, forced, *stuck = text.split()
                 self.drain()
@@ -184,7 +187,7 @@ class Pair:
                 exit_code = None if code == "None" else int(code)
                 self.owner.on_end(self, exit_code, forced == "1", tuple(map(int, stuck)))
         if not data and self._control in self._open:
-            self._loop.unwatch(self._control)
+            self._close(self._control)
             self.owner.on_keeper_gone(self)
 
     def _on_channel(self) -> None:

@@ -115,8 +115,10 @@ class Pool(Owner):
         """A keeper has ended without its END, and what it left has been swept."""
         pair = self._pairs.get(keeper_pid)
         if pair is not None:
-            pair.drain()
-            pair.owner.on_lost(pair, code, stuck)
+            pair.hear_keeper()  # it may have said why
+            if keeper_pid in self._pairs:
+                pair.drain()
+                pair.owner.on_lost(pair, code, stuck)
 
     def close(self) -> None:
         """Fork nothing any more, and let go of what waits."""
@@ -161,7 +163,7 @@ class Pool(Owner):
         if pair in self._spares:
             self._spares.remove(pair)
         else:
-            self.refuse("the keeper ended before it was ready")
+            self.refuse(f"the keeper ended before it was ready: {pair.fault}".rstrip(": "))
 
     def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None:
         self.on_keeper_gone(pair)

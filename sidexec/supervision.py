@@ -174,7 +174,7 @@ class Supervision(Owner):
 
     def on_lost(self, pair: Pair, code: int, stuck: Pids) -> None:
         keeper = f"the keeper (pid {pair.keeper_pid}) of this execution is gone"
-        self._lose(f"{keeper}: {describe_exit(code)}", stuck)
+        self._lose(f"{keeper}: {pair.fault or describe_exit(code)}", stuck, pair.fault)
 
     def on_launcher_gone(self, reason: str) -> None:
         """The keeper notices as well, and asks and sweeps: its END is still to come."""
@@ -204,9 +204,10 @@ class Supervision(Owner):
 
     # -- the end
 
-    def _lose(self, reason: str, stuck: Pids) -> None:
+    def _lose(self, reason: str, stuck: Pids, fault: str = "") -> None:
         self._fault = reason
-        self._journal.log(logging.WARNING, "%s: %s", self.execution.id, reason)
+        level = logging.ERROR if fault else logging.WARNING
+        self._journal.log(level, "%s: %s", self.execution.id, reason)
         self._finish(None, forced=True, stuck=stuck)
 
     def _finish(self, code: int | None, forced: bool, stuck: Pids) -> None:
@@ -253,7 +254,8 @@ class Supervision(Owner):
                 self._fault = self._fault or f"the snippet sent a result that is {problem}"
                 result = None
         if execution.stop_reason is not None:
-            return "stopped", None, result
+            has_failed = self._pair is not None and self._pair.fault  # the keeper, not the snippet
+            return "stopped", self._fault if has_failed else None, result
         error = execution.refused or self._fault
         if error is None and code == 0:
             return "completed", None, result

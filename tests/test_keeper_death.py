@@ -13,6 +13,7 @@ import sidexec
 from conftest import children, eventually, nothing_left
 from programs import Process, Trace
 from sidexec import supervision
+from test_without_kernel_help import taken_away
 
 GRACE = 0.5
 # How long past its grace a stop may take when the keeper itself does not answer.
@@ -231,6 +232,52 @@ def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first)
     # Whoever is their parent now may still have to reap them.
     eventually(lambda: not any(each.is_alive for each in trace.noted()))
     check_that_it_goes_on(manager)
+
+
+# -- they fail by a fault of their own
+
+
+def broken(name):
+    module, _, method = name.rpartition(".")
+    module, _, owner = module.rpartition(".")
+    text = f"def broken(*args): raise ZeroDivisionError('on purpose')\n{owner}.{method} = broken\n"
+    return taken_away({module: "\n\n" + text})
+
+
+def check_that_it_is_told(fault, error, caplog):
+    assert "ZeroDivisionError('on purpose')" in error and f" {fault}" in error
+    logged = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert [error in each.getMessage() for each in logged] == [True]
+
+
+@pytest.mark.parametrize(
+    "method, force, status", (("_ask_strays", False, "failed"), ("_kill_all", True, "stopped"))
+)
+def test_what_a_keeper_fails_of_is_told(trace, caplog, method, force, status):
+    with broken(f"keeper.Keeper.{method}"), nothing_left():
+        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
+            id = begin(manager, trace, programs.with_descendant("daemon"))
+            if force:
+                manager.stop(id, force=True)
+            else:
+                trace.noted("snippet")[0].kill()
+            data = manager.wait(id, 30).data
+            assert trace.left() == set()
+    assert data.status == status
+    (keeper,) = trace.noted("keeper")
+    assert f"the keeper (pid {keeper.pid})" in data.error
+    check_that_it_is_told("_serve", data.error, caplog)
+
+
+def test_what_a_launcher_fails_of_is_told(trace, caplog):
+    with broken("launcher.Launcher._warm_up"), nothing_left():
+        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
+            started = manager.start_with_code(TREE + programs.WAIT, trace.params)
+            data = manager.wait(started.data.side_execution_id, 30).data
+            assert trace.left() == set()
+    assert data.status == "failed"
+    assert data.error.startswith("the launcher (pid ")
+    check_that_it_is_told("_hear_host", data.error, caplog)
 
 
 # -- stopped and idle ones

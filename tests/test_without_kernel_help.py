@@ -64,11 +64,12 @@ IN_GROUP = ("plain", "deaf", "stopped")
 
 
 @contextlib.contextmanager
-def taken_away():
+def taken_away(without=WITHOUT):
+    """Add code to modules of the other side, by their names."""
     load = payload.load
     namespace = {}
     exec(REPLACE, namespace)
-    namespace["take_away"](WITHOUT)
+    namespace["take_away"](without)
     try:
         yield
     finally:
