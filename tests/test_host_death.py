@@ -194,6 +194,35 @@ def test_nothing_is_left_of_what_hides(trace, kind):
         assert len(trace.noted("cleaned")) == 1
 
 
+STOP_KEEPER = """
+os.kill(os.getppid(), signal.SIGSTOP)
+"""
+KEEP_IT_STOPPED = """
+deaf()
+print("ready", flush=True)
+while True:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(0.01)
+"""
+
+
+def test_a_stopped_keeper_hears_of_the_hosts_death(trace):
+    code = programs.PRELUDE + STOP_KEEPER + programs.CLEAN_UP
+    with running_host(trace, "SIGKILL", code) as (host, others, worker):
+        die(host, "SIGKILL")
+        check_that_nothing_is_left(trace, others)
+        assert len(trace.noted("cleaned")) == 1
+
+
+@pytest.mark.slow
+def test_a_keeper_that_is_stopped_again_and_again_is_ended(trace):
+    code = programs.with_descendant("daemon", KEEP_IT_STOPPED)
+    with running_host(trace, "SIGKILL", code, grace=DEAF_GRACE) as (host, others, worker):
+        die(host, "SIGKILL")
+        # The launcher gives its keepers four seconds more than their grace.
+        check_that_nothing_is_left(trace, others, DEAF_GRACE + 4)
+
+
 # -- the host's own way out
 
 EXIT_PRELUDE = """

@@ -424,6 +424,32 @@ def test_a_stray_that_cannot_be_killed_is_named_when_its_keeper_was_killed(trace
 
 @needs_freezer
 @pytest.mark.slow
+def test_what_is_below_a_process_that_cannot_be_killed_is_killed(trace):
+    code = programs.PRELUDE + """
+def body():
+    os.setsid()
+    in_child(lambda: linger("below"))
+    linger("held")
+in_child(body)
+wait_for_note("below")
+wait_for_note("held")
+""" + programs.WAIT
+    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
+        id = begin(manager, trace, code)
+        (held,), (below,) = trace.noted("held"), trace.noted("below")
+        with freezer() as freeze:
+            freeze(held.pid)
+            stopped = manager.stop(id)
+            assert not below.is_alive
+            assert stopped.error == (
+                f"the kernel does not let go of process {held.pid}: end it by hand, if it can be"
+            )
+            freeze.thaw()
+        eventually(lambda: trace.left() == set())
+
+
+@needs_freezer
+@pytest.mark.slow
 def test_close_does_not_wait_for_what_cannot_be_killed(trace):
     with freezer() as freeze:
         manager = sidexec.ExecutionManager(grace_period=0.2)

@@ -167,6 +167,26 @@ wait_for_note("descendant")
     assert len(trace.noted("asked")) == 1
 
 
+def test_a_stopped_stray_hears_that_it_is_asked(shared, trace):
+    code = programs.PRELUDE + """
+def body():
+    quiet()
+    os.setsid()
+    def leave(signum, frame):
+        note("asked")
+        os._exit(0)
+    signal.signal(signal.SIGTERM, leave)
+    note("descendant")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+os.waitpid(in_child(body), os.WUNTRACED)
+"""
+    started = shared.start_with_code(code, trace.params).raise_for_error()
+    assert shared.wait(started.data.side_execution_id, 30).data.status == "completed"
+    assert trace.left() == set()
+    assert len(trace.noted("asked")) == 1
+
+
 def test_nothing_is_left_of_what_the_executions_own_cleanup_starts(shared, trace):
     code = programs.PRELUDE + """
 def body():

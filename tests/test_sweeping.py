@@ -5,12 +5,13 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
 import programs
-from conftest import children, eventually
+from conftest import children, eventually, is_alive
+from sidexec import procfs
+from sidexec.child import sweeping
 from test_misbehaving_hosts import ROOT
 
 # Works in surroundings in which the processes can't note who they are.
@@ -142,6 +143,36 @@ def test_sessions_within_sessions(manager, start, trace, levels, victim):
         answer = manager.stop(id, force=True)
     assert answer.success, answer.error
     assert trace.left() == set()
+
+
+@pytest.mark.parametrize("parent", ("lives", "has ended"))
+def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, parent):
+    """It is still in a list of children, and perhaps its parent's number has gone too."""
+    program = ["sh", "-c", "sleep 60 & echo $!; wait; sleep 60"]
+    stranger = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
+    below = int(child.stdout.readline())
+
+    def changed_children(pid, children=procfs.children):
+        if pid != below:
+            return [*children(pid), stranger.pid]
+        if parent == "has ended":
+            os.kill(below, 9)
+            eventually(lambda: not os.path.exists(f"/proc/{below}"))
+            monkeypatch.setattr(procfs, "parent_of", lambda pid: below)
+        return [stranger.pid]
+
+    monkeypatch.setattr(procfs, "children", changed_children)
+    try:
+        sweeping._kill_below(child.pid)
+        eventually(lambda: not is_alive(below))
+        assert stranger.poll() is None
+        assert child.poll() is None  # it is for the caller to kill
+    finally:
+        stranger.kill()
+        os.killpg(child.pid, 9)
+        child.stdout.close()
+        stranger.wait(), child.wait()
 
 
 def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, trace):

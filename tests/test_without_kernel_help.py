@@ -191,6 +191,15 @@ def test_a_daemon_that_holds_the_pipes_does_not_hold_up_the_end(manager, trace):
     trace.kill()  # left, as nothing but the group can be told here
 
 
+def test_a_stray_that_leaves_when_asked_ends_the_sweep(trace):
+    """Nobody is told of its end here, so the keeper looks again and again."""
+    code = programs.PRELUDE + programs.DESCENDANTS["plain"] + programs.STARTED + "return 1"
+    with nothing_left(), sidexec.ExecutionManager(grace_period=60.0) as manager:
+        started = manager.start_with_code(code, trace.params).raise_for_error()
+        answer = manager.wait(started.data.side_execution_id, 30)
+        assert (answer.data.status, answer.data.result) == ("completed", 1)
+
+
 @pytest.mark.slow
 def test_a_zombie_in_the_group_is_not_taken_for_a_process_that_cannot_be_killed(manager, trace):
     """Its parent, in a session of its own, never reaps it: signal 0 still finds the group."""

@@ -36,12 +36,12 @@ def kill_all(find: Callable[[], set[int] | None], wait: Callable[[], object]) ->
         if found is None:
             return set()
         now = time.monotonic()
+        # Not in the first round: most often there is nothing below what is left.
+        if last is not None:
+            for pid in found - searched:
+                _kill_below(pid)
+            searched |= found
         if found != last:
-            # Not in the first round: most often there is nothing below what is left.
-            if last is not None:
-                for pid in found - searched:
-                    _kill_below(pid)
-                searched |= found
             last, until = found, now + STUCK_AFTER
         elif found and now >= until:
             return found
