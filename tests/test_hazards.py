@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -25,6 +26,7 @@ import sidexec
 from conftest import children, eventually, one_in
 from programs import Bystander, Trace
 from sidexec import supervision
+from sidexec.child import masking
 
 HANG = 30.0
 ASKED = 128 + signal.SIGTERM
@@ -856,3 +858,22 @@ time.sleep(100)
 """)
     data = manager.wait(started.data.side_execution_id, HANG).data
     assert data.status == "failed"
+
+
+def test_a_handler_that_raises_while_signals_are_being_masked_leaves_no_mask(monkeypatch):
+    def pthread_sigmask(how, signals):
+        before = signal.pthread_sigmask(how, signals)
+        if how == signal.SIG_BLOCK and signals:
+            raise ZeroDivisionError  # as a handler that was due
+        return before
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    replaced = types.SimpleNamespace(**{**vars(signal), "pthread_sigmask": pthread_sigmask})
+    monkeypatch.setattr(masking, "_signal", replaced)
+    with pytest.raises(ZeroDivisionError):
+        with masking.Masked():
+            pass
+    try:
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

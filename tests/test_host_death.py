@@ -12,7 +12,7 @@ import pytest
 
 import programs
 import sidexec
-from conftest import eventually, one_in, tree
+from conftest import children, eventually, one_in, tree
 from programs import Process
 
 GRACE = 4.0  # in which a busy machine comes to the end of a cleanup
@@ -212,6 +212,18 @@ def test_a_stopped_keeper_hears_of_the_hosts_death(trace):
         die(host, "SIGKILL")
         check_that_nothing_is_left(trace, others)
         assert len(trace.noted("cleaned")) == 1
+
+
+def test_a_stopped_launcher_hears_of_the_hosts_death(trace):
+    with running_host(trace, "SIGKILL", POLITE) as (host, others, worker):
+        (keeper,) = trace.noted("keeper")
+        (launcher,) = [each for each in others if keeper.pid in children(each.pid)]
+        launcher.kill(signal.SIGSTOP)
+        try:
+            die(host, "SIGKILL")
+            check_that_nothing_is_left(trace, others)
+        finally:
+            launcher.kill(signal.SIGCONT)
 
 
 @pytest.mark.slow

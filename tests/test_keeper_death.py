@@ -424,6 +424,24 @@ def test_a_stray_that_cannot_be_killed_is_named_when_its_keeper_was_killed(trace
 
 @needs_freezer
 @pytest.mark.slow
+def test_what_one_execution_has_left_is_not_told_of_another(trace, tmp_path):
+    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
+        id = begin(manager, trace, programs.with_descendant("daemon"))
+        (held,) = trace.noted("descendant")
+        with freezer() as freeze:
+            freeze(held.pid)
+            assert str(held.pid) in manager.stop(id).error
+            started = manager.start_with_code(
+                programs.PRELUDE + KILL_KEEPER, Trace(tmp_path / "other").params
+            )
+            answer = manager.wait(started.data.side_execution_id, 30)
+            assert answer.success and "SIGKILL" in answer.data.error
+            freeze.thaw()
+        eventually(lambda: trace.left() == set())
+
+
+@needs_freezer
+@pytest.mark.slow
 def test_what_is_below_a_process_that_cannot_be_killed_is_killed(trace):
     code = programs.PRELUDE + """
 def body():

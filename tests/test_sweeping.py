@@ -11,7 +11,8 @@ import pytest
 import programs
 from conftest import children, eventually, is_alive
 from sidexec import procfs
-from sidexec.child import sweeping
+from sidexec.child import kernel, sweeping
+from sidexec.child.launcher import Launcher
 from test_misbehaving_hosts import ROOT
 
 # Works in surroundings in which the processes can't note who they are.
@@ -149,30 +150,46 @@ def test_sessions_within_sessions(manager, start, trace, levels, victim):
 def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, parent):
     """It is still in a list of children, and perhaps its parent's number has gone too."""
     program = ["sh", "-c", "sleep 60 & echo $!; wait; sleep 60"]
-    stranger = subprocess.Popen(["sleep", "60"])
+    stranger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
     below = int(child.stdout.readline())
 
     def changed_children(pid, children=procfs.children):
-        if pid != below:
+        if pid == child.pid:
             return [*children(pid), stranger.pid]
-        if parent == "has ended":
+        if pid == below and parent == "has ended":
             os.kill(below, 9)
             eventually(lambda: not os.path.exists(f"/proc/{below}"))
             monkeypatch.setattr(procfs, "parent_of", lambda pid: below)
-        return [stranger.pid]
+        return [stranger.pid] if pid == below else []
 
     monkeypatch.setattr(procfs, "children", changed_children)
     try:
         sweeping._kill_below(child.pid)
         eventually(lambda: not is_alive(below))
-        assert stranger.poll() is None
+        stranger.stdin.write(b"alive\n"), stranger.stdin.flush()
+        assert stranger.stdout.readline() == b"alive\n"
         assert child.poll() is None  # it is for the caller to kill
     finally:
         stranger.kill()
         os.killpg(child.pid, 9)
-        child.stdout.close()
-        stranger.wait(), child.wait()
+        stranger.communicate(), child.communicate()
+
+
+def test_a_child_that_the_list_misses_once_is_found(monkeypatch):
+    """The kernel may leave one out while another one ends."""
+    orphan = subprocess.Popen(["sleep", "60"])
+    lists = iter([set(), {orphan.pid}])
+    monkeypatch.setattr(kernel, "children", lambda fd: next(lists, set()))
+    launcher = Launcher.__new__(Launcher)
+    launcher._children, launcher._keepers, launcher._bystanders = -1, set(), set()
+    launcher._quiet_rounds = 0
+    try:
+        assert sweeping.kill_all(launcher._find_orphans, lambda: None) == set()
+        assert not is_alive(orphan.pid) or orphan.wait(10)
+    finally:
+        orphan.kill()
+        orphan.wait()
 
 
 def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, trace):

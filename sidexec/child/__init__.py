@@ -8,9 +8,9 @@ takes them out of `sys.modules`, so that the user's code finds no package of our
     interpreter ◀─ these modules ─────────────── host
     launcher ── LOADED ────────────────────────▶ host        it is up, or why it is not
     launcher ◀─ FORK, FORK_AHEAD, KILL ───────── host
-    launcher ── PAIR, REFUSED, LOST ───────────▶ host
+    launcher ── PAIR, REFUSED, LOST, FAULT ────▶ host
     keeper ◀─ STOP ───────────────────────────── host        over the control socket
-    keeper ── READY, REFUSED, END ─────────────▶ host
+    keeper ── READY, REFUSED, END, FAULT ──────▶ host
     snippet ◀─ RUN ───────────────────────────── host        over the channel, a socket
     snippet ── PROGRESS, RESULT, ERROR ────────▶ host
     snippet ── what it prints ─────────────────▶ host        over two pipes
@@ -29,5 +29,7 @@ through the launcher. `protocol` says what stands in each frame. An execution, i
    socket, of the launcher and of the host make it do both.
 5. When nothing of the tree is left, the keeper says END, with the exit code. Where a
    keeper was killed, by KILL or by anybody, the launcher sweeps the tree and says LOST.
+   So it does where a keeper has failed, which says FAULT and why.
 6. The end of its socket, or of the host, ends the launcher once its keepers have ended.
+   It continues those that are stopped, and kills those that take too long.
 """

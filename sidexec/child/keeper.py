@@ -228,6 +228,9 @@ class Keeper:
                     self._poll.unregister(fd)
             elif fd == self._host or _read(fd) == b"":  # of a lifeline only the end counts
                 self._poll.unregister(fd)
+                if fd == self._host:
+                    # The launcher: a stopped one would never hear of this.
+                    kernel.signal_process(os.getppid(), _signal.SIGCONT)
                 if fd == self._host or _signal.SIGHUP in _signal.sigpending():
                     self._drain_for_host()
                 self._stop(self._grace)
