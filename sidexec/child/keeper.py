@@ -74,6 +74,26 @@ class Keeper:
         self, run_snippet: Callable[[], NoReturn], snippet_fds: list[int], *, rehearse: bool
     ) -> NoReturn:
         """Fork the snippet, look after it until nothing of it is left, and leave."""
+        pid = os.getpid()
+        try:
+            wake_end = self._fork(run_snippet)
+            kernel.close_all(snippet_fds)
+            self._send(READY, f"{self._leader} {int(self._has_tree)}")
+            self._wake_poll.register(self._wake, select.POLLIN)
+            for fd in self._watched:
+                self._poll.register(fd, select.POLLIN)
+            if rehearse and not self._poll.poll(REHEARSE_AFTER):
+                self._rehearse(wake_end)
+            self._serve()
+            os._exit(0)
+        except BaseException as error:
+            if os.getpid() != pid:
+                raise  # in the snippet, whose standard error it goes to
+            self._send(FAULT, kernel.describe(error))
+            os._exit(1)  # for the launcher to sweep
+
+    def _fork(self, run_snippet: Callable[[], NoReturn]) -> int:
+        """Fork the snippet; returns what wakes this process."""
         kernel.set_name(b"sidexec keeper")
         self._has_tree = kernel.become_subreaper()
         self._children = kernel.open_children()
@@ -88,29 +108,17 @@ class Keeper:
         except OSError as error:
             self._send(REFUSED, f"could not fork the snippet: {error.strerror}")
             os._exit(0)
-        watched = [self._wake, self._control, self._lifeline]
+        self._watched = [self._wake, self._control, self._lifeline]
         if self._host is not None:
-            watched.append(self._host)
+            self._watched.append(self._host)
         if self._leader == 0:
             _signal.set_wakeup_fd(-1)
             _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
             os.setsid()
             kernel.set_name(b"sidexec snippet")
-            kernel.close_all([*watched, *self._outputs, self._children, wake_end])
+            kernel.close_all([*self._watched, *self._outputs, self._children, wake_end])
             run_snippet()
-        try:
-            kernel.close_all(snippet_fds)
-            self._send(READY, f"{self._leader} {int(self._has_tree)}")
-            self._wake_poll.register(self._wake, select.POLLIN)
-            for fd in watched:
-                self._poll.register(fd, select.POLLIN)
-            if rehearse and not self._poll.poll(REHEARSE_AFTER):
-                self._rehearse(wake_end)
-            self._serve()
-            os._exit(0)
-        except BaseException as error:
-            self._send(FAULT, kernel.describe(error))
-            os._exit(1)  # for the launcher to sweep
+        return wake_end
 
     def _serve(self) -> None:
         """From READY to END, and a moment longer."""

@@ -14,6 +14,7 @@ _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PTRACE_DETACH = 17
 _SIGTRAP = 5
+_SIGKILL = 9
 _PID_LIMIT = 2**22  # Linux gives no higher ones
 
 
@@ -85,6 +86,7 @@ def _find_children() -> set[int]:
         youngest = os.fork()
         if youngest == 0:
             os._exit(0)
+        signal_process(youngest, _SIGKILL)  # in case somebody has stopped it
         os.waitpid(youngest, 0)
     except ChildProcessError:
         return set()
