@@ -55,6 +55,30 @@ SURROUNDINGS = {
 }
 
 
+ASK_PROC = """
+from sidexec import procfs
+names = ("children", "group", "parent_of", "began_at", "usage_of_tree")
+print([getattr(procfs, name)(1) for name in names])
+"""
+
+
+def unshared(surroundings, code, *arguments):
+    """The command that runs code there."""
+    prefix = SURROUNDINGS[surroundings]
+    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("this user may not unshare namespaces")
+    return [*prefix, sys.executable, "-c", code, *arguments]
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_of_nobody_is_anything_said_where_proc_is_not_ones_own(surroundings):
+    """There, /proc says nothing of number 1, or what is true of another process."""
+    said = subprocess.check_output(
+        unshared(surroundings, ASK_PROC), env={**os.environ, "PYTHONPATH": ROOT}, text=True
+    )
+    assert said == "[[], None, None, None, None]\n"
+
+
 @pytest.mark.parametrize(
     "ending, status",
     (
@@ -66,11 +90,8 @@ SURROUNDINGS = {
 )
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
 def test_nothing_is_left_where_proc_is_not_ones_own(trace, surroundings, ending, status):
-    prefix = SURROUNDINGS[surroundings]
-    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode != 0:
-        pytest.skip("this user may not unshare namespaces")
     host = subprocess.Popen(
-        [*prefix, sys.executable, "-c", HOST, json.dumps([DAEMONS + ending, trace.params])],
+        unshared(surroundings, HOST, json.dumps([DAEMONS + ending, trace.params])),
         env={**os.environ, "PYTHONPATH": ROOT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
