@@ -1,7 +1,7 @@
 """What /proc tells of other processes, to both sides.
 
-Reads only: nothing here signals a process, so a pid that has gone to somebody else
-can at worst spoil one figure. Every answer is None or empty where there is no /proc, or
+Reads only, and imports next to nothing. The pid may have gone to another process
+meanwhile: whoever goes on to signal has to pin the process first. Every answer is None or empty where there is no /proc, or
 only that of another PID namespace, in which the same pid is another process.
 """
 

@@ -197,20 +197,29 @@ def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, pare
         stranger.communicate(), child.communicate()
 
 
-def test_a_child_that_the_list_misses_once_is_found(monkeypatch):
-    """The kernel may leave one out while another one ends."""
+def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_has_reaped(
+    monkeypatch,
+):
+    """The kernel may leave a child out while another one ends."""
     orphan = subprocess.Popen(["sleep", "60"])
-    lists = iter([set(), {orphan.pid}])
+    zombie = subprocess.Popen(["true"])
+    eventually(lambda: not is_alive(zombie.pid))
+    lists = iter([set(), {orphan.pid, zombie.pid}, {orphan.pid}])
+    signalled = set()
+    monkeypatch.setattr(
+        kernel, "signal_process", lambda pid, signum: (signalled.add(pid), os.kill(pid, signum))
+    )
     monkeypatch.setattr(kernel, "children", lambda fd: next(lists, set()))
     launcher = Launcher.__new__(Launcher)
     launcher._children, launcher._keepers, launcher._bystanders = -1, set(), set()
     launcher._quiet_rounds = 0
     try:
         assert sweeping.kill_all(launcher._find_orphans, lambda: None) == set()
-        assert not is_alive(orphan.pid) or orphan.wait(10)
+        assert signalled == {orphan.pid}
+        orphan.wait(10)
     finally:
         orphan.kill()
-        orphan.wait()
+        orphan.wait(), zombie.wait()
 
 
 def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, trace):

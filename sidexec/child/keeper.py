@@ -4,8 +4,8 @@ Responsible for asking the snippet, unless the host has, for its end after the g
 period, and for the sweep that follows every end: when a keeper says END, no process
 of its execution is left, or END says which are. It never runs user code, never
 believes what a snippet says, and signals no process but its own unreaped children and
-the group of one, so that no pid can have gone to somebody else. `sweeping` reaches
-further.
+the group of one, so that no pid can have gone to somebody else; `sweeping` reaches
+further. Its launcher, which may be stopped, it continues when the host is gone.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
 parent ends, wherever that descendant has moved and whatever it has emptied: the

@@ -265,8 +265,7 @@ class Launcher:
     def _find_orphans(self) -> set[int] | None:
         """What keepers that were killed have left."""
         found = kernel.children(self._children) - self._keepers - self._bystanders
-        for pid in found:
-            os.waitpid(pid, os.WNOHANG)
+        found = {pid for pid in found if os.waitpid(pid, os.WNOHANG)[0] == 0}  # not reaped now
         # Twice nothing: the list may miss a child while another one ends.
         self._quiet_rounds = 0 if found else self._quiet_rounds + 1
         return None if self._quiet_rounds == 2 else found
