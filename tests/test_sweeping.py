@@ -245,6 +245,7 @@ def test_the_processes_have_names(manager, start, trace):
     start(programs.PRELUDE + programs.WAIT, trace.params)
     (keeper,), (snippet,) = trace.noted("keeper"), trace.noted("snippet")
     (launcher,) = [pid for pid in children() if keeper.pid in children(pid)]
-    names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in (launcher, keeper.pid, snippet.pid)]
+    pids = (launcher, keeper.pid, snippet.pid)
+    names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in pids]
     # The kernel cuts them off after 15 bytes.
     assert names == ["sidexec launche\n", "sidexec keeper\n", "sidexec snippet\n"]
