@@ -14,7 +14,9 @@ import pytest
 from conftest import eventually
 
 import sidexec
+from conftest import eventually
 from sidexec import SideExecutionError
+from sidexec.waiting import Bell
 
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 ENVELOPE = ["type", "data", "success", "message", "error", "messageId", "threadId"]
@@ -131,6 +133,17 @@ def test_keys_of_start(responses):
     assert data["sideExecutionId"] is None
     assert data["startTime"] is None
     assert data["status"] == "failed"
+
+
+def test_a_start_is_running_however_soon_it_ended(manager, monkeypatch):
+    wait_for = Bell.wait_for
+
+    def wait_longer(bell, condition, timeout=None):
+        assert wait_for(bell, condition, timeout)
+        return eventually(lambda: manager.list_executions("completed").data.count == 1)
+
+    monkeypatch.setattr(Bell, "wait_for", wait_longer)
+    assert manager.start_with_code("pass").raise_for_error().data.status == "running"
 
 
 def test_a_start_without_a_timeout_has_null(manager):

@@ -529,6 +529,9 @@ ASYNC = {
     "streams": "s = await asyncio.start_server(lambda r, w: None, '127.0.0.1', 0)\nready()\nasync with s: await s.serve_forever()",
     "callback": "import time\ndef f():\n    ready()\n    time.sleep(60)\nasyncio.get_running_loop().call_soon(f)\nawait asyncio.sleep(60)",
     "busy callback": "def f():\n    while True: pass\nasyncio.get_running_loop().call_soon(f)\nready()\nawait asyncio.sleep(60)",
+    "blocked before a busy callback": "import time\ndef f():\n    while True: pass\nasyncio.get_running_loop().call_soon(f)\nready()\ntime.sleep(60)",
+    "blocked before a blocking callback": "import time\nasyncio.get_running_loop().call_later(0, time.sleep, 60)\nready()\ntime.sleep(60)",
+    "blocked before a blocking task": "import time\nasync def f(): time.sleep(60)\nt = asyncio.create_task(f())\nready()\ntime.sleep(60)",
     "callback chain": "loop = asyncio.get_running_loop()\ndef f(): loop.call_soon(f)\nf()\nready()\nawait asyncio.sleep(60)",
     "async generator": "async def g():\n    try:\n        while True:\n            yield 1\n            await asyncio.sleep(0.001)\n    finally:\n        await asyncio.sleep(0)\nready()\nasync for _ in g(): pass",
     "task": "async def f():\n    ready()\n    await asyncio.sleep(60)\nawait asyncio.create_task(f())",
@@ -656,6 +659,47 @@ def test_a_task_that_is_cancelled_sees_that(manager, start):
     assert not data.forced
     assert data.output == "ready\ncancelled\n"
     assert data.error_output == ""
+
+
+def test_a_nudge_that_comes_during_the_ask_waits_for_it(run):
+    data = run(
+        """
+        import asyncio, signal
+        loop = asyncio.get_running_loop()
+        call_soon_threadsafe = loop.call_soon_threadsafe
+        def interrupted(*args):
+            signal.raise_signal(signal.SIGURG)
+            call_soon_threadsafe(*args)
+            print("whole")
+        loop.call_soon_threadsafe = interrupted
+        loop.call_soon(signal.raise_signal, signal.SIGTERM)
+        await asyncio.sleep(60)
+        """
+    )
+    assert (data.output, data.error_output, data.exit_code) == ("whole\n", "", 143)
+
+
+def test_asked_while_it_reports_all_tasks_clean_up(run):
+    data = run(
+        """
+        import asyncio, signal, sys
+        def trace(frame, event, argument):
+            if frame.f_code.co_name == "_write":
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGTERM)
+        async def beside():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+                print("out")
+        async def report():
+            sys.settrace(trace)
+            report_progress(50)
+        await asyncio.gather(beside(), report())
+        """
+    )
+    assert (data.output, data.error_output, data.exit_code) == ("out\n", "", 143)
 
 
 RANDOM = """

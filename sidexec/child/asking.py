@@ -48,6 +48,8 @@ class Ask:
         self._is_held = False
         self._is_deferred = False
         self._is_scheduled = False
+        self._has_raised = False
+        self._loop: Any = None  # that runs when it is raised
         self._put_off = 0  # by so many nudges, the second of which comes after 0.1 s
         self._undo_trace: Callable[[], None] | None = None
         hooks = (Ask._before_fork, Ask._after_fork_in_parent)
@@ -89,7 +91,7 @@ class Ask:
         self._is_held = False
         if self._is_deferred and self._may_raise():
             self._is_deferred = False
-            self._raise()
+            self._interrupt(sys._getframe())
 
     def _on_ask(self, signum: int, frame: FrameType | None) -> None:
         if self.has_come:
@@ -134,10 +136,11 @@ class Ask:
                 # Raised there, the exception could take the wakeup of a task with it,
                 # and that task's cleanup would never run. So: by the loop itself, or
                 # where the code that has called asyncio goes on, whichever comes first.
-                self._is_scheduled = True
                 loop.call_soon_threadsafe(self._raise_if_scheduled)
                 if running is not None and outside is not None:
                     self._raise_at_next_opcode(outside)
+                # Last: a nudge that came in between would raise it here, in asyncio's code.
+                self._is_scheduled = True
                 return
         if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
             self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
@@ -150,13 +153,10 @@ class Ask:
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
         """The keeper's, that interrupts a call which began too late to hear the ask."""
-        # An exit handler is still at work, or the loop has not come to it: the handler, or
-        # a task, holds it up, and may do so for ever.
-        if self._put_off:
-            self._put_off -= 1
-            is_due = not self._put_off
-        else:
-            is_due = self._is_scheduled
+        # An exit handler or a callback is still at work, or the loop has not come to it:
+        # the handler, callback or task holds it up, and may do so for ever.
+        is_due = self._is_scheduled if self._put_off == 0 else self._put_off == 1
+        self._put_off = max(0, self._put_off - 1)
         if is_due and self._may_raise():
             self._disarm()
             self._interrupt(frame)
@@ -172,6 +172,8 @@ class Ask:
         The task in which the exception is raised ends with it, and passes it on to who
         waits for that task: out of the loop again, in the middle of the others' cleanup.
         """
+        if isinstance(loop, sys.modules["asyncio"].BaseEventLoop):
+            self._loop = loop
         call_handler = loop.call_exception_handler
         expected = (StopRequested, sys.modules["asyncio.exceptions"].CancelledError)
 
@@ -216,7 +218,7 @@ class Ask:
         From CPython 3.11 on, an exception at such a jump can pass by the `finally` of
         the `try` that the loop stands in: the jump is not in that block's range.
         """
-        self._disarm(scheduled=self._is_scheduled)
+        self._disarm()
         tracer = sys.gettrace()
 
         def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -237,9 +239,9 @@ class Ask:
         asked.f_trace = trace
         sys.settrace(trace)
 
-    def _disarm(self, *, scheduled: bool = False) -> None:
+    def _disarm(self) -> None:
         """Take back what is to raise the exception later."""
-        self._is_scheduled = scheduled
+        self._is_scheduled = False
         if self._undo_trace is not None:
             undo, self._undo_trace = self._undo_trace, None
             undo()
@@ -248,7 +250,35 @@ class Ask:
         return self.phase in (RUNNING, LEAVING)
 
     def _raise(self) -> NoReturn:
+        if self._loop is not None and not self._has_raised:
+            for handle in (*self._loop._ready.copy(), *self._loop._scheduled.copy()):
+                self._guard(handle)
+        self._has_raised = True
         raise StopRequested(ASKED_EXIT_CODE)
+
+    def _guard(self, handle: Any) -> None:
+        """Let a callback that was due before the ask not hold up the cleanup for ever.
+
+        The exception went to the code that was running: this one begins later, and knows
+        nothing of it. So it gets one of its own, which ends it and leaves the loop alone.
+        """
+        callback = handle._callback
+        task: Any = getattr(callback, "__self__", None)
+        is_future = sys.modules["asyncio"].isfuture
+
+        def call(*arguments: Any) -> None:
+            is_cleanup = getattr(task, "_must_cancel", False) or any(
+                is_future(each) and each.cancelled() for each in arguments
+            )
+            self._put_off = 0 if is_cleanup else 2
+            try:
+                callback(*arguments)
+            except StopRequested:
+                pass
+            finally:
+                self._put_off = 0
+
+        handle._callback = call
 
     # What the snippet forks is ended by SIGTERM, as children of any program are. Blocked
     # meanwhile: one that came before its handler is gone would be noted, and forgotten.
@@ -302,8 +332,7 @@ def _loop_about_to_run(frame: FrameType | None) -> Any:
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] != "asyncio":
             break
-        for name in ("self", "loop"):
-            value = frame.f_locals.get(name)
+        for value in map(frame.f_locals.get, ("self", "loop")):
             loop: Any = getattr(value, "_loop", value)
             if hasattr(loop, "call_soon_threadsafe") and not loop.is_closed():
                 found = loop
