@@ -11,8 +11,11 @@ import pytest
 import sidexec
 
 
-# Without their bytecode, the many hosts that the tests start compile the package each.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# What the tests start, and compare with, has none of what changes an interpreter, nor
+# compiles the package each time.
+for name in list(os.environ):
+    if name.startswith("PYTHON") and name != "PYTHONHOME" or name == "FORCE_COLOR":
+        del os.environ[name]
 
 # Ignored by `nohup` or a shell's `&`, they would be in the plain interpreters as well
 # that tests compare with.

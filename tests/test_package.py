@@ -116,7 +116,7 @@ def plain_environment(**more):
 def from_place(place, name, code="print(tour(package))"):
     """A program that imports the package by `name` from `place`, and takes the tour."""
     return (
-        f"import sys\nsys.path.insert(0, {str(place)!r})\n{TOUR}\n"
+        f"import os, sys\nsys.path.insert(0, os.fsdecode({os.fsencode(place)!r}))\n{TOUR}\n"
         f"package = importlib.import_module({name!r})\n{code}"
     )
 

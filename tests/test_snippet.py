@@ -1329,7 +1329,7 @@ ENDS = {
     "no stream": "import sys\nsys.stdout = None\nprint('nothing')",
     "fd 1": "import os\nos.write(1, b'raw')",
     "printf": "import ctypes\nctypes.CDLL(None).printf(b'from C')",
-    "print after end of file": "import os, sys\nprint('x')\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint('y')",
+    "print after end of file": "import os, sys\nprint('x', flush=True)\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint('y')",
     "main's attribute": "import __main__, atexit\natexit.register(lambda: print(__main__.x))\nx = 1",
     "unraisable": "class C:\n    def __del__(self): 1 / 0\nc = C()\ndel c\nprint('end')",
 }
