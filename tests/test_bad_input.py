@@ -455,14 +455,15 @@ def test_an_environment_that_is_too_big(make_manager):
 def few_descriptors(more):
     """Let this process open no more than `more` descriptors besides those it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(descriptors())
-    fillers = [os.open(os.devnull, os.O_RDONLY)]
-    while fillers[-1] < highest:  # what is limited is their numbers
-        fillers.append(os.open(os.devnull, os.O_RDONLY))
-    os.close(fillers.pop())
-    limit = max([highest, *fillers]) + 1 + more
+    limit = min(max(descriptors()) + 1 + more, hard)  # their numbers are what is limited
+    fillers = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
+        with contextlib.suppress(OSError):
+            while True:
+                fillers.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(more):
+            os.close(fillers.pop())
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
