@@ -14,7 +14,8 @@ import sidexec
 # What the tests start, and compare with, has none of what changes an interpreter, nor
 # compiles the package each time.
 for name in list(os.environ):
-    if name.startswith("PYTHON") and name != "PYTHONHOME" or name == "FORCE_COLOR":
+    is_interpreter_s = name.startswith("PYTHON") and name != "PYTHONHOME"
+    if is_interpreter_s or name in ("COLUMNS", "FORCE_COLOR"):
         del os.environ[name]
 
 # Ignored by `nohup` or a shell's `&`, they would be in the plain interpreters as well

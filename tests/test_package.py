@@ -163,7 +163,7 @@ def test_the_version_is_that_of_the_metadata():
 
 def imports(file):
     """(level, module, names) of all imports in a file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield 0, alias.name, []
