@@ -160,7 +160,7 @@ class ExecutionManager:
         says what to do; there is no `side_execution_id` then. The first start also
         brings up an interpreter, which may take 60 seconds at the very most.
         """
-        source = checks.utf8("code", code)
+        source = checks.utf8("code", code).removeprefix("\ufeff")  # as of a file
         lines = (line for line in source.splitlines() if line.strip())
         if next(lines, "")[:1] in (" ", "\t"):
             source = textwrap.dedent(source)

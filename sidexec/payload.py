@@ -28,6 +28,9 @@ _MODULES = (
     "child.streams",
     "child.asking",
     "child.leaving",
+    "child.channel",
+    "child.failures",
+    "child.results",
     "child.snippet",
     "child.sweeping",
     "child.keeper",
@@ -43,7 +46,8 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # which interpreter it is, takes the modules, and calls the launcher. The current directory
 # leaves the path meanwhile: a file there that is named like a module of the standard
 # library would be imported instead. The modules get the built-in names in a copy of their
-# own, since a snippet may change them.
+# own, since a snippet may change them. In a snippet's process `main` returns, and its code
+# is called from here, so that this frame is the only one below it. 3 is `asking.SETTLING`.
 BOOT = """\
 import sys
 if sys.version_info<(3,9):sys.exit("Python 3.9 or newer is needed, this is "+sys.version)
@@ -76,7 +80,15 @@ for n,k,s in l:
  m.__builtins__=b
  exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
-m.main(c,p)
+t=m.main(c,p)
+if t:
+ try:
+  try:
+   try:t.begin();t.returned[0]
+   finally:t.clean_up()
+  finally:t.ask.phase=3
+ except b["BaseException"]as e:t.failure=e
+ t.end()
 """ % MARK
 GREETING = len(importlib.util.MAGIC_NUMBER)
 

@@ -260,6 +260,7 @@ class Supervision(Owner):
         if error is None and code == 0:
             return "completed", None, result
         if error is None and code is not None:
-            error = (self._error if code > 0 else None) or describe_exit(code)
+            told = code > 0 or code == -signal.SIGINT  # by an uncaught KeyboardInterrupt
+            error = (self._error if told else None) or describe_exit(code)
         return "failed", error, result
 

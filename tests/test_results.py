@@ -415,7 +415,7 @@ def test_the_progress_reported_last_is_the_progress(run):
     import sys, threading
     is_sending, others_are_through = threading.Event(), threading.Event()
     def trace(frame, event, arg):
-        if frame.f_code.co_name == "_send":
+        if frame.f_code.co_name == "send":
             sys.settrace(None)
             is_sending.set()
             others_are_through.wait()

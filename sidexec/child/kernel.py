@@ -139,6 +139,13 @@ def flush_c() -> None:
         _ctypes.call_function(_fflush, (None,))
 
 
+def keep_for_ever(objects: list[object]) -> None:
+    """Keep an interpreter's end from calling finalizers."""
+    if _ctypes is not None:
+        for each in objects:
+            _ctypes.Py_INCREF(each)
+
+
 def close_all(fds: list[int]) -> None:
     for fd in fds:
         try:

@@ -33,9 +33,9 @@ from ..protocol import (
     Inbox,
     pack,
 )
-from . import kernel, streams, sweeping
+from . import kernel, leaving, streams, sweeping
 from .keeper import Keeper
-from .snippet import Snippet
+from .snippet import Forked, Snippet
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Launcher:
         # No pipe: a snippet could open that by way of /proc, and hold it open.
         self._lifeline, self._lifeline_end = (end.detach() for end in _socket.socketpair())
         os.set_blocking(self._lifeline, False)
+        self._preloaded: list[Any] = []  # what of theirs has a finalizer
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
         self._is_warm = False
@@ -144,6 +145,10 @@ class Launcher:
         finally:
             sys.path[:] = own_path
         self._bystanders = kernel.children(self._children)
+        if self._config["preload"]:
+            self._preloaded = leaving.find_open()
+            # Or every snippet would write what they hold back.
+            leaving.flush_buffers(self._preloaded)
         # Until here it went to the host, for the error of a start that failed.
         os.dup2(0, 2)
         self._send(LOADED)
@@ -238,9 +243,7 @@ class Launcher:
         os.dup2(out, 1)
         os.dup2(err, 2)
         kernel.close_all([out, err])
-        snippet = Snippet(channel, self._path, kernel.flush_c)
-        snippet.prepare(rehearse=self._is_warm)
-        snippet.run(snippet.receive())
+        raise Forked(Snippet(channel, self._path, self._preloaded), rehearse=self._is_warm)
 
     # -- reaping
 
@@ -281,8 +284,11 @@ class Launcher:
             pass  # the host is gone, which the next step finds out
 
 
-def main(config: dict[str, Any], path: list[str]) -> None:
-    """Run the launcher on the socket that is its standard input."""
+def main(config: dict[str, Any], path: list[str]) -> Snippet | None:
+    """Run the launcher on the socket that is its standard input.
+
+    In the process of a snippet this returns, with the request that has come for it.
+    """
     socket = _socket.socket(fileno=os.dup(0))
     devnull = os.open(os.devnull, os.O_RDWR)
     os.dup2(devnull, 0)
@@ -290,8 +296,14 @@ def main(config: dict[str, Any], path: list[str]) -> None:
     launcher = Launcher(socket, config, path)
     try:
         launcher.run()
+    except Forked as forked:
+        snippet, rehearse = forked.snippet, forked.rehearse
     except BaseException as error:
         launcher.report(error)
         raise
-    if not config["preload"]:
-        os._exit(0)  # nobody's exit handlers; an interpreter takes 4 ms for its end
+    else:
+        if not config["preload"]:
+            os._exit(0)  # nobody's exit handlers; an interpreter takes 4 ms for its end
+        return None
+    snippet.prepare(rehearse=rehearse)
+    return snippet

@@ -1,11 +1,13 @@
 """The end of a snippet: what an interpreter does at its own, less the 4 ms it takes for it.
 
 Responsible for exit handlers, the finalizers of globals, and that everything which is
-buffered gets written. It never tears modules down, nor waits for daemon threads.
+buffered gets written. Where more is left to be done than a flush, it leaves that to the
+interpreter's own end.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import _thread
 import atexit
 import gc
@@ -13,22 +15,36 @@ import io
 import os
 import sys
 
+from . import kernel
 from .asking import LEAVING, SETTLING, Ask, StopRequested
+from .streams import Whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
+INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
+
+# All that the end of an interpreter does with these is to flush them, text first. No
+# other class: it may have a `close` of its own.
+_BUFFERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+# And with these, nothing.
+_HARMLESS = {io.FileIO, io.BufferedReader, io.BufferedRWPair, io.BytesIO, io.StringIO, Whole}
+
 
 def leave(
     ask: Ask,
     take_globals: Callable[[], dict[str, Any]],
-    flush_c: Callable[[], object],
+    preloaded: list[Any],
     is_snippet: bool,
     exit_code: int,
 ) -> NoReturn:
-    """End the process; `is_snippet` is false in a child that the snippet has forked."""
+    """End the process.
+
+    `preloaded` is what `find_open` has found before the snippet was forked; `is_snippet` is
+    false in a child that the snippet itself has forked.
+    """
     try:
         ask.phase = LEAVING
         if ask.has_come and is_snippet:
@@ -43,21 +59,30 @@ def leave(
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
     ask.phase = SETTLING
-    files = open_files()
     namespace = take_globals()
-    if _thread._count() or not is_snippet:
-        # Threads would see their globals vanish: the interpreter knows how to
-        # silence them. A child that the snippet forked is not ours to hurry.
-        flush(files)
-        raise SystemExit(exit_code)
-    # The files are held meanwhile, as a collector may close one in a cycle before
-    # what it buffers is written.
-    let_go(namespace)
+    # Threads would see their globals vanish: the interpreter knows how to silence them.
+    # A child that the snippet forked is not ours to hurry.
+    is_quick = is_snippet and not _thread._count()
+    if is_quick:
+        let_go(namespace)
     del namespace
-    sys.modules.pop("__main__", None)
-    gc.collect()
-    flush(files)
-    flush_c()
+    flush([sys.stdout, sys.stderr])
+    files = [each for each in preloaded if issubclass(type(each), io.IOBase)]
+    if not finish(files):
+        is_quick = False
+        gc.unfreeze()  # or what hangs on a module that was there before would be missed
+    if not is_quick:
+        # They are the launcher's: a temporary file would be gone for the other snippets.
+        kernel.keep_for_ever([each for each in preloaded if not issubclass(type(each), io.IOBase)])
+        if exit_code == INTERRUPTED:
+            sys.excepthook = lambda *error: None  # it has been told
+            raise KeyboardInterrupt
+        raise SystemExit(exit_code)
+    kernel.flush_c()
+    if exit_code == INTERRUPTED:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        os.kill(os.getpid(), _signal.SIGINT)
+        exit_code = 128 + _signal.SIGINT  # where it is blocked
     os._exit(exit_code)
 
 
@@ -69,13 +94,58 @@ def _end_workers() -> None:
             child.terminate()
 
 
-def open_files() -> list[Any]:
-    """What may hold something that is not yet written, in the order to write it."""
-    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+def let_go(namespace: dict[str, Any]) -> None:
+    """Run the finalizers of globals, in the order that an interpreter runs them in."""
+    sys.modules.pop("__main__", None)
+    # A function keeps them: then it is the collector that finds them all, and calls every
+    # finalizer before it takes anything apart.
+    del namespace
+    gc.collect()
+
+
+def finish(preloaded: list[Any]) -> bool:
+    """Flush what is still open; false where a flush is not all that is left to do."""
+    left = find_open() + [each for each in preloaded if not _is_done(each)]
+    if any(type(each) not in _BUFFERS for each in left):
+        return False
+    flush_buffers(left)
+    return True
+
+
+def flush_buffers(files: list[Any]) -> None:
+    for kind in _BUFFERS:
+        flush([each for each in files if type(each) is kind])
+
+
+def find_open() -> list[Any]:
+    """The files that are not closed, and whatever else has a finalizer that is due."""
+    objects = gc.get_objects()
+    kinds = {each for each in set(map(type, objects)) if _has_finalizer(each)} - _HARMLESS
+    if not kinds:
+        return []
+    return [each for each in objects if type(each) in kinds and not _is_done(each)]
+
+
+def _has_finalizer(kind: type) -> bool:
+    try:
+        type.__getattribute__(kind, "__del__")  # of a metaclass, nothing is run
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_done(each: Any) -> bool:
     # By type: `isinstance` would also ask, and so run, what only poses as a file.
-    files = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
-    files.sort(key=lambda each: not isinstance(each, io.TextIOWrapper))
-    return [*files, sys.stdout, sys.stderr]
+    kind = type(each)
+    if issubclass(kind, io.IOBase):
+        try:
+            return bool(each.closed)
+        except Exception:
+            return True  # an interpreter's own end would pass over it, too
+    if kind.__name__ in ("generator", "coroutine", "async_generator"):
+        names = ("gi_frame", "cr_frame", "ag_frame")
+        return all(getattr(each, name, None) is None for name in names)
+    return False
 
 
 def flush(files: list[Any]) -> None:
@@ -85,12 +155,3 @@ def flush(files: list[Any]) -> None:
                 file.flush()
         except Exception:
             pass  # an interpreter's own end would pass over it, too
-
-
-def let_go(namespace: dict[str, Any]) -> None:
-    """Let go of the globals that may have finalizers, in order; these find the rest."""
-    kept = (type, type(sys), type(let_go))
-    for name in list(namespace):
-        kind = type(namespace[name])
-        if kind.__module__ != "builtins" and not issubclass(kind, kept) and name[:2] != "__":
-            namespace[name] = None

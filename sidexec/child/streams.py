@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class _Whole(io.FileIO):
+class Whole(io.FileIO):
     """An unbuffered file whose writes are never cut short."""
 
     def write(self, data: Any) -> Any:
         return self._write_rest(data, super().write(data))
+
+    @property
+    def raw(self) -> Whole:
+        """Nothing is buffered, so that this is its own raw file, too."""
+        return self
 
     def seekable(self) -> bool:
         return False  # a pipe, whatever has its number when this is made
@@ -35,14 +40,14 @@ class _Whole(io.FileIO):
         return written
 
 
-def _quicken(stream: io.TextIOWrapper, raw: _Whole) -> None:
+def _quicken(stream: io.TextIOWrapper, raw: Whole) -> None:
     """Have `print` call one function of ours, not the class's and then ours: it writes twice."""
     errors = stream.errors or "strict"
     quick: type | None = str
     encode = str.encode
     size = len
     write_any = stream.write
-    write_raw = super(_Whole, raw).write
+    write_raw = super(Whole, raw).write
 
     def write(text: str, /) -> int:
         if type(text) is not quick:
@@ -70,7 +75,7 @@ def replace() -> None:
     """Put such streams in the place of standard output and standard error."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)
-        raw = _Whole(fd, "w", closefd=False)
+        raw = Whole(fd, "w", closefd=False)
         raw.name = f"<{name}>"
         stream = io.TextIOWrapper(
             raw, encoding="utf-8", errors=old.errors, newline="\n", write_through=True

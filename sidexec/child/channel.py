@@ -1,0 +1,120 @@
+"""The snippet's way to the host: whole frames, from any thread or signal handler.
+
+Responsible for the channel's descriptor, and for that nothing is ever written to
+another file that has been given its number. It never looks into what it sends.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+
+from ..protocol import PROGRESS, pack
+from .asking import Ask
+from .masking import Masked
+
+# A write of as many bytes to the channel is done at once, or not at all.
+UNDIVIDED = 4096
+# Above what daemons close when they begin, most often 3 to 256.
+OUT_OF_REACH = 1000
+
+
+class Channel:
+    def __init__(self, fd: int, ask: Ask) -> None:
+        self._fd = _move(fd)
+        self._file = _identity(self._fd)
+        self._ask = ask
+        self._main_thread = _thread.get_ident()
+        self._lock = _thread.RLock()
+        self._is_sending = False
+        self._unsent: list[tuple[bytes, bytes]] = []
+        self._progress = b""  # that was sent last
+        os.register_at_fork(after_in_child=self._after_fork_in_child)
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = _thread.RLock()
+        self._is_sending = False
+        self._unsent = []
+
+    def read(self, size: int) -> bytes:
+        """Wait for so many bytes; a host that is gone ends the wait and the process."""
+        parts = []
+        while size:
+            part = os.read(self._fd, size)
+            if not part:
+                os._exit(0)
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def send(self, kind: bytes, payload: bytes) -> None:
+        """Send a frame, or leave it to the call that this one has interrupted."""
+        self._unsent.append((kind, payload))
+        while True:
+            with self._lock:
+                if self._is_sending:
+                    return  # a signal handler's report: the call that it interrupted sends it
+                self._is_sending = True
+                try:
+                    self._send_all()
+                finally:
+                    self._is_sending = False
+            if not self._unsent:  # or a handler came after the last look
+                return
+
+    def _send_all(self) -> None:
+        in_main_thread = _thread.get_ident() == self._main_thread
+        if in_main_thread:
+            self._ask.hold()
+        try:
+            while self._unsent:
+                kind, payload = self._unsent.pop(0)
+                if kind == PROGRESS:
+                    # Looked at here, as another thread may have sent a progress meanwhile.
+                    if payload == self._progress:
+                        continue
+                    self._progress = payload
+                frame = pack(kind, payload)
+                if len(frame) <= UNDIVIDED:
+                    self._write(frame)
+                else:
+                    # Not for the ask alone: what a handler of the user's raises would
+                    # cut it in two as well.
+                    with Masked():
+                        self._write(frame)
+        finally:
+            if in_main_thread:
+                self._ask.resume()
+
+    def _write(self, frame: bytes) -> None:
+        view = memoryview(frame)
+        while view:
+            if _identity(self._fd) != self._file:
+                raise OSError(
+                    errno.EBADF,
+                    f"nothing can be reported any more, since descriptor {self._fd} has been"
+                    " closed: leave it open, it leads to the manager",
+                )
+            view = view[os.write(self._fd, view) :]
+
+
+def _move(fd: int) -> int:
+    """Move a descriptor to where it is not closed by habit, if there is room."""
+    if _identity(OUT_OF_REACH) is None:
+        try:
+            os.dup2(fd, OUT_OF_REACH, inheritable=False)
+        except OSError:
+            return fd  # the limit of open files is lower
+        os.close(fd)
+        return OUT_OF_REACH
+    return fd
+
+
+def _identity(fd: int) -> tuple[int, int] | None:
+    """What tells a file from any other that gets its number; None where there is none."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

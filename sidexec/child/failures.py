@@ -1,0 +1,94 @@
+"""What is told of a snippet's error: the text of a traceback, less any frame of ours.
+
+Responsible for the snippet's source lines in tracebacks, for the user's `excepthook`,
+and for what goes to standard error. It sends nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .library import Library
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+FILENAME = "<snippet>"
+
+
+class Failures:
+    def __init__(self, library: Library, own_files: Container[str]) -> None:
+        self._library = library
+        self._own_files = own_files  # whose frames are left out
+        self.filename = FILENAME
+        self.text: str | None = None  # None for an action block: its lines are in its file
+
+    def show_source(self) -> None:
+        """Let tracebacks, wherever they are made, find the snippet's lines."""
+        if self.text is not None:
+            linecache = self._library.module("linecache")
+            linecache.cache[FILENAME] = (len(self.text), None, self._lines(), FILENAME)
+
+    def hide_source(self) -> None:
+        self._library.module("linecache").cache.pop(FILENAME, None)
+
+    def _lines(self) -> list[str]:
+        """As the compiler counts them: `str.splitlines` splits at form feeds, too."""
+        text = (self.text or "").replace("\r\n", "\n").replace("\r", "\n")
+        return [line + "\n" for line in text.split("\n")]
+
+    def report(self, error: BaseException) -> str:
+        """Write an error that nothing has caught to standard error: what the host is told."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
+            trace = trace.tb_next
+        error.__traceback__ = trace
+        text = type(error).__name__
+        try:
+            self.show_source()
+            if isinstance(error, SyntaxError):
+                self._add_line(error)
+            headline, formatted = self._describe(error)
+            # Without a traceback, the first line is the one that a user looks for.
+            text = formatted if formatted.startswith(headline) else f"{headline}\n\n{formatted}"
+            if sys.excepthook is not sys.__excepthook__:
+                formatted = self._call_excepthook(error, formatted)
+            sys.stderr.write(formatted)
+        except BaseException:
+            pass  # its standard error is gone; the exit code still tells
+        return text
+
+    def _add_line(self, error: SyntaxError) -> None:
+        """The line that the compiler's later stages would look for in a file."""
+        if error.text is None and error.filename == self.filename and self.text is not None:
+            lines = self._lines()
+            if error.lineno is not None and 0 < error.lineno <= len(lines):
+                error.text = lines[error.lineno - 1]
+
+    def _call_excepthook(self, error: BaseException, formatted: str) -> str:
+        """What is left to be written once the user's own hook has been called."""
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+            return ""
+        except BaseException as another:
+            failed = self._describe(another)[1]
+            return f"Error in sys.excepthook:\n{failed}\nOriginal exception was:\n{formatted}"
+
+    def _describe(self, error: BaseException) -> tuple[str, str]:
+        traceback = self._library.module("traceback")
+        kind = type(error)
+        details = traceback.TracebackException(kind, error, error.__traceback__)
+        pending = [details]
+        while pending:
+            each = pending.pop()
+            own = self._own_files
+            each.stack[:] = [frame for frame in each.stack if frame.filename not in own]
+            linked = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+            pending += [another for another in linked if another is not None]
+        lines = list(details.format_exception_only())
+        name = kind.__qualname__
+        if kind.__module__ not in ("builtins", "__main__"):
+            name = f"{kind.__module__}.{name}"
+        headline = next((line for line in lines if line.startswith(name)), lines[-1])
+        return headline.strip().partition("\n")[0], "".join(details.format())

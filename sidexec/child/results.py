@@ -1,0 +1,96 @@
+"""What a snippet returns or reports, as JSON, or what is wrong with it and where."""
+
+from __future__ import annotations
+
+from ..protocol import MAX_DEPTH, MAX_RESULT, is_too_deep
+from .library import Library
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# The first attribute that its type has says how a value is converted.
+_CONVERSIONS = (
+    ("isoformat", "convert it with .isoformat()"),
+    ("to_dict", "convert it with .to_dict()"),
+    ("__dataclass_fields__", "convert it with dataclasses.asdict()"),
+    ("_member_map_", "use its .value"),
+    ("__await__", "await it"),
+    ("__fspath__", "convert it with str()"),
+    ("decode", "convert it with .decode()"),
+    ("_asdict", "convert it with ._asdict()"),
+    ("keys", "convert it with dict()"),
+    ("__complex__", "convert it with float() or str()"),
+    ("__iter__", "convert it with list()"),
+)
+_OTHERWISE = "use dict, list, str, int, float, bool or None"
+_KEYS = (str, int, float, bool, type(None))
+
+
+def to_json(value: object, what: str, library: Library) -> bytes:
+    json = library.module("json")
+    try:
+        data: bytes = json.dumps(value, allow_nan=False).encode()
+        if is_too_deep(value):
+            raise ValueError
+    except (TypeError, ValueError, RecursionError) as error:
+        try:
+            problem = _find_problem(value) or str(error)
+        except Exception:  # by a class of the user's
+            problem = str(error)
+        raise TypeError(f"{what} must be JSON: {problem}") from None
+    if len(data) > MAX_RESULT:
+        raise ValueError(
+            f"{what} takes {len(data)} bytes as JSON, more than {MAX_RESULT}:"
+            " write it to a file and report the file's path"
+        )
+    return data
+
+
+def _find_problem(value: object) -> str | None:
+    """Where the first part stands that is no JSON, and what to do about it."""
+    pending: list[tuple[Any, str, tuple[int, ...]]] = [(value, "result", ())]
+    while pending:
+        each, place, outer = pending.pop()
+        if isinstance(each, (dict, list, tuple)):
+            if id(each) in outer:
+                return f"{place} contains itself: leave it out there"
+            if len(outer) == MAX_DEPTH:
+                return f"result is nested more than {MAX_DEPTH} deep: flatten it"
+            inner: list[tuple[Any, str, tuple[int, ...]]] = []
+            for key, part in each.items() if isinstance(each, dict) else enumerate(each):
+                if not isinstance(key, _KEYS):
+                    kind = _name(type(key))
+                    return f"{place} has {kind} as a key, {_short(key)}: use str keys"
+                inner.append((part, f"{place}[{_short(key)}]", (*outer, id(each))))
+            pending += reversed(inner)
+        elif isinstance(each, float):
+            if each != each or each in (float("inf"), float("-inf")):
+                return f"{place} is {float(each)!r}: use None or a str"
+        elif not isinstance(each, (str, int, type(None))):
+            return f"{place} is {_name(type(each))}: {_conversion(type(each))}"
+    return None
+
+
+def _conversion(kind: type) -> str:
+    if hasattr(kind, "tolist") and hasattr(kind, "__len__"):
+        return "convert it with .tolist()"
+    if "bool" in kind.__name__:
+        return "convert it with bool()"
+    for name, function in (("__index__", "int"), ("__float__", "float")):
+        if hasattr(kind, name):
+            return f"convert it with {function}()"
+    found = (advice for name, advice in _CONVERSIONS if hasattr(kind, name))
+    return next(found, _OTHERWISE)
+
+
+def _name(kind: type) -> str:
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__"):
+        name = f"{kind.__module__}.{name}"
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def _short(key: object) -> str:
+    text = repr(key)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,250 @@
+"""What a snippet leaves open is written at its end, as by a plain interpreter.
+
+Each program runs twice, here and in an interpreter of its own, and its file is compared.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from conftest import nothing_left
+
+import sidexec
+
+ENVIRONMENT = {key: os.environ[key] for key in os.environ if key != "PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with nothing_left():
+        with sidexec.ExecutionManager(default_timeout=60.0, env=ENVIRONMENT) as manager:
+            yield manager
+
+
+@pytest.fixture
+def manager(shared):
+    yield shared
+    assert not shared.stop_all(force=True), "the test has left executions running"
+
+
+PATH = "import os, sys\npath = os.environ.get('LEFT_OPEN') or params['path']\nDATA = 'kept ' * 600\n"
+CLOSING_WRITER = (
+    "import io\nclass Writer(io.BufferedWriter):\n    def close(self):\n"
+    "        if not self.closed:\n            self.write(b'the end')\n        super().close()\n"
+)
+RAW = (
+    "import io\nclass Raw(io.RawIOBase):\n    os, path = os, path\n    def writable(self): return True\n"
+    "    def __init__(self): self.parts = []\n    def write(self, data):\n"
+    "        self.parts.append(bytes(data))\n        return len(data)\n    def close(self):\n"
+    "        if not self.closed:\n            self.os.write(self.os.open(self.path, 65), b'|'.join(self.parts))\n"
+    "        super().close()\n"
+)
+HOLDERS = {
+    "a global": "f = {}\nf.write(DATA)",
+    "a list": "files = [{}]\nfiles[0].write(DATA)",
+    "a dict": "files = {{'f': {}}}\nfiles['f'].write(DATA)",
+    "a class": "class C: f = {}\nC.f.write(DATA)",
+    "an object": "class C: pass\nc = C()\nc.f = {}\nc.f.write(DATA)",
+    "a closure": "def outer(f):\n    def write(): f.write(DATA)\n    return write\nwrite = outer({})\nwrite()",
+    "a default": "def write(f={}): f.write(DATA)\nwrite()",
+    "a cycle": "class C: pass\nc = C()\nc.c = c\nc.f = {}\nc.f.write(DATA)",
+    "a cycle without a name": "class C: pass\nc = C()\nc.c = c\nc.f = {}\nc.f.write(DATA)\ndel c",
+    "a thread local": "import threading\nlocal = threading.local()\nlocal.f = {}\nlocal.f.write(DATA)",
+    "a context variable": "import contextvars\nvar = contextvars.ContextVar('var')\nvar.set({})\nvar.get().write(DATA)",
+    "a module": "import json\njson.f = {}\njson.f.write(DATA)",
+    "a module's list": "import json\njson.fs = [{}]\njson.fs[0].write(DATA)",
+    "a module of the user's": "import types\nm = sys.modules['m'] = types.ModuleType('m')\n"
+    "m.f = {}\nm.f.write(DATA)\ndel m",
+    "sys": "sys.f = {}\nsys.f.write(DATA)",
+    "a generator": "def g(f):\n    f.write(DATA)\n    yield\n    f.close()\ni = g({})\nnext(i)",
+    "a signal handler": "import signal\ndef handler(*args, f={}): f.write(DATA)\n"
+    "signal.signal(signal.SIGUSR1, handler)\nhandler()",
+    "a frame of a failure": "def fail(f):\n    f.write(DATA)\n    1 / 0\nfail({})",
+    "an exception": "f = {}\nf.write(DATA)\ntry:\n    1 / 0\nexcept Exception as error:\n    kept = error\ndel f",
+    "a typing cache": "import typing\nclass C: f = {}\ntyping.Optional[C]\nC.f.write(DATA)",
+    "a partial": "import functools\nwrite = functools.partial({}.write, DATA)\nwrite()",
+    "a module, and a daemon thread": "import json, threading\njson.f = {}\njson.f.write(DATA)\n"
+    "threading.Thread(target=threading.Event().wait, daemon=True).start()",
+}
+OPENERS = {
+    "text": ("", "open(path, 'w')"),
+    "gzip text": ("import gzip\n", "gzip.open(path, 'wt')"),
+    "lzma text": ("import lzma\n", "lzma.open(path, 'wt')"),
+}
+WRITTEN = {
+    f"{opener} in {holder}": PATH + before + HOLDERS[holder].format(call)
+    for opener, (before, call) in OPENERS.items()
+    for holder in HOLDERS
+}
+WRITTEN.update(
+    (name, PATH + code)
+    for name, code in {
+        "gzip binary": "import gzip\nf = gzip.open(path, 'wb')\nf.write(DATA.encode())",
+        "gzip binary in a module": "import gzip, json\njson.f = gzip.open(path, 'wb')\njson.f.write(DATA.encode())",
+        "bz2 text": "import bz2\nf = bz2.open(path, 'wt')\nf.write(DATA)",
+        "bz2 binary": "import bz2\nf = [bz2.open(path, 'wb')]\nf[0].write(DATA.encode())",
+        "lzma binary": "import lzma\nf = lzma.open(path, 'wb')\nf.write(DATA.encode())",
+        "gzip of an own file": "import gzip\nraw = open(path, 'wb')\nf = gzip.GzipFile(fileobj=raw, mode='wb')\nf.write(DATA.encode())",
+        "text of an own gzip": "import gzip, io\ng = gzip.open(path, 'wb')\nf = io.TextIOWrapper(g)\nf.write(DATA)",
+        "after an exit": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nsys.exit(0)",
+        "after a failure": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\n1 / 0",
+        "zipfile": "import zipfile\nz = zipfile.ZipFile(path, 'w')\nz.writestr('a', DATA)",
+        "zipfile in a module": "import zipfile, json\njson.z = zipfile.ZipFile(path, 'w')\njson.z.writestr('a', DATA)",
+        "tarfile": "import tarfile, io\nt = tarfile.open(path, 'w')\ni = tarfile.TarInfo('a')\ni.size = len(DATA)\n"
+        "t.addfile(i, io.BytesIO(DATA.encode()))",
+        "tarfile gz": "import tarfile, io\nt = tarfile.open(path, 'w:gz')\ni = tarfile.TarInfo('a')\ni.size = len(DATA)\n"
+        "t.addfile(i, io.BytesIO(DATA.encode()))",
+        "codecs": "import codecs\nf = codecs.open(path, 'w', 'utf-16')\nf.write(DATA)",
+        "codecs in a module": "import codecs, json\njson.f = codecs.open(path, 'w', 'utf-16')\njson.f.write(DATA)",
+        "a socket's file": "import socket\na, b = socket.socketpair()\nf = a.makefile('w')\nf.write('kept')\n"
+        "if os.fork() == 0:\n    del f, a\n    open(path, 'wb').write(b.recv(100))\n    os._exit(0)",
+        "temporary": "import tempfile\nf = tempfile.NamedTemporaryFile('w', delete=False)\nf.write(DATA)\nos.rename(f.name, path)",
+        "temporary, removed": "import tempfile\nf = tempfile.NamedTemporaryFile('w', delete=True)\nf.write(DATA)\n"
+        "open(path, 'w').write('gone')",
+        "a writer with its own close": f"{CLOSING_WRITER}f = Writer(io.FileIO(path, 'w'))\nf.write(b'kept ')",
+        "such a writer in a list": f"{CLOSING_WRITER}f = [Writer(io.FileIO(path, 'w'))]\nf[0].write(b'kept ')",
+        "such a writer in a module": f"{CLOSING_WRITER}import json\njson.f = Writer(io.FileIO(path, 'w'))\njson.f.write(b'kept ')",
+        "such a writer, and text": f"{CLOSING_WRITER}f = io.TextIOWrapper(Writer(io.FileIO(path, 'w')))\nf.write('kept ')",
+        "a raw file of one's own": f"{RAW}f = io.TextIOWrapper(io.BufferedWriter(Raw()))\nf.write(DATA)",
+        "such a raw file in a module": f"{RAW}import json\njson.f = io.TextIOWrapper(io.BufferedWriter(Raw()))\njson.f.write(DATA)",
+        "pairs": "import io\nr, w = os.pipe()\nf = io.BufferedRWPair(open(r, 'rb', 0), open(path, 'wb', 0))\nf.write(b'kept')",
+        "read and write": "f = open(path, 'w+b')\nf.write(b'kept')\nf.seek(1)\nf.write(b'KEPT')",
+        "shelve": "import shelve, dbm.dumb\ns = shelve.Shelf(dbm.dumb.open(path), writeback=True)\ns['a'] = [1]\n"
+        "s['a'].append(2)\nimport atexit\natexit.register(lambda: None)\n",
+        "dumb dbm in a list": "import dbm.dumb\nd = [dbm.dumb.open(path)]\nd[0]['key'] = b'value'",
+        "__del__ that writes": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = C()",
+        "__del__ in a list": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = [C()]",
+        "__del__ in a module": "import json\nclass C:\n    def __del__(self, path=path, os=os): os.write(os.open(path, 65), b'del')\n"
+        "json.c = C()",
+        "a suspended generator": "def g():\n    with open(path, 'w') as f:\n        f.write('begun ')\n        try:\n"
+        "            yield\n        finally:\n            f.write('ended')\nimport json\njson.g = g()\nnext(json.g)",
+        "a stack of contexts": "import contextlib\ns = contextlib.ExitStack()\nf = s.enter_context(open(path, 'w'))\nf.write(DATA)",
+        "a pipe to a process": "import subprocess\np = subprocess.Popen(['cat'], stdin=-1, stdout=open(path, 'wb'), text=True)\n"
+        "p.stdin.write(DATA)\np.stdin.close()\np.wait()",
+        "logging": "import logging\nlogging.basicConfig(filename=path)\nlogging.warning('kept')",
+        "logging in memory": "import logging.handlers\nh = logging.FileHandler(path)\n"
+        "m = logging.handlers.MemoryHandler(100, target=h)\nlogging.getLogger().addHandler(m)\nlogging.error('kept')",
+        "a forked child": "import gzip\nif os.fork():\n    os.wait()\nelse:\n    f = gzip.open(path, 'wt')\n    f.write(DATA)",
+        "closed already": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nf.close()",
+        "a file for reading": "open(path, 'w').write('kept')\nimport json\njson.f = open(path)\njson.f.read(1)",
+    }.items()
+)
+
+
+def content(path):
+    """What can be read back from a file of whichever kind: a clock stands in some of them."""
+    with open(path, "rb") as file:
+        data = file.read()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    elif data[:3] == b"BZh":
+        data = bz2.decompress(data)
+    elif data[:4] == b"\xfd7zX":
+        data = lzma.decompress(data)
+    if data[:2] == b"PK":
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("a")
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            return archive.extractfile("a").read(), len(data)
+    return data
+
+
+def contents(directory):
+    found = {}
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        try:
+            found[name] = content(path)
+        except (OSError, EOFError, KeyError, ValueError) as error:
+            found[name] = f"can't be read back: {error!r}"
+    return found
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_plain_interpreter_writes_is_written(tmp_path, run, name):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    code = WRITTEN[name]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**ENVIRONMENT, "LEFT_OPEN": str(tmp_path / "there" / "file")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    data = run(code, {"path": str(tmp_path / "here" / "file")})
+    assert data.exit_code == done.returncode, (data.error_output, done.stderr)
+    expected = contents(tmp_path / "there")
+    assert expected
+    assert contents(tmp_path / "here") == expected
+    if done.returncode == 0:
+        assert data.error_output == done.stderr
+
+
+@pytest.mark.parametrize("holder", ["f", "json.f"])
+def test_a_graceful_stop_writes_it_too(tmp_path, manager, start, holder):
+    path = tmp_path / "file"
+    code = PATH + (
+        f"import gzip, json, time\n{holder} = gzip.open(path, 'wt')\n{holder}.write(DATA)\nprint('ready')\ntime.sleep(60)"
+    )
+    stopped = manager.stop(start(code, {"path": str(path)})).data
+    assert (stopped.status, stopped.forced, stopped.exit_code) == ("stopped", False, 128 + signal.SIGTERM)
+    assert content(path) == b"kept " * 600
+
+
+@pytest.mark.parametrize("holder", ["f", "json.f"])
+def test_the_first_execution_of_a_manager_writes_it_too(tmp_path, holder):
+    path = tmp_path / "file"
+    code = PATH + f"import gzip, json\n{holder} = gzip.open(path, 'wt')\n{holder}.write(DATA)"
+    with sidexec.ExecutionManager(env=ENVIRONMENT) as manager:
+        manager.run(code, {"path": str(path)}) if hasattr(manager, "run") else manager.wait(
+            manager.start_with_code(code, {"path": str(path)}).data.side_execution_id
+        )
+    assert content(path) == b"kept " * 600
+
+
+PRELOADED = {
+    "text": "file = open({!r}, 'w')",
+    "gzip": "import gzip\nfile = gzip.open({!r}, 'wt')",
+    "text in a list": "files = [open({!r}, 'w')]\ndef __getattr__(name): return files[0]",
+    "line of the module's own": "file = open({!r}, 'w')\nfile.write('the module\\n')",
+}
+
+
+@pytest.mark.parametrize("name", PRELOADED)
+def test_a_file_that_a_preloaded_module_opened_is_written(tmp_path, name):
+    path = tmp_path / "file"
+    (tmp_path / "holder.py").write_text(PRELOADED[name].format(str(path)))
+    code = "import holder\nfor n in range(params['lines']): holder.file.write(f'line {n}\\n')"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
+        for lines in (5, 0, 0) if "own" in name else (5,):
+            started = manager.start_with_code(code, {"lines": lines}).raise_for_error()
+            assert manager.wait(started.data.side_execution_id).data.status == "completed"
+        first = "the module\n" if "own" in name else ""
+        written = first + "".join(f"line {n}\n" for n in range(5))
+        assert content(path).decode() == written
+
+
+def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(tmp_path):
+    (tmp_path / "holder.py").write_text("import tempfile\nfile = tempfile.NamedTemporaryFile('w')\n")
+    code = "import gzip, holder, json, os\njson.f = gzip.open(os.devnull, 'wt')\nreturn os.path.exists(holder.file.name)"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
+        for _ in range(2):
+            started = manager.start_with_code(code).raise_for_error()
+            assert manager.wait(started.data.side_execution_id).data.result is True
+
+
+def test_what_is_let_go_of_in_the_end_may_still_print(run):
+    data = run("import json\nclass C:\n    def __del__(self, print=print): print('del')\njson.c = C()")
+    assert (data.output, data.error_output) == ("del\n", "")
