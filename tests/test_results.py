@@ -104,6 +104,43 @@ def test_a_returned_value_that_is_not_json_fails_with_a_type_error(run, name):
     assert headline in data.error_output
 
 
+NUMPY = "import sys, types\nclass {0}:\n    __module__ = 'numpy'\n    {1}\n"
+PLACES = {
+    "of a module": (NUMPY.format("int64", "__index__ = 0") + "return {'sum': int64()}", "result['sum'] is a numpy.int64: convert it with int()"),
+    "float": (NUMPY.format("float32", "__float__ = 0") + "return [1, float32()]", "result[1] is a numpy.float32: convert it with float()"),
+    "bool": (NUMPY.format("bool_", "__index__ = 0") + "return bool_()", "result is a numpy.bool_: convert it with bool()"),
+    "array": (NUMPY.format("ndarray", "__index__ = __len__ = tolist = 0") + "return {1: ndarray()}", "result[1] is a numpy.ndarray: convert it with .tolist()"),
+    "set": ("return {'a': [0, {1}]}", "result['a'][1] is a set: convert it with list()"),
+    "tuple": ("return (0, (1, b'x'))", "result[1][1] is a bytes: convert it with .decode()"),
+    "date": ("import datetime\nreturn {'at': datetime.datetime.now()}", "result['at'] is a datetime.datetime: convert it with .isoformat()"),
+    "decimal": ("import decimal\nreturn decimal.Decimal(1)", "result is a decimal.Decimal: convert it with float()"),
+    "path": ("import pathlib\nreturn [pathlib.PurePosixPath('/')]", "result[0] is a pathlib.PurePosixPath: convert it with str()"),
+    "enum": ("import enum\nclass E(enum.Enum): A = 1\nreturn E.A", "result is an E: use its .value"),
+    "dataclass": ("import dataclasses\n@dataclasses.dataclass\nclass D: x: int\nreturn D(1)", "result is a D: convert it with dataclasses.asdict()"),
+    "coroutine": ("async def f(): pass\nx = f()\nx.close()\nreturn {'x': x}", "result['x'] is a coroutine: await it"),
+    "generator": ("return (x for x in 'a')", "result is a generator: convert it with list()"),
+    "object": ("class C: pass\nreturn C()", "result is a C: use dict, list, str, int, float, bool or None"),
+    "NaN": ("return {'loss': [0.5, float('nan')]}", "result['loss'][1] is nan: use None or a str"),
+    "infinity": ("return -float('inf')", "result is -inf: use None or a str"),
+    "key": ("return {'a': {(1, 2): 3}}", "result['a'] has a tuple as a key, (1, 2): use str keys"),
+    "circle": ("x = {}\nx['self'] = [x]\nreturn x", "result['self'][0] contains itself: leave it out there"),
+    "depth": ("x = []\nfor _ in range(101): x = [x]\nreturn x", "result is nested more than 100 deep: flatten it"),
+    "long key": ("return {'k' * 100_000: {1}}", "result['" + "k" * 56 + "...] is a set: convert it with list()"),
+    "the first": ("return {'a': 1, 'b': {2}, 'c': b'3'}", "result['b'] is a set: convert it with list()"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_no_json_is_told_once_with_its_place_and_what_to_do(run, name):
+    code, problem = PLACES[name]
+    told = f"TypeError: the returned value must be JSON: {problem}\n"
+    data = run(code)
+    assert (data.status, data.exit_code, data.result) == ("failed", 1, None)
+    assert (data.error, data.error_output) == (told, told)
+    body = code.replace("return ", "report_result(") + ")"
+    assert f"TypeError: the reported value must be JSON: {problem}" in run(body).error
+
+
 def test_a_json_hook_of_the_value_that_raises_fails_the_execution(run):
     code = """
     class D(dict):

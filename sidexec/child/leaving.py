@@ -32,6 +32,9 @@ _BUFFERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 # And with these, nothing.
 _HARMLESS = {io.FileIO, io.BufferedReader, io.BufferedRWPair, io.BytesIO, io.StringIO, Whole}
 
+# Through these, everything leads to everything.
+_OPAQUE = (type, type(sys), type(lambda: 0))
+
 
 def leave(
     ask: Ask,
@@ -67,13 +70,12 @@ def leave(
         let_go(namespace)
     del namespace
     flush([sys.stdout, sys.stderr])
-    files = [each for each in preloaded if issubclass(type(each), io.IOBase)]
-    if not finish(files):
+    if not finish(preloaded, may_close=is_quick):
         is_quick = False
         gc.unfreeze()  # or what hangs on a module that was there before would be missed
     if not is_quick:
         # They are the launcher's: a temporary file would be gone for the other snippets.
-        kernel.keep_for_ever([each for each in preloaded if not issubclass(type(each), io.IOBase)])
+        kernel.keep_for_ever([each for each in preloaded if not _is_file(each)])
         if exit_code == INTERRUPTED:
             sys.excepthook = lambda *error: None  # it has been told
             raise KeyboardInterrupt
@@ -103,13 +105,40 @@ def let_go(namespace: dict[str, Any]) -> None:
     gc.collect()
 
 
-def finish(preloaded: list[Any]) -> bool:
-    """Flush what is still open; false where a flush is not all that is left to do."""
-    left = find_open() + [each for each in preloaded if not _is_done(each)]
-    if any(type(each) not in _BUFFERS for each in left):
-        return False
+def finish(preloaded: list[Any], *, may_close: bool) -> bool:
+    """Have what is still open written; false where that takes an interpreter's own end."""
+    left = find_open() + [each for each in preloaded if _is_file(each) and not _is_done(each)]
+    others = [each for each in left if not _is_file(each)]
+    files = [each for each in left if _is_file(each) and type(each) not in _BUFFERS]
     flush_buffers(left)
-    return True
+    if not may_close:
+        return not files and not others
+    if files:
+        # A collector finds them in an order of its own, and may close a file before what
+        # is buffered for it is written. Not what a finalizer may still write to.
+        inside = set(map(id, _from_inside_out(others)))
+        order = _from_inside_out([each for each in files if id(each) not in inside])
+        outside = set(map(id, files)) - inside
+        for each in reversed(order):
+            if id(each) in outside:
+                close(each)
+        flush_buffers(left)
+    return not others
+
+
+def _from_inside_out(objects: list[Any]) -> list[Any]:
+    """The objects and all that they lead to, each after what it leads to."""
+    found, seen, pending = [], set(), [(each, False) for each in reversed(objects)]
+    while pending:
+        each, is_through = pending.pop()
+        if is_through:
+            found.append(each)
+        elif id(each) not in seen:
+            seen.add(id(each))
+            pending.append((each, True))
+            inner = gc.get_referents(each)
+            pending += [(part, False) for part in inner if not issubclass(type(part), _OPAQUE)]
+    return found
 
 
 def flush_buffers(files: list[Any]) -> None:
@@ -126,6 +155,11 @@ def find_open() -> list[Any]:
     return [each for each in objects if type(each) in kinds and not _is_done(each)]
 
 
+def _is_file(each: Any) -> bool:
+    # By type: `isinstance` would also ask, and so run, what only poses as a file.
+    return issubclass(type(each), io.IOBase)
+
+
 def _has_finalizer(kind: type) -> bool:
     try:
         type.__getattribute__(kind, "__del__")  # of a metaclass, nothing is run
@@ -135,17 +169,22 @@ def _has_finalizer(kind: type) -> bool:
 
 
 def _is_done(each: Any) -> bool:
-    # By type: `isinstance` would also ask, and so run, what only poses as a file.
-    kind = type(each)
-    if issubclass(kind, io.IOBase):
+    if _is_file(each):
         try:
             return bool(each.closed)
         except Exception:
             return True  # an interpreter's own end would pass over it, too
-    if kind.__name__ in ("generator", "coroutine", "async_generator"):
+    if type(each).__name__ in ("generator", "coroutine", "async_generator"):
         names = ("gi_frame", "cr_frame", "ag_frame")
         return all(getattr(each, name, None) is None for name in names)
     return False
+
+
+def close(file: Any) -> None:
+    try:
+        file.close()
+    except Exception:
+        pass  # an interpreter's own end would pass over it, too
 
 
 def flush(files: list[Any]) -> None:
@@ -154,4 +193,4 @@ def flush(files: list[Any]) -> None:
             if not file.closed:
                 file.flush()
         except Exception:
-            pass  # an interpreter's own end would pass over it, too
+            pass

@@ -84,7 +84,7 @@ class Snippet:
             except StopRequested:
                 pass
             leaving.let_go(self._take_globals())
-            leaving.finish([])
+            leaving.finish([], may_close=True)
             kernel.flush_c()
             self._failures.hide_source()
             sys.path[:] = path

@@ -1,0 +1,54 @@
+"""The channel: what a snippet reports goes to the manager, and into no other file."""
+
+import pytest
+
+CLOSED = """
+import os
+os.closerange(3, {top})
+paths = [os.path.join(params["directory"], str(n)) for n in range({files})]
+files = [open(path, "wb") for path in paths]
+report_progress(50)
+report_result({{"secret": 42}})
+for file in files: file.close()
+"""
+
+
+def contents(directory):
+    return {path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("end", ["", "return {'secret': 42}"])
+def test_closing_descriptors_as_daemons_do_loses_no_result(tmp_path, run, end):
+    code = CLOSED.format(top=256, files=20) + end
+    for _ in range(2):
+        data = run(code, {"directory": str(tmp_path)})
+        assert (data.status, data.result, data.progress) == ("completed", {"secret": 42}, 50), data
+        assert contents(tmp_path) == {b""}
+
+
+def test_nothing_is_written_to_a_file_that_has_the_channel_s_number(tmp_path, run):
+    code = CLOSED.format(top=4096, files=1000)
+    for _ in range(2):
+        data = run(code, {"directory": str(tmp_path)})
+        assert data.status == "failed"
+        assert "OSError: [Errno 9] nothing can be reported any more" in data.error_output
+        assert contents(tmp_path) == {b""}
+
+
+def test_a_result_that_is_lost_is_told(tmp_path, run):
+    code = "import os\nos.closerange(3, 4096)\nfiles = [open(os.devnull, 'wb') for _ in range(1000)]\nreturn 5"
+    data = run(code)
+    assert (data.status, data.exit_code, data.result) == ("failed", 1, None)
+    assert data.error_output.startswith("OSError: [Errno 9] nothing can be reported any more")
+    assert "leave it open" in data.error_output
+
+
+def test_code_that_reports_nothing_may_close_everything(run):
+    data = run("import os\nos.closerange(3, 4096)\nprint('done')")
+    assert (data.status, data.output, data.error_output) == ("completed", "done\n", "")
+
+
+def test_where_few_files_may_be_open_the_channel_stays_where_it_is(run):
+    import sidexec
+
+    assert run("return 1", limits=sidexec.Limits(open_files=32)).result == 1
