@@ -114,7 +114,7 @@ PLACES = {
     "tuple": ("return (0, (1, b'x'))", "result[1][1] is a bytes: convert it with .decode()"),
     "date": ("import datetime\nreturn {'at': datetime.datetime.now()}", "result['at'] is a datetime.datetime: convert it with .isoformat()"),
     "decimal": ("import decimal\nreturn decimal.Decimal(1)", "result is a decimal.Decimal: convert it with float()"),
-    "path": ("import pathlib\nreturn [pathlib.PurePosixPath('/')]", "result[0] is a pathlib.PurePosixPath: convert it with str()"),
+    "path": ("class P: __fspath__ = 0\nreturn [P()]", "result[0] is a P: convert it with str()"),
     "enum": ("import enum\nclass E(enum.Enum): A = 1\nreturn E.A", "result is an E: use its .value"),
     "dataclass": ("import dataclasses\n@dataclasses.dataclass\nclass D: x: int\nreturn D(1)", "result is a D: convert it with dataclasses.asdict()"),
     "coroutine": ("async def f(): pass\nx = f()\nx.close()\nreturn {'x': x}", "result['x'] is a coroutine: await it"),

@@ -1078,7 +1078,7 @@ def test_the_exit_is_that_of_a_plain_interpreter(run, name):
 
         assert data.error == f"killed by {signal.Signals(-code).name}"
     elif "ception" in name or "interrupt" in name:
-        assert data.error.removeprefix("__main__.").startswith(done.stderr.splitlines()[-1])
+        assert data.error.startswith(done.stderr.splitlines()[-1].removeprefix("__main__."))
     else:
         told = f"exit code {code}" if code else None
         assert data.error in (told, f"{told}: {done.stderr.rstrip()}")

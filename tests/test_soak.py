@@ -16,7 +16,7 @@ ENDS = {
     "imports": ("import json, asyncio\nasync def f(): return 3\nreturn await f()", None, "completed", [0]),
     "exits": ("raise SystemExit(4)", None, "failed", [4]),
     "dies": ("import os; os.kill(os.getpid(), 11)", None, "failed", [-11]),
-    "violates": ("import os\nfor fd in range(3, 30):\n    try: os.write(fd, b'?' * 99)\n    except OSError: pass\n__import__('time').sleep(600)", None, "failed", [-9, 143]),
+    "violates": ("import os\nfor fd in range(3, 2000):\n    try: os.write(fd, b'?' * 99)\n    except OSError: pass\n__import__('time').sleep(600)", None, "failed", [-9, 143]),
     "spawns": ("import os\nif os.fork() == 0:\n    os.setsid()\n    __import__('time').sleep(600)\nos._exit(0)", None, "completed", [0]),
     "prints": ("import sys\nfor n in range(20): print('x' * 50000); print('y' * 5000, file=sys.stderr)", None, "completed", [0]),
     "times_out": ("import time\ntime.sleep(600)", "timeout", "stopped", [143]),
