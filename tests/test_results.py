@@ -341,6 +341,24 @@ def test_stopped_in_async_code_a_name_of_the_module_counts(stopped):
     assert stopped(code).result == {"done": [0, 1, 2]}
 
 
+def test_stopped_while_the_loop_is_closed_what_was_returned_counts(stopped):
+    code = """
+    import asyncio, time
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
+    async def late():
+        try:
+            yield
+        finally:
+            print("ready")
+            await asyncio.sleep(60)
+    generator = late()
+    await generator.__anext__()
+    return dict(n=1)
+    """
+    data = stopped(code, grace=0.3)
+    assert data.result == {"n": 1}
+
+
 def test_stopped_while_it_returns_a_large_result(manager, start):
     code = "x = ['y' * 1000] * 2000\nprint('ready')\nreturn x"
     for _ in range(10):

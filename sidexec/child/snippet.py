@@ -98,11 +98,7 @@ class Snippet:
         if code.co_flags & source.CO_COROUTINE:
             asyncio = self._library.module("asyncio")
             self._failures.show_source()
-            run = asyncio.run
-            if hasattr(asyncio, "Runner"):
-                # What the code returns is kept also where closing the loop takes for ever.
-                runner = asyncio.Runner()
-                run, self.clean_up = runner.run, runner.close
+            run, self.clean_up = _run_and_close(asyncio)
             self._coroutine = call()
             call = _functools.partial(run, self._coroutine)
         # Asked for 0, it calls the code and keeps what that returns, in one opcode: between
@@ -277,6 +273,26 @@ _OWN_CODE = (
     pack,
 )
 _OWN_FILES = {each.__code__.co_filename for each in _OWN_CODE}
+
+
+def _run_and_close(asyncio: Any) -> tuple[Callable[..., object], Callable[[], object]]:
+    """`asyncio.run` in two parts: what is returned is kept where the second is stopped."""
+    if hasattr(asyncio, "Runner"):
+        runner = asyncio.Runner()
+        return runner.run, runner.close
+    loop = asyncio.new_event_loop()  # before Python 3.11
+    asyncio.set_event_loop(loop)
+
+    def close() -> None:
+        try:
+            asyncio.runners._cancel_all_tasks(loop)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+    return loop.run_until_complete, close
 
 
 def _returned_in_spite_of(error: BaseException) -> dict[int, object]:
