@@ -121,6 +121,12 @@ WRITTEN.update(
         "__del__ in a list": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = [C()]",
         "__del__ in a module": "import json\nclass C:\n    def __del__(self, path=path, os=os): os.write(os.open(path, 65), b'del')\n"
         "json.c = C()",
+        "__del__ that writes to a global": "f = open(path, 'w')\nclass C:\n    def __del__(self): f.write('late')\nc = C()",
+        "gzip, and a __del__": "import gzip\nclass C:\n    def __del__(self): pass\nc = C()\nf = gzip.open(path, 'wt')\nf.write(DATA)",
+        "lzma in a class, and a __del__": "import lzma\nclass C:\n    f = lzma.open(path, 'wt')\n    def __del__(self): pass\n"
+        "c = C()\nC.f.write(DATA)",
+        "gzip in a module, and a __del__": "import gzip, json\nclass C:\n    def __del__(self): pass\njson.c = C()\n"
+        "json.f = gzip.open(path, 'wt')\njson.f.write(DATA)",
         "a suspended generator": "def g():\n    with open(path, 'w') as f:\n        f.write('begun ')\n        try:\n"
         "            yield\n        finally:\n            f.write('ended')\nimport json\njson.g = g()\nnext(json.g)",
         "a stack of contexts": "import contextlib\ns = contextlib.ExitStack()\nf = s.enter_context(open(path, 'w'))\nf.write(DATA)",

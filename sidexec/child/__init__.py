@@ -2,7 +2,8 @@
 
 The host never imports this package. It starts an interpreter with a few lines of code
 (`payload.BOOT`), which runs the modules that it is sent under the same names and then
-takes them out of `sys.modules`, so that the user's code finds no package of ours.
+takes them out of `sys.modules`, so that the user's code finds no package of ours. A
+snippet's process leaves all that it was forked in, and is run by these lines again.
 
     interpreter ── its version ─────────────────▶ host       over the launcher's socket
     interpreter ◀─ these modules ─────────────── host

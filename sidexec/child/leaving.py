@@ -38,7 +38,7 @@ _OPAQUE = (type, type(sys), type(lambda: 0))
 
 def leave(
     ask: Ask,
-    take_globals: Callable[[], dict[str, Any]],
+    take_globals: Callable[[], object],
     preloaded: list[Any],
     is_snippet: bool,
     exit_code: int,
@@ -62,13 +62,13 @@ def leave(
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
     ask.phase = SETTLING
-    namespace = take_globals()
     # Threads would see their globals vanish: the interpreter knows how to silence them.
     # A child that the snippet forked is not ours to hurry.
     is_quick = is_snippet and not _thread._count()
     if is_quick:
-        let_go(namespace)
-    del namespace
+        let_go(take_globals)
+    else:
+        take_globals()
     flush([sys.stdout, sys.stderr])
     if not finish(preloaded, may_close=is_quick):
         is_quick = False
@@ -96,34 +96,31 @@ def _end_workers() -> None:
             child.terminate()
 
 
-def let_go(namespace: dict[str, Any]) -> None:
+def let_go(take_globals: Callable[[], object]) -> None:
     """Run the finalizers of globals, in the order that an interpreter runs them in."""
+    if not finish([], may_close=True):
+        # It sorts what it goes through, so that the next one finds what buffers something
+        # before the file that this is for.
+        gc.collect()
     sys.modules.pop("__main__", None)
-    # A function keeps them: then it is the collector that finds them all, and calls every
-    # finalizer before it takes anything apart.
-    del namespace
+    take_globals()  # nothing else refers to them, but for functions of their own
     gc.collect()
 
 
 def finish(preloaded: list[Any], *, may_close: bool) -> bool:
-    """Have what is still open written; false where that takes an interpreter's own end."""
+    """Have what is still open written; false where there are finalizers left to run."""
     left = find_open() + [each for each in preloaded if _is_file(each) and not _is_done(each)]
-    others = [each for each in left if not _is_file(each)]
-    files = [each for each in left if _is_file(each) and type(each) not in _BUFFERS]
     flush_buffers(left)
-    if not may_close:
-        return not files and not others
-    if files:
-        # A collector finds them in an order of its own, and may close a file before what
-        # is buffered for it is written. Not what a finalizer may still write to.
-        inside = set(map(id, _from_inside_out(others)))
-        order = _from_inside_out([each for each in files if id(each) not in inside])
-        outside = set(map(id, files)) - inside
-        for each in reversed(order):
-            if id(each) in outside:
-                close(each)
-        flush_buffers(left)
-    return not others
+    special = {id(each) for each in left if type(each) not in _BUFFERS}
+    if special and not (may_close and all(map(_is_file, left))):
+        return False  # which may still write to these
+    # A collector finds them in an order of its own, and may close a file before what is
+    # buffered for it is written.
+    for each in reversed(_from_inside_out(left) if special else []):
+        if id(each) in special:
+            close(each)
+    flush_buffers(left)
+    return True
 
 
 def _from_inside_out(objects: list[Any]) -> list[Any]:

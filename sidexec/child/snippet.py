@@ -79,11 +79,12 @@ class Snippet:
             # The pages that this writes to are the process's own once the request
             # comes, which then runs in a third of the time.
             path = sys.path[:]
+            code = self._load({**REHEARSAL, "params": {"ask": self.ask.rehearse}})
             try:
-                eval(self._load({**REHEARSAL, "params": {"ask": self.ask.rehearse}}), self._namespace)
+                eval(code, self._namespace)
             except StopRequested:
                 pass
-            leaving.let_go(self._take_globals())
+            leaving.let_go(self._take_globals)
             leaving.finish([], may_close=True)
             kernel.flush_c()
             self._failures.hide_source()
@@ -113,7 +114,10 @@ class Snippet:
         if self._coroutine is not None:
             if failure is not None and not self.returned:
                 self.returned.update(_returned_in_spite_of(failure))
-            self._coroutine.close()  # where it has not been begun
+            try:
+                self._coroutine.close()  # where it has not been begun
+            except BaseException as error:
+                failure = failure or error
         if isinstance(failure, StopRequested):
             exit_code, failure = ASKED_EXIT_CODE, None
         elif isinstance(failure, SystemExit):
