@@ -13,7 +13,7 @@ then by force, with everything that they have spawned. Importing starts nothing.
 
 from .limits import Limits
 from .manager import DEFAULT, ExecutionManager
-from .output import OutputChunk
+from .engine.output import OutputChunk
 from .responses import (
     ActionBlock,
     ExecutionSummary,

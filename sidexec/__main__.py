@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import signal
@@ -21,6 +22,8 @@ BAD_USAGE = 2
 
 
 def main() -> int:
+    # What is worth saying is in the responses; and nobody may read standard error.
+    logging.getLogger(__package__).addHandler(logging.NullHandler())
     # Where one of the three is closed, a descriptor of ours would take its number.
     for fd in (0, STDOUT, STDERR):
         try:

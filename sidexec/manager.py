@@ -1,30 +1,26 @@
 """The public methods: ids, validation, and responses made of what is known.
 
-Nothing here talks to a process or changes an execution: requests are posted to the
-host's loop, and what came of them is read. No method holds a lock, so that a signal
-handler may interrupt any of them and call any other.
+Nothing here talks to a process or changes an execution: that is the engine's business. No
+method holds a lock, so that a signal handler may interrupt any of them and call any other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
-import functools
 import logging
 import marshal
-import math
 import os
 import sys
-import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal, NoReturn, Union
 
-from . import blocks, checks, payload, procfs, protocol, suspending
-from .delivery import WAIT_LIMIT, Delivery
-from .execution import Execution, Sample, parse_result
+from . import checks, procfs, protocol, suspending
+from .engine.output import Output, OutputChunk, Stream
 from .limits import Limits
-from .output import Output, OutputChunk, Stream
 from .responses import (
     ExecutionSummary,
     GetSideExecutionStatusResponse,
@@ -34,7 +30,6 @@ from .responses import (
     SideExecutionError,
     StartData,
     StartSideExecutionResponse,
-    Status,
     StatusData,
     StopData,
     StopSideExecutionResponse,
@@ -42,10 +37,15 @@ from .responses import (
 )
 
 if os.name == "posix":  # elsewhere the constructor says so, not an import
-    from .host import CLOSED, Host, Settings
+    from .engine import payload
+    from .engine.delivery import Delivery
+    from .engine.engine import CLOSED, Engine
+    from .engine.execution import Execution, Sample, State, parse_result
+    from .engine.launcher import Settings
 
-logger = logging.getLogger(__package__)
+logger = logging.getLogger(__name__)
 
+SHUTTING_DOWN = "the interpreter is shutting down: its executions are stopped when it has ended"
 STATUSES = ("running", "completed", "failed", "stopped")
 # How old a figure of memory or processor use may be before it is read anew.
 USAGE_AGE = 0.1
@@ -59,6 +59,22 @@ class Default(enum.Enum):
 
 DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
 """As a `timeout`: the one that the manager was made with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What a start was called with."""
+
+    code: str | None
+    block: str | None
+    args: tuple[str, ...]
+    params: object
+    timeout: object
+    thread_id: object
+    cwd: Path | None
+    env: object
+    limits: object
+    on_output: Callable[[OutputChunk], object] | None
 
 
 class ExecutionManager:
@@ -110,17 +126,14 @@ class ExecutionManager:
         self._grace = checks.seconds("grace_period", grace_period)
         self._max_output = checks.count("max_output", max_output, 1)
         self._limits = Limits._check(limits) or Limits()
-        self._settings = Settings(
+        settings = Settings(
             python=_interpreter(python),
             cwd=self._cwd,
             preload=checks.names("preload", preload),
             grace=self._grace,
-            max_history=checks.count("max_history", max_history, 0),
         )
-        self._executions: dict[str, Execution] = {}
+        self._engine = Engine(settings, checks.count("max_history", max_history, 0))
         self._texts: dict[Stream, tuple[object, int, str]] = {}
-        self._is_closed = False
-        self._process = os.getpid()
 
     def __enter__(self) -> ExecutionManager:
         return self
@@ -128,11 +141,26 @@ class ExecutionManager:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        engine = self._engine
+        state = "closed" if engine.is_closing else f"{len(engine.running())} running"
+        return f"<{type(self).__name__}, {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} can't be copied or pickled: it belongs to the process"
+            " that has made it; make one where it is used"
+        )
+
     def __del__(self) -> None:
-        host = self.__dict__.get("_host")
-        if host is not None and not self._is_closed and self._process == os.getpid():
-            grace = self._grace
-            host.loop.post(lambda: host.close(grace))
+        engine = self.__dict__.get("_engine")
+        if engine is None or engine.is_closing or self._is_foreign():
+            return
+        runs = bool(engine.running())
+        text = f"unclosed {self!r}: call close(), or use it in a `with` block"
+        engine.close(self._grace, wait=False)
+        if runs:  # last, as a warning may be an error
+            warnings.warn(text, ResourceWarning, source=self)
 
     # -- starting
 
@@ -160,13 +188,9 @@ class ExecutionManager:
         says what to do; there is no `side_execution_id` then. The first start also
         brings up an interpreter, which may take 60 seconds at the very most.
         """
-        source = checks.utf8("code", code).removeprefix("\ufeff")  # as of a file
-        lines = (line for line in source.splitlines() if line.strip())
-        if next(lines, "")[:1] in (" ", "\t"):
-            source = textwrap.dedent(source)
-        return self._start(
-            code, None, source, params, timeout, thread_id, cwd, env, limits, on_output
-        )
+        checked = checks.utf8("code", code)
+        options = (params, timeout, thread_id, cwd, env, limits, on_output)
+        return self._start(_Request(checked, None, (), *options))
 
     def start_with_action_block(
         self,
@@ -188,119 +212,93 @@ class ExecutionManager:
         """
         block = checks.path("path", path)
         arguments = checks.arguments("args", args)
-        return self._start(
-            None, block, None, params, timeout, thread_id, cwd, env, limits, on_output, arguments
-        )
+        options = (params, timeout, thread_id, cwd, env, limits, on_output)
+        return self._start(_Request(None, block, arguments, *options))
 
-    def _start(
-        self,
-        code: str | None,
-        block: str | None,
-        source: str | None,
-        params: object,
-        timeout: object,
-        thread_id: object,
-        cwd: Path | None,
-        env: object,
-        limits: Limits | None,
-        on_output: Callable[[OutputChunk], object] | None,
-        args: tuple[str, ...] = (),
-    ) -> StartSideExecutionResponse:
-        copied = checks.params("params", params)
-        seconds = self._default_timeout
-        if timeout is not DEFAULT:
-            seconds = checks.seconds_or_none("timeout", timeout)
+    def _start(self, request: _Request) -> StartSideExecutionResponse:
+        params = checks.params("params", request.params)
+        timeout = self._default_timeout
+        if request.timeout is not DEFAULT:
+            timeout = checks.seconds_or_none("timeout", request.timeout)
+        thread_id = request.thread_id
         thread = None if thread_id is None else checks.text("thread_id", thread_id)
-        directory = self._cwd if cwd is None else checks.absolute(checks.path("cwd", cwd))
-        environment = checks.environment("env", env)
-        bounds = Limits._check(limits) or self._limits
+        cwd = self._cwd
+        if request.cwd is not None:
+            cwd = checks.absolute(checks.path("cwd", request.cwd))
+        environment = checks.environment("env", request.env)
+        limits = Limits._check(request.limits) or self._limits
+        on_output = request.on_output
         if on_output is not None and not callable(on_output):
             raise TypeError(f"on_output must be callable, not {type(on_output).__name__}")
+        block = request.block
 
-        def answer(
-            execution: Execution | None, error: str | None
-        ) -> StartSideExecutionResponse:
+        def answer(execution: Execution | None, error: str | None) -> StartSideExecutionResponse:
             data = StartData(
                 side_execution_id=None if execution is None else execution.id,
-                code=code,
+                code=request.code,
                 action_block=block,
                 status="failed" if execution is None else "running",
                 start_time=None if execution is None else execution.start_time,
-                params=copied,
-                timeout=seconds,
+                params=params,
+                timeout=timeout,
             )
             message = "not started" if execution is None else "started"
             return StartSideExecutionResponse(data, error is None, message, error, thread_id=thread)
 
-        error = self._why_not(directory, block)
+        error = self._why_not(cwd, block)
         if error is not None:
             return answer(None, error)
-        try:
-            host = self._running_host()
-        except (OSError, RuntimeError) as problem:
-            return answer(None, f"could not start the manager's thread: {problem}")
-        if self._is_closed:
-            self.close()  # a call of it has come in between, and found no host yet
-            return answer(None, CLOSED)
+        frame = {
+            "code": None if request.code is None else _dedent(request.code),
+            "block": None if block is None else checks.absolute(block),
+            "args": request.args,
+            "params": params,
+            "cwd": cwd or _current_directory(),
+            "umask": procfs.umask(),
+            "limits": limits._to_request(),
+        }
+        id = os.urandom(16).hex()
+        engine = self._engine
         execution = Execution(
-            os.urandom(16).hex(),
+            id,
+            protocol.pack(protocol.RUN, marshal.dumps(frame, 2)),
             Output(self._max_output, self._texts),
+            None if on_output is None else Delivery(id, on_output),
             thread_id=thread,
             action_block=block,
-            timeout=seconds,
+            timeout=timeout,
+            on_end=engine.on_end,
         )
-        if on_output is not None:
-            execution.delivery = Delivery(execution.id, on_output)
-        request = {
-            "code": source,
-            "block": None if block is None else checks.absolute(block),
-            "args": args,
-            "params": copied,
-            "cwd": directory or _current_directory(),
-            "limits": bounds._to_request(),
-        }
-        frame = protocol.pack(protocol.RUN, marshal.dumps(request, 2))
         inherited = environment is None
         if environment is None:
             environment = self._environment
         if environment is None:
             environment = _current_environment()
-        host.journal.level = logger.getEffectiveLevel()
-        # The loop makes it known before it sends it: whatever a signal handler raises
-        # in here, there is either nothing to lose or an execution that can be listed.
-        host.loop.post(lambda: host.start(execution, frame, environment, inherited))
-        execution.changed.wait_for(
-            lambda: execution.is_started or execution.end is not None or host.loop.ended
-        )
-        if not execution.is_started and execution.stop_reason is None:
-            return answer(None, execution.refused or CLOSED)
-        logger.debug("%s is started", execution.id)
+        engine.start(execution, environment, is_default=inherited)
+        if execution.state is State.REFUSED:
+            return answer(None, execution.refusal)
+        logger.debug("%s is started", id)
         return answer(execution, None)
 
     def _why_not(self, cwd: str | None, block: str | None) -> str | None:
         """What can be seen to be wrong before anything is started."""
-        if self._is_closed:
+        if self._engine.is_closing:
             return CLOSED
         if self._is_foreign():
             return self._foreign()
+        patcher = sys.modules.get("eventlet.patcher")
+        if patcher is not None and patcher.is_monkey_patched("thread"):
+            return (
+                "eventlet has replaced the threads of this process, which are needed here:"
+                " call eventlet.monkey_patch(thread=False), or use gevent"
+            )
         if cwd is not None and not checks.is_directory(cwd):
             return f"no such directory: {cwd!r}; cwd must be one that exists"
         if block is not None:
-            return blocks.why_not_runnable(block)
-        return None
+            from .blocks import why_not_runnable
 
-    def _running_host(self) -> Host:
-        host: Host | None = self.__dict__.get("_host")
-        if host is None:
-            made = Host(self._settings, self._executions)
-            # Atomic, where a lock could be held by what this interrupts.
-            host = self.__dict__.setdefault("_host", made)
-            assert host is not None
-            if host is not made:
-                made.loop.close_unstarted()
-            self._process = os.getpid()
-        host.loop.start()
-        return host
+            return why_not_runnable(block)
+        return None
 
     # -- asking
 
@@ -310,7 +308,7 @@ class ExecutionManager:
         For an unknown id `success` is false and the status `not_found`.
         """
         id = checks.text("side_execution_id", side_execution_id)
-        return self._status_response(id, self._executions.get(id))
+        return self._status_response(id, self._engine.executions.get(id))
 
     def _status_response(
         self, id: str, execution: Execution | None
@@ -329,7 +327,7 @@ class ExecutionManager:
         result = execution.reported if end is None else end.result
         data = StatusData(
             side_execution_id=id,
-            status="running" if end is None else end.status,
+            status=execution.status,
             start_time=execution.start_time,
             end_time=None if end is None else end.time,
             duration=duration,
@@ -367,12 +365,13 @@ class ExecutionManager:
         """
         id = checks.text("side_execution_id", side_execution_id)
         limit = checks.seconds_or_none("timeout", timeout)
-        execution = self._executions.get(id)
+        execution = self._engine.executions.get(id)
         if execution is not None:
-            began = time.monotonic()
+            until = None if limit is None else time.monotonic() + limit
             if execution.changed.wait_for(self._is_over(execution), limit):
-                left = math.inf if limit is None else limit - (time.monotonic() - began)
-                self._wait_for_callbacks([execution], left)
+                if execution.delivery is not None:
+                    left = None if until is None else max(0.0, until - time.monotonic())
+                    execution.delivery.wait(left)
         # Of the one that was waited for, which may be forgotten already.
         return self._status_response(id, execution)
 
@@ -386,7 +385,7 @@ class ExecutionManager:
         known there.
         """
         id = checks.text("side_execution_id", side_execution_id)
-        execution = self._executions.get(id)
+        execution = self._engine.executions.get(id)
         if execution is None:
             raise SideExecutionError(self.get_status(id))
         return execution.output.follow(self._is_over(execution))
@@ -396,9 +395,9 @@ class ExecutionManager:
         if status is not None and checks.text("status", status) not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
         found = []
-        for execution in list(self._executions.values()):
+        for execution in list(self._engine.executions.values()):
             end = execution.end
-            current: Status = "running" if end is None else end.status
+            current = execution.status
             if status is None or status == current:
                 found.append(
                     ExecutionSummary(
@@ -417,6 +416,8 @@ class ExecutionManager:
 
         `success` is false where there is no such directory.
         """
+        from . import blocks
+
         return blocks.find(checks.path("path", path))
 
     # -- stopping
@@ -438,7 +439,7 @@ class ExecutionManager:
         self, *, grace: float | None = None, force: bool = False
     ) -> list[StopSideExecutionResponse]:
         """Stop everything that runs, side by side; one response for each of them."""
-        running = [each.id for each in list(self._executions.values()) if each.end is None]
+        running = [each.id for each in list(self._engine.executions.values()) if each.end is None]
         return self._stop(running, self._grace_of(grace, force))
 
     def close(self, *, grace: float | None = None) -> None:
@@ -448,31 +449,26 @@ class ExecutionManager:
         waits for the first one.
         """
         seconds = self._grace_of(grace, False)
-        self._is_closed = True
-        host: Host | None = self.__dict__.get("_host")
-        if host is None or self._is_foreign():
-            return
-        host.is_closing = True  # from here on, what a start has posted already is refused
-        host.loop.close_unstarted()
-        host.loop.post(lambda: host.close(seconds))
-        host.loop.ending.wait_for(lambda: host.loop.is_closed)
-        self._wait_for_callbacks(list(self._executions.values()))
+        self._engine.is_closing = True
+        if not self._is_foreign():
+            self._engine.close(seconds, wait=True)
+            self._wait_for_callbacks(list(self._engine.executions.values()), seconds)
 
     def _grace_of(self, grace: float | None, force: bool) -> float:
         own = self._grace if grace is None else checks.seconds("grace", grace)
         return 0.0 if checks.flag("force", force) else own
 
     def _stop(self, ids: list[str], grace: float) -> list[StopSideExecutionResponse]:
-        host: Host | None = self.__dict__.get("_host")
-        executions = {id: self._executions.get(id) for id in ids}
+        executions = {id: self._engine.executions.get(id) for id in ids}
+        known = [each for each in executions.values() if each is not None]
         caller = object()
-        for id, execution in executions.items():
-            if execution is not None and execution.end is None and host is not None:
-                host.loop.post(functools.partial(host.stop, id, "requested", grace, caller))
-        for execution in executions.values():
-            if execution is not None:
-                execution.changed.wait_for(self._is_over(execution))
-        self._wait_for_callbacks([each for each in executions.values() if each is not None])
+        if not self._is_foreign():
+            for execution in known:
+                execution.stop("requested", grace, caller)
+                logger.debug("%s is to stop", execution.id)
+        for execution in known:
+            execution.changed.wait_for(self._is_over(execution))
+        self._wait_for_callbacks(known, grace)
         return [self._stop_response(id, executions[id], caller) for id in ids]
 
     def _stop_response(
@@ -483,15 +479,16 @@ class ExecutionManager:
                 StopData(id, "not_found"), False, None, _unknown(id)
             )
         end = execution.end
-        status: StopStatus = "running" if end is None else end.status
+        status: StopStatus = execution.status
         error = None
         if end is None:
-            error = self._foreign() if self._is_foreign() else _why_lost()
+            error = self._foreign() if self._is_foreign() else SHUTTING_DOWN
         elif end.stuck:
             error = end.error
         elif status != "stopped":
             error = f"the execution {id} has {status} already: there is nothing to stop"
-        if status == "stopped" and execution.stopped_by is not caller:
+        stopping = execution.stopping
+        if status == "stopped" and (stopping is None or stopping.caller is not caller):
             status = "already_stopped"
         data = StopData(
             side_execution_id=id,
@@ -511,45 +508,44 @@ class ExecutionManager:
 
     def _signal_all(self, signum: int) -> None:
         """Signal the processes of all executions: for the command line's Ctrl-Z."""
-        for execution in list(self._executions.values()):
-            if execution.end is None and execution.keeper_pid is not None:
-                suspending.signal_tree(execution.keeper_pid, signum)
+        for execution in self._engine.running():
+            if execution.owner is not None:
+                suspending.signal_tree(execution.owner.keeper_pid, signum)
 
     # -- what the methods share
 
     def _is_foreign(self) -> bool:
         """Whether this process was forked from the one that the manager works in."""
-        return self._process != os.getpid() and "_host" in self.__dict__
+        return self._engine.process not in (None, os.getpid())
 
     def _foreign(self) -> str:
         return (
-            f"this manager belongs to process {self._process}, from which this one was"
+            f"this manager belongs to process {self._engine.process}, from which this one was"
             " forked: make a new ExecutionManager here"
         )
 
     def _is_over(self, execution: Execution) -> Callable[[], bool]:
-        loop = self.__dict__["_host"].loop
-        process = self._process
-        return lambda: execution.end is not None or loop.ended or os.getpid() != process
+        process = self._engine.process
+        return lambda: execution.end is not None or os.getpid() != process
 
-    def _wait_for_callbacks(
-        self, executions: list[Execution], timeout: float = WAIT_LIMIT
-    ) -> None:
-        """Let `on_output` come to an end for all of them, `timeout` seconds at most."""
-        until = time.monotonic() + timeout
+    def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
+        """Let `on_output` have the rest, for so long in all; what it has not got is lost."""
+        until = time.monotonic() + grace
         for execution in executions:
-            if execution.delivery is not None:
-                execution.delivery.wait(until)
+            delivery = execution.delivery
+            if delivery is not None and not delivery.wait(max(0.0, until - time.monotonic())):
+                delivery.abandon()
 
     def _usage(self, execution: Execution) -> tuple[int | None, float | None]:
         """Memory in bytes and processor time in percent, read anew when they are old."""
-        if execution.keeper_pid is None:
+        owner = execution.owner
+        if owner is None or not owner.keeper_pid:
             return None, None
         at = time.monotonic()
         last = execution.usage
         if last is not None and at - last.at < USAGE_AGE:
             return last.memory, last.percent
-        used = procfs.usage_of_tree(execution.keeper_pid)
+        used = procfs.usage_of_tree(owner.keeper_pid)
         if used is None:
             return None, None
         since, before = (execution.started_at, 0.0) if last is None else (last.at, last.cpu)
@@ -558,10 +554,15 @@ class ExecutionManager:
         return used.memory, percent
 
 
-def _why_lost() -> str:
-    if sys.is_finalizing():
-        return "the interpreter is shutting down: its executions are stopped when it has ended"
-    return "somebody has closed this manager's descriptors: make a new ExecutionManager"
+def _dedent(code: str) -> str:
+    """`code` without the indentation of its first line, if it has one, or a BOM."""
+    code = code.removeprefix("\ufeff")  # as of a file
+    lines = (line for line in code.splitlines() if line.strip())
+    if next(lines, "")[:1] not in (" ", "\t"):
+        return code
+    import textwrap
+
+    return textwrap.dedent(code)
 
 
 def _unknown(id: str) -> str:

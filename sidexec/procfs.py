@@ -47,6 +47,12 @@ def parent_of(pid: int) -> int | None:
     return None if fields is None else int(fields[1])
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process; false where that can't be told."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
+
+
 def began_at(pid: int) -> float | None:
     """When a process began, in seconds of CLOCK_BOOTTIME, rounded down to a tick."""
     fields = _stat(pid)
@@ -77,6 +83,16 @@ def group(leader: int) -> list[int] | None:
         if fields is not None and int(fields[2]) == leader and fields[0] not in (b"Z", b"X"):
             found.append(pid)
     return found if pids else None
+
+
+def umask() -> int | None:
+    """This process's own, without setting it."""
+    try:
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            found = file.read(4096).partition(b"\nUmask:")[2].split(None, 1)
+            return int(found[0], 8) if found else None
+    except OSError:
+        return None
 
 
 def _tick() -> float:

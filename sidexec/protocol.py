@@ -11,12 +11,12 @@ HEADER = 5
 
 # host -> launcher
 FORK = b"F"  # bring up one keeper and snippet, now
-FORK_AHEAD = b"A"  # the same, and it may take longer
+FORK_AHEAD = b"A"  # have one more ready, once nothing else was asked for in a while
 KILL = b"K"  # "<keeper pid>": end a keeper that does not answer
 
 # launcher -> host
 LOADED = b"L"  # the modules to preload are there; or why not, as text
-PAIR = b"P"  # "<keeper pid>", with the host's four descriptors attached
+PAIR = b"P"  # "<keeper pid> <1 if forked ahead, else 0>", with the host's four descriptors attached
 LOST = b"X"  # "<keeper pid> <exit code> <pid that can't be killed>...": swept
 
 # launcher -> host and keeper -> host
@@ -54,19 +54,23 @@ class ProtocolError(Exception):
     """A peer sent what is not a frame, or more than its kind may hold."""
 
 
-def is_too_deep(value: object) -> bool:
-    """Whether lists, tuples and dicts stand in each other more than `MAX_DEPTH` deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, (list, tuple, dict))
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return False
-    return True
+def is_too_deep(json: bytes) -> bool:
+    """Whether lists and dicts stand in each other more than `MAX_DEPTH` deep.
+
+    Judged without parsing: a parser that recurses could take a thread's whole stack.
+    """
+    if json.count(b"[") + json.count(b"{") <= MAX_DEPTH:
+        return False
+    # Escapes stand in strings only, and strings between every second pair of quotes.
+    outside = b"".join(json.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    brackets = outside.translate(_AS_ONE_KIND, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
+
+
+_AS_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(each for each in range(256) if each not in b"[]{}")
 
 
 def pack(kind: bytes, payload: bytes = b"") -> bytes:

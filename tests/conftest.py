@@ -83,22 +83,6 @@ def descriptors():
     return {fd: name for fd, name in found.items() if not name.startswith("/proc/")}
 
 
-def pid_of(pidfd):
-    with open(f"/proc/self/fdinfo/{pidfd}") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return int(lines["Pid"])
-
-
-def pidfds():
-    """The processes of which this one has a pidfd."""
-    found = set()
-    for fd, name in descriptors().items():
-        if name == "anon_inode:[pidfd]":
-            with contextlib.suppress(OSError):
-                found.add(pid_of(fd))
-    return found
-
-
 @contextlib.contextmanager
 def nothing_left():
     """Check that a block leaves no child, thread or descriptor of this process behind."""

@@ -12,7 +12,8 @@ import pytest
 from conftest import descriptors, tree
 
 import sidexec
-from sidexec import ExecutionManager, payload
+from sidexec import ExecutionManager
+from sidexec.engine import payload
 
 ROOT = str(pathlib.Path(sidexec.__file__).parent.parent)
 NESTED = f"""

@@ -147,14 +147,14 @@ def test_what_runs_can_be_watched_stopped_and_closed_without_a_descriptor_left(h
 def test_descriptors_that_run_out_while_the_launcher_comes_up_are_told(host):
     # Another thread takes them after the interpreter is started, before it has answered.
     found = host(DESCRIPTORS + textwrap.dedent("""
-        from sidexec import interpreter
-        made = interpreter.Interpreter.__init__
+        from sidexec.engine.process import Process
+        made = Process.__init__
         stack = contextlib.ExitStack()
         def make(self, *args):
             made(self, *args)
             if count is not None:
                 stack.enter_context(few_left(count))
-        interpreter.Interpreter.__init__ = make
+        Process.__init__ = make
         found = []
         for count in (0, 1, 2, 3):
             manager = sidexec.ExecutionManager(grace_period=5)
@@ -274,7 +274,7 @@ def test_later_starts_with_few_processes_left_work_or_say_why_not(host):
 
 # The other side's code is patched on its way: where it forks, it fails while a file is there.
 FORKS = HELPERS + """
-from sidexec import payload
+from sidexec.engine import payload
 where, flag = sys.argv[2], sys.argv[3]
 load = payload._load
 def patched(name, as_source):
@@ -452,17 +452,3 @@ def test_without_a_thread_left_for_on_output_a_start_says_so(monkeypatch, manage
     started = manager.start_with_code("print('hello')", on_output=chunks.append)
     manager.wait(started.raise_for_error().data.side_execution_id)
     assert "".join(chunk.text for chunk in chunks) == "hello\n"
-
-
-def test_without_a_thread_left_for_logging_everything_else_goes_on(monkeypatch, manager, run):
-    import logging
-
-    run("pass")
-    monkeypatch.setattr(logging.getLogger("sidexec"), "level", logging.DEBUG)
-    logging.getLogger("sidexec").manager._clear_cache()
-    with monkeypatch.context() as patch:
-        patch.setattr(_thread, "start_new_thread", no_threads)
-        started = manager.start_with_code("import time\ntime.sleep(60)").raise_for_error()
-        assert manager.stop(started.data.side_execution_id, force=True).data.status == "stopped"
-    logging.getLogger("sidexec").manager._clear_cache()
-    assert run("return 5").result == 5

@@ -418,9 +418,11 @@ def test_the_host_neither_hangs_nor_complains_at_its_exit(trace, name):
 KILLED_WHILE_IT_STOPS = """
 import os, signal, sys, time
 import sidexec
-from sidexec.pair import Pair
+from sidexec.engine.pair import Sender
 
-def die(pair, fd, data):
+def die(sender, data, send=Sender.send):
+    if sys.argv[2] == "after":
+        send(sender, data)
     os.kill(os.getpid(), signal.SIGKILL)
 
 manager = sidexec.ExecutionManager(grace_period=10.0)
@@ -428,9 +430,7 @@ code = "import time\\ntry:\\n  print('ready')\\n  time.sleep(60)\\nfinally:\\n  
 id = manager.start_with_code(code, {"path": sys.argv[1]}).raise_for_error().data.side_execution_id
 while manager.get_status(id).data.output != "ready\\n":
     time.sleep(0.002)
-if sys.argv[2] == "before":
-    Pair._write = die
-Pair._ask = lambda pair: die(pair, 0, b"")
+Sender.send = die
 manager.stop(id)
 """
 

@@ -12,8 +12,8 @@ import programs
 import sidexec
 from conftest import children, eventually, nothing_left
 from programs import Process, Trace
-from sidexec import supervision
 from test_without_kernel_help import taken_away
+from sidexec.engine import thread
 
 GRACE = 0.5
 # How long past its grace a stop may take when the keeper itself does not answer.
@@ -284,7 +284,7 @@ def test_what_a_launcher_fails_of_is_told(trace, caplog):
 
 
 def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
-    monkeypatch.setattr(supervision, "SWEEP_ALLOWANCE", 1.0)
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 1.0)
     id = begin(manager, trace)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
     began = time.monotonic()

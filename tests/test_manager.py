@@ -21,7 +21,7 @@ import pytest
 from conftest import eventually, is_alive, nothing_left, tree
 
 import sidexec
-import sidexec.host
+import sidexec.engine.engine
 from sidexec import ExecutionManager, Limits, SideExecutionError
 
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
@@ -604,7 +604,7 @@ def test_without_history_stop_and_wait_still_answer_for_what_they_waited_for(mak
 
 @pytest.mark.parametrize("code", ["print('x' * 399)", "return 'x' * 398"])
 def test_the_bytes_that_are_remembered_are_bounded(make_manager, monkeypatch, code):
-    monkeypatch.setattr(sidexec.host, "MAX_REMEMBERED_BYTES", 1000)
+    monkeypatch.setattr(sidexec.engine.engine, "MAX_REMEMBERED_BYTES", 1000)
     manager = make_manager()
     ids = []
     for _ in range(4):
@@ -615,7 +615,7 @@ def test_the_bytes_that_are_remembered_are_bounded(make_manager, monkeypatch, co
 
 
 def test_the_newest_is_remembered_whatever_it_holds(make_manager, monkeypatch):
-    monkeypatch.setattr(sidexec.host, "MAX_REMEMBERED_BYTES", 1000)
+    monkeypatch.setattr(sidexec.engine.engine, "MAX_REMEMBERED_BYTES", 1000)
     manager = make_manager()
     small = manager.start_with_code("print(1)").data.side_execution_id
     manager.wait(small)
@@ -760,8 +760,9 @@ def test_a_manager_that_is_dropped_stops_what_runs(tmp_path):
             on_output=lambda chunk: None,
         )
         eventually((tmp_path / "up").exists)
-        del manager
-        gc.collect()
+        with pytest.warns(ResourceWarning, match="1 running"):
+            del manager
+            gc.collect()
         eventually((tmp_path / "down").exists)
 
 
@@ -893,7 +894,7 @@ def test_python_is_the_interpreter_that_runs_the_snippets(make_manager, tmp_path
 INTERPRETERS = [
     path
     for path in sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python")))
-    if int(path.split("versions/3.")[1].split(".")[0]) >= 9
+    if int(path.split("versions/3.")[1].split(".")[0]) >= 10
 ]
 
 

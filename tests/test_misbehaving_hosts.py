@@ -374,21 +374,21 @@ def end_workers():
 )
 def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, place):
     took = host(WORKER + textwrap.dedent("""
-        from sidexec import interpreter
+        from sidexec.engine.process import Process
         place = sys.argv[2]
-        made, spawn = interpreter.Interpreter.__init__, os.posix_spawnp
+        made, spawn = Process.__init__, os.posix_spawn
         def make(self, *args):  # another thread of the host may fork at any moment
             if place == "boot_begins":
                 fork_worker()
             made(self, *args)
             if place == "boot_ends":
                 fork_worker()
-        interpreter.Interpreter.__init__ = make
+        Process.__init__ = make
         if place == "boot":
             def fork_and_spawn(*args, **options):
                 fork_worker()
                 return spawn(*args, **options)
-            os.posix_spawnp = fork_and_spawn
+            os.posix_spawn = fork_and_spawn
         manager = sidexec.ExecutionManager(grace_period=2)
         if place == "before":
             fork_worker()
@@ -679,5 +679,5 @@ def test_a_handler_may_come_between_two_instructions(host, op, act):
 @traces_opcodes
 @pytest.mark.parametrize("act", one_in(3, ["raise", "stop", "start"]))
 def test_a_handler_may_come_while_a_call_is_handed_to_the_manager(host, act):
-    script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/loop.py')")
+    script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/engine/')")
     assert host(script, "stop", act, 1, 0) > 5

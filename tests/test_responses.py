@@ -16,7 +16,7 @@ from conftest import eventually
 import sidexec
 from conftest import eventually
 from sidexec import SideExecutionError
-from sidexec.waiting import Bell
+from sidexec.engine.waiting import Bell
 
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 ENVELOPE = ["type", "data", "success", "message", "error", "messageId", "threadId"]

@@ -15,7 +15,7 @@ import programs
 import sidexec
 from conftest import children, eventually, nothing_left, tree
 from programs import Process, Trace
-from sidexec import payload
+from sidexec.engine import payload
 
 GRACE = 0.5
 MOMENT = 2.0
@@ -43,7 +43,7 @@ def is_ours():
 REPLACE = """
 import sys
 import sidexec
-from sidexec import payload
+from sidexec.engine import payload
 
 def take_away(without, load=payload.load):
     def variant(as_source=False):

@@ -47,6 +47,8 @@ WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
 # How long past its grace period a keeper may take when the host is gone.
 SWEEP_ALLOWANCE = 4.0
 MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
+# How long a fork ahead leaves the processors to the snippet that has just started.
+AHEAD_AFTER = 0.003
 
 
 class Launcher:
@@ -65,6 +67,7 @@ class Launcher:
         self._host: int | None = None
         self._is_warm = False
         self._deadline: float | None = None  # for the keepers, once the host is gone
+        self._ahead_at: float | None = None
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -86,6 +89,8 @@ class Launcher:
         timeout = 1.0 if self._host is None else MAX_TIMEOUT
         if self._deadline is not None:
             timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
+        if self._ahead_at is not None:
+            timeout = min(timeout, max(0.0, self._ahead_at - time.monotonic()))
         for fd, _ in self._poll.poll(int(timeout * 1000) + 1):
             if fd == self._wake:
                 os.read(fd, 65536)
@@ -100,6 +105,10 @@ class Launcher:
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGKILL)
             self._deadline = float("inf")
+        if self._ahead_at is not None and time.monotonic() >= self._ahead_at:
+            self._ahead_at = None
+            if self._warm_up():
+                self._fork(ahead=True)
 
     def _set_signals(self) -> None:
         """Be deaf to what is meant for others, and pass on a clean slate.
@@ -169,8 +178,7 @@ class Launcher:
             if kind == FORK:
                 self._fork()
             elif kind == FORK_AHEAD:
-                if self._warm_up():
-                    self._fork()
+                self._ahead_at = time.monotonic() + AHEAD_AFTER
             elif kind == KILL and int(payload) in self._keepers:
                 kernel.signal_process(int(payload), _signal.SIGKILL)
         if not data:
@@ -205,7 +213,7 @@ class Launcher:
             gc.collect()
         return True
 
-    def _fork(self) -> None:
+    def _fork(self, *, ahead: bool = False) -> None:
         fds: list[int] = []
         gc.freeze()  # a collection in the child would touch, and so copy, every page
         try:
@@ -214,7 +222,8 @@ class Launcher:
             pid = os.fork()
         except OSError as error:
             kernel.close_all(fds)
-            self._send(REFUSED, f"could not fork a keeper: {error.strerror}".encode())
+            if not ahead:
+                self._send(REFUSED, f"could not fork a keeper: {error.strerror}".encode())
             return
         control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
         for_host = [control, channel, out, err]
@@ -233,7 +242,8 @@ class Launcher:
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
         try:
             self._socket.sendmsg(
-                [pack(PAIR, str(pid).encode())], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)]
+                [pack(PAIR, f"{pid} {int(ahead)}".encode())],
+                [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
             )
         except OSError as error:
             self._send(REFUSED, f"could not send descriptors: {error.strerror}".encode())

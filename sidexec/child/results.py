@@ -31,7 +31,7 @@ def to_json(value: object, what: str, library: Library) -> bytes:
     json = library.module("json")
     try:
         data: bytes = json.dumps(value, allow_nan=False).encode()
-        if is_too_deep(value):
+        if is_too_deep(data):
             raise ValueError
     except (TypeError, ValueError, RecursionError) as error:
         try:

@@ -35,6 +35,7 @@ REHEARSAL: dict[str, Any] = {
     "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
     "block": None,
     "cwd": None,
+    "umask": None,
     "limits": {},
 }
 
@@ -147,6 +148,8 @@ class Snippet:
     def _load(self, request: dict[str, Any]) -> CodeType:
         if request["cwd"] is not None:
             os.chdir(request["cwd"])
+        if request["umask"] is not None:
+            os.umask(request["umask"])
         main: ModuleType = type(sys)("__main__")
         sys.modules["__main__"] = main
         self._namespace = namespace = vars(main)

@@ -9,9 +9,35 @@ lock among their callers, and a handler that comes back in finds it taken.)
 from __future__ import annotations
 
 import _thread
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
+
+
+def native(module: str, name: str) -> Any:
+    """The interpreter's own `module.name`, even where gevent has replaced it.
+
+    The engine's threads have to be threads of the system: a greenlet that waits for a
+    descriptor, or for a process, would hold up everything else in its thread.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None:
+        return monkey.get_original(module, name)
+    return getattr(importlib.import_module(module), name)
+
+
+def native_subprocess() -> Any:
+    """The module `subprocess`; where gevent has taken it apart, one of our own."""
+    if "gevent.monkey" not in sys.modules:
+        return importlib.import_module("subprocess")
+    spec = importlib.util.find_spec("subprocess")
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._USE_POSIX_SPAWN = False  # that one is gevent's
+    return module
 
 
 class Bell:

@@ -50,7 +50,7 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # is called from here, so that this frame is the only one below it. 3 is `asking.SETTLING`.
 BOOT = """\
 import sys
-if sys.version_info<(3,9):sys.exit("Python 3.9 or newer is needed, this is "+sys.version)
+if sys.version_info<(3,10):sys.exit("Python 3.10 or newer is needed, this is "+sys.version)
 import os,marshal,_frozen_importlib_external as e
 os.environ.pop("%s",None)
 try:os.setsid()
@@ -113,10 +113,10 @@ def load(as_source: bool = False) -> list[tuple[str, bool, CodeType | str]]:
 
 
 def _load(name: str, as_source: bool) -> CodeType | str:
-    assert __package__ is not None
-    full_name = f"{__package__}.{name}"
+    root = __name__.rpartition(".")[0].rpartition(".")[0]
+    full_name = f"{root}.{name}"
     package = name.rpartition(".")[0]
-    places = [os.path.join(place, package) for place in sys.modules[__package__].__path__]
+    places = [os.path.join(place, package) for place in sys.modules[root].__path__]
     is_there = False
     # The others, such as that of a frozen program, whose modules stand in an archive.
     for finder in (importlib.machinery.PathFinder, *sys.meta_path):
@@ -142,4 +142,4 @@ def _load(name: str, as_source: bool) -> CodeType | str:
 
 def _name_the_modules() -> None:
     """Never called: what it imports is found by packagers, such as PyInstaller."""
-    from .child import launcher  # noqa: F401
+    from ..child import launcher  # noqa: F401

@@ -1,0 +1,133 @@
+"""Handing an execution's output to `on_output`, in a thread of its own.
+
+Every chunk is handed over, in order. While the callback is far behind, no more output is
+read, and the snippet waits as it would for any slow reader: but not once it is asked to
+stop, since its cleanup must not wait for the very callback that stops it. What is never
+handed over is logged, in bytes.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import queue
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .output import STREAMS, Decoder, OutputChunk, Stream
+from .waiting import Bell, native
+
+logger = logging.getLogger(__name__)
+
+# The backlog, in bytes, at which reading pauses, and the most that is kept where it can't.
+PAUSE_AT = 1024 * 1024
+MOST = 16 * 1024 * 1024
+
+
+class Delivery:
+    def __init__(self, id: str, call: Callable[[OutputChunk], object]) -> None:
+        self._id = id
+        self._call = call
+        self._queue: Any = native("queue", "SimpleQueue")()
+        self._put = self._taken = self._dropped = 0
+        self._is_abandoned = False
+        self._is_over = False
+        self._over = Bell()
+        self._thread: int | None = None
+        # The caller's: what the callback starts inherits it.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._wake: Callable[[], object] | None = None
+
+    # -- from the execution's thread
+
+    def start(self) -> None:
+        """Raises `RuntimeError` where there are no threads left."""
+        self._thread = 0
+        native("_thread", "start_new_thread")(self._run, ())
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        self._put += len(data)
+        self._queue.put((stream, data))
+        while self._backlog > MOST:
+            try:
+                self._dropped += len(self._queue.get_nowait()[1])
+            except queue.Empty:
+                break
+
+    def is_full(self, wake: Callable[[], object]) -> bool:
+        """Whether to read no further; `wake` is called when there is room."""
+        if self._backlog <= PAUSE_AT:
+            return False
+        self._wake = wake
+        # Looked at again: room that was made meanwhile has woken nobody.
+        return self._backlog > PAUSE_AT // 2
+
+    def end(self) -> None:
+        """Nothing more will be put."""
+        if self._thread is None:
+            self._is_over = True
+            self._over.ring()
+        self._queue.put(None)
+
+    # -- from any thread
+
+    @property
+    def _backlog(self) -> int:
+        return self._put - self._taken - self._dropped
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until all of it is handed over, but not for oneself; whether it is."""
+        if self._thread == _thread.get_ident():
+            return True
+        return self._over.wait_for(lambda: self._is_over, timeout)
+
+    def abandon(self) -> None:
+        """Hand over nothing more once the callback returns, and say so."""
+        if not self._is_abandoned:
+            self._is_abandoned = True
+            self._log_loss(self._put - self._taken)
+
+    # -- its own thread
+
+    def _run(self) -> None:
+        self._thread = _thread.get_ident()
+        decoders = {stream: Decoder(stream) for stream in STREAMS}
+        while True:
+            item = self._queue.get()
+            if item is None:
+                break
+            stream, data = item
+            if self._is_abandoned:
+                continue
+            self._taken += len(data)
+            self._hand_over(decoders[stream].feed(data))
+            wake = self._wake
+            if wake is not None and self._backlog <= PAUSE_AT // 2:
+                self._wake = None
+                wake()
+        if not self._is_abandoned:
+            for decoder in decoders.values():
+                self._hand_over(decoder.feed(b"", final=True))
+        self._is_over = True
+        self._over.ring()
+        if not self._is_abandoned:
+            self._log_loss(self._dropped)
+
+    def _log_loss(self, size: int) -> None:
+        if size:
+            logger.warning("on_output of %s never got %d bytes", self._id, size)
+
+    def _hand_over(self, chunks: Iterator[OutputChunk]) -> None:
+        for chunk in chunks:
+            # Blocked otherwise, as in every thread of ours: a signal meant for the host
+            # must not come where no handler can run.
+            blocked = signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            try:
+                self._call(chunk)
+            except BaseException:
+                # Whatever it is, it is the callback's own affair: even `SystemExit`
+                # would only end this thread, and the output after it would be lost.
+                logger.exception("on_output of %s raised", self._id)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

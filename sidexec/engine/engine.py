@@ -1,0 +1,166 @@
+"""The engine of one manager: its launchers, its executions, and what is remembered of them.
+
+Responsible for which launcher a start goes to, for how long is waited until it has begun,
+and for the order in which everything is closed. Every method is for any thread and for
+signal handlers: what several of them change at once changes in one atomic step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+
+from .execution import NOBODY, Execution, State
+from .launcher import Launcher, Settings
+from .pair import LOOK_INTERVAL
+from .waiting import native
+
+CLOSED = "this manager is closed: make a new ExecutionManager"
+# What finished executions may hold together, of output and results.
+MAX_REMEMBERED_BYTES = 256 * 1024 * 1024
+# The longest that a start may take, whatever becomes of the processes that it needs.
+START_LIMIT = 60.0
+
+
+class Engine:
+    def __init__(self, settings: Settings, max_history: int) -> None:
+        """Starts nothing: the first `start` does."""
+        self.executions: dict[str, Execution] = {}
+        self.is_closing = False
+        self.process: int | None = None  # in which it was first used
+        self._settings = settings
+        self._max_history = max_history
+        self._running: dict[str, Execution] = {}
+        self._launchers: list[Launcher] = []
+        self._ended: deque[Execution] = deque()
+        # These two are only touched by who has the lock, and nobody waits for that.
+        self._counting = native("_thread", "allocate_lock")()
+        self._counted: deque[Execution] = deque()
+        self._bytes_held = 0
+
+    def start(self, execution: Execution, environment: dict[str, str], *, is_default: bool) -> None:
+        """Have it begin; its state and its `refusal` say whether it has.
+
+        In the default environment a pair is forked ahead of need. Whatever a signal
+        handler raises in here, there is either nothing left, or an execution that runs
+        and can be listed.
+        """
+        self.process = self.process or os.getpid()
+        try:
+            self._running[execution.id] = execution
+            self.executions[execution.id] = execution
+            if self.is_closing:
+                self._refuse(execution, CLOSED)
+            until = time.monotonic() + START_LIMIT
+            while execution.state is State.WAITING:
+                self._begin(execution, self._launcher(environment, is_default), until)
+        except RuntimeError as problem:
+            self._refuse(execution, f"could not start a thread: {problem}")
+        finally:
+            if not execution.is_queued:  # a signal handler raised, and nobody will take it
+                self._refuse(execution, "its start was interrupted")
+
+    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> None:
+        """Have it begin on `launcher`, unless that is not up any more."""
+        launcher.boot()
+        launcher.submit(execution)
+        while execution.state is State.WAITING and launcher.is_up:
+            if execution.changed.wait_for(lambda: execution.state is not State.WAITING, LOOK_INTERVAL):
+                break
+            if launcher.is_stopped():
+                launcher.abandon("was stopped by a signal: start anew")
+            elif time.monotonic() >= until:
+                launcher.abandon(f"did not answer for {START_LIMIT:g} s: start anew")
+                self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
+        if execution.state is not State.RUNNING:
+            launcher.withdraw(execution)
+
+    def running(self) -> list[Execution]:
+        return list(self._running.values())
+
+    def close(self, grace: float, *, wait: bool) -> None:
+        """Stop everything, then end the launchers; a second call hurries the first."""
+        self.is_closing = True
+        process = os.getpid()
+        running = self.running()
+        for execution in running:
+            execution.stop("closed", grace)
+        if not wait:
+            for launcher in list(self._launchers):
+                launcher.let_go()
+            return
+        for execution in running:
+            execution.changed.wait_for(
+                lambda: execution.state in (State.ENDED, State.REFUSED) or os.getpid() != process
+            )
+        launchers = list(self._launchers)
+        for launcher in launchers:
+            launcher.retire()
+        for launcher in launchers:
+            launcher.changed.wait_for(lambda: launcher.is_gone or os.getpid() != process)
+
+    # -- launchers
+
+    def _launcher(self, environment: dict[str, str], is_default: bool) -> Launcher:
+        """One that is up and runs snippets as the host is now: user, groups, environment."""
+        identity = (os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups())
+
+        def find() -> Launcher | None:
+            for each in list(self._launchers):
+                if each.is_up and each.environment == environment and each.identity == identity:
+                    return each
+            return None
+
+        found = find()
+        if found is None:
+            made = Launcher(self._settings, environment, identity, self._on_gone)
+            # Another call may do the same just now: the first of them in the list counts.
+            self._launchers.append(made)
+            found = find() or made
+            if found is not made:
+                self._launchers.remove(made)
+        if is_default and not found.is_kept:
+            for each in list(self._launchers):
+                if each.is_kept and each is not found:
+                    each.let_go()
+            found.is_kept = True
+        return found
+
+    def _on_gone(self, launcher: Launcher) -> None:
+        if launcher in self._launchers:
+            self._launchers.remove(launcher)
+
+    def _refuse(self, execution: Execution, reason: str) -> None:
+        if execution.claim(NOBODY):
+            execution.refuse(reason)
+
+    # -- what is remembered
+
+    def on_end(self, execution: Execution) -> None:
+        """It has ended, or was refused; the first call counts."""
+        if self._running.pop(execution.id, None) is None:
+            return
+        if execution.state is State.REFUSED:
+            self.executions.pop(execution.id, None)
+            return
+        self._ended.append(execution)
+        # Who does not get the lock leaves its own to who has it, and looks again after.
+        while self._ended and self._counting.acquire(False):
+            try:
+                self._count_and_forget()
+            finally:
+                self._counting.release()
+
+    def _count_and_forget(self) -> None:
+        while self._ended:
+            execution = self._ended.popleft()
+            self._counted.append(execution)
+            self._bytes_held += execution.bytes_held
+        newest = 1  # is kept whatever it holds, or it could never be asked for
+        while len(self._counted) > self._max_history or (
+            self._bytes_held > MAX_REMEMBERED_BYTES and len(self._counted) > newest
+        ):
+            oldest = self._counted.popleft()
+            self._bytes_held -= oldest.bytes_held
+            self.executions.pop(oldest.id, None)

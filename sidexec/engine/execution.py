@@ -1,0 +1,248 @@
+"""One execution as this side knows it: what came of it so far, how it is stopped, how it ended.
+
+Any thread may read it, at any time, and stop it. All else is set by its one owner: the
+thread that took its request, or whoever claimed it before one did. It neither reads
+descriptors nor judges an end.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal, Protocol, cast
+
+
+from ..protocol import is_too_deep
+from ..responses import Status, StopReason
+from .delivery import Delivery
+from .output import Output
+from .waiting import Bell
+
+FinalStatus = Literal["completed", "failed", "stopped"]
+
+
+class State(enum.Enum):
+    WAITING = "it waits for a keeper and a snippet"
+    RUNNING = "its code has been sent to a snippet"
+    ENDED = "nothing of it is left"
+    REFUSED = "it could not be started"
+
+
+@dataclass(frozen=True)
+class End:
+    """How an execution ended; set once, after which nothing of it changes."""
+
+    status: FinalStatus
+    time: datetime
+    duration: float
+    exit_code: int | None
+    forced: bool
+    error: str | None
+    result: bytes | None  # JSON
+    stuck: tuple[int, ...]  # pids that the kernel does not let go of
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why an execution is stopped, and by which call."""
+
+    reason: StopReason
+    caller: object
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the tree was last seen to use."""
+
+    at: float
+    cpu: float
+    memory: int
+    percent: float
+
+
+class Owner(Protocol):
+    """Who runs an execution: its pair, once it has one."""
+
+    keeper_pid: int
+
+    def ask(self, grace: float) -> None: ...
+
+
+class _Nobody:
+    keeper_pid = 0
+
+    def ask(self, grace: float) -> None:
+        pass
+
+
+# Who owns an execution that no pair shall take any more: nothing runs then.
+NOBODY: Owner = _Nobody()
+
+
+class Execution:
+    def __init__(
+        self,
+        id: str,
+        request: bytes,
+        output: Output,
+        delivery: Delivery | None,
+        *,
+        thread_id: str | None,
+        action_block: str | None,
+        timeout: float | None,
+        on_end: Callable[[Execution], None],
+    ) -> None:
+        self.id = id
+        self.request = request
+        self.output = output
+        self.delivery = delivery
+        self.thread_id = thread_id
+        self.action_block = action_block
+        self.timeout = timeout
+        self.start_time = now()
+        self.started_at = time.monotonic()
+        self.state = State.WAITING
+        self.is_queued = False  # and so will begin, or be refused
+        self.refusal: str | None = None  # why it could not be started
+        self.progress: float | None = None
+        self.reported: bytes | None = None  # JSON
+        self.usage: Sample | None = None  # readers keep it here, as it serves them alone
+        self.changed = Bell()  # when the state has changed
+        self._on_end = on_end
+        # Filled by `setdefault`, which is atomic: the first one is the one that counts.
+        self._claims: dict[str, object] = {}
+
+    # -- from any thread
+
+    @property
+    def owner(self) -> Owner | None:
+        return cast("Owner | None", self._claims.get("owner"))
+
+    @property
+    def stopping(self) -> Stop | None:
+        return cast("Stop | None", self._claims.get("stop"))
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        return None if self.stopping is None else self.stopping.reason
+
+    @property
+    def status(self) -> Status:
+        return "running" if self.end is None else self.end.status
+
+    @property
+    def bytes_held(self) -> int:
+        """The bytes of output and result that are kept of it."""
+        result = self.reported if self.end is None else self.end.result
+        return self.output.size + len(result or b"")
+
+    @property
+    def end(self) -> End | None:
+        return cast("End | None", self._claims.get("end"))
+
+    def claim(self, owner: Owner) -> bool:
+        """Make `owner` the one that says what becomes of it; false if another one was first."""
+        return self._claims.setdefault("owner", owner) is owner
+
+    def is_stopped(self) -> bool:
+        """Whether it is to end as stopped; one that is not can't be stopped from here on."""
+        return self._claims.setdefault("stop", None) is not None
+
+    def stop(self, reason: StopReason, grace: float, caller: object = None) -> None:
+        """Ask it to stop, or bring its end nearer; the first caller is the one that stops it.
+
+        Never blocks. A handler may raise between the two steps, so every call asks; the
+        keeper passes on the first of them.
+        """
+        if self._claims.setdefault("stop", Stop(reason, caller)) is None:
+            return  # it has come to its end by itself
+        self.claim(NOBODY)
+        if self.owner is NOBODY:
+            self.finish("stopped")
+        else:
+            assert self.owner is not None
+            self.owner.ask(grace)
+
+    # -- from its owner
+
+    def begin(self) -> None:
+        self.request = b""
+        self.state = State.RUNNING
+        self.changed.ring()
+
+    def refuse(self, reason: str) -> None:
+        if self.is_stopped():
+            self.finish("stopped")
+        else:
+            self.refusal = reason
+            self.state = State.REFUSED
+            self._tell()
+
+    def finish(
+        self,
+        status: FinalStatus,
+        exit_code: int | None = None,
+        *,
+        forced: bool = False,
+        error: str | None = None,
+        result: bytes | None = None,
+        stuck: tuple[int, ...] = (),
+    ) -> None:
+        """Say how it ended; the first call counts, and every call tells whoever waits."""
+        duration = time.monotonic() - self.started_at
+        end = End(status, now(), duration, exit_code, forced, error, result, stuck)
+        self._claims.setdefault("end", end)
+        self.state = State.ENDED
+        self._tell()
+
+    def _tell(self) -> None:
+        self._on_end(self)
+        self.changed.ring()
+        self.output.changed.ring()
+        if self.delivery is not None:
+            self.delivery.end()
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words; a negative one is the signal that killed the process."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+# Numerals that may overflow a float: Python would read them as infinity.
+_HUGE = re.compile(rb"[0-9]{300}|[eE][+]?[0-9]{3}")
+
+
+def parse_result(data: bytes) -> Any:
+    """The value of a result's JSON; raises `ValueError` for what no response can hold."""
+    import json
+
+    # Judged first: the interpreter's parser recurses in C, on the stack of this thread.
+    if is_too_deep(data):
+        raise ValueError("JSON that is nested too deeply")
+    try:
+        number = _finite if _HUGE.search(data) else None
+        return json.loads(data, parse_constant=_finite, parse_float=number)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number in JSON")
+    return value

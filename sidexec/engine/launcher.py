@@ -1,0 +1,332 @@
+"""A launcher as this side sees it: its process, its pairs, and the requests that wait for one.
+
+Responsible for the interpreter coming up, for a thread that hears it, and for its end.
+Every request in its queue is matched by a pair: one that is ready ahead of need, or one
+that is asked for. What happens on a pair is its own thread's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import procfs, protocol
+from . import thread
+from .execution import NOBODY, Execution, describe_exit
+from .pair import LOOK_INTERVAL, Pair, close_all
+from .process import Process
+from .waiting import Bell, native
+
+logger = logging.getLogger(__name__)
+
+FDS_PER_PAIR = 4
+# How long an interpreter may take to come up and to load what it is to preload, in seconds.
+BOOT_LIMIT = 60.0
+# What such a signal says is the thread's own fault: it must reach whoever reports it.
+_OWN_FAULT = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all launchers of a manager have in common."""
+
+    python: str
+    cwd: str | None
+    preload: tuple[str, ...]
+    grace: float
+
+
+class Launcher:
+    def __init__(
+        self,
+        settings: Settings,
+        environment: dict[str, str],
+        identity: object,
+        on_gone: Callable[[Launcher], None],
+    ) -> None:
+        """Starts nothing: that is `boot`."""
+        self.environment = environment
+        self.identity = identity
+        self.grace = settings.grace
+        self.is_up = True  # it takes requests
+        self.is_gone = False
+        self.is_kept = False  # when it has nothing to do, and forks ahead
+        self.changed = Bell()  # when it is gone
+        self._settings = settings
+        self._on_gone = on_gone
+        self._unstarted = [None]
+        self._requests: Any = native("queue", "SimpleQueue")()
+        self._spares: deque[None] = deque()  # one for each pair that is ready ahead of need
+        self._forks: deque[None] = deque()  # one for each that is to be asked for
+        self._takes_forks = False
+        self._is_loaded = False
+        self._running: dict[str, Execution] = {}
+        self._pairs: dict[int, Pair] = {}
+        self._process: Process | None = None
+        self._failure: str | None = None
+
+    # -- from any thread
+
+    def boot(self) -> None:
+        """Have its thread start the interpreter; every call but the first does nothing."""
+        if self._unstarted:
+            native("_thread", "start_new_thread")(self._run, ())
+
+    def submit(self, execution: Execution) -> None:
+        """Queue a request. It is begun or refused, or nobody's if this launcher is not up.
+
+        A signal handler that raises in between leaves a pair too many, or a request that
+        its start takes back.
+        """
+        self._running[execution.id] = execution
+        has_pair = self._take_spare()
+        self._requests.put(execution)
+        if not has_pair:
+            self._ask_for_pair()
+        execution.is_queued = True
+
+    def withdraw(self, execution: Execution) -> None:
+        """It runs here no longer, or never did."""
+        self._running.pop(execution.id, None)
+        if not self.is_kept:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Have it end as soon as nothing runs on it."""
+        self.is_kept = False
+        if not self._running and not self.is_gone:
+            self.retire()
+
+    def is_stopped(self) -> bool:
+        process = self._process
+        return process is not None and procfs.is_stopped(process.pid)
+
+    def abandon(self, reason: str) -> None:
+        """Give up on one that does not answer; what runs on it already may go on."""
+        pid = None if self._process is None else self._process.pid
+        self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
+        self.is_up = self.is_kept = False
+        self._refuse_waiting()
+        if not self._running and self._process is not None:
+            self._process.kill()
+
+    def retire(self) -> None:
+        """Have it end, once its keepers have; the bell rings when it has."""
+        self.is_up = self.is_kept = False
+        self.boot()  # so that a thread is there to end it
+        self._requests.put(None)  # for the pairs that wait
+        process = self._process
+        if process is not None:
+            process.quit(at_once=not self._is_loaded)
+
+    # -- from the thread of a pair
+
+    def next_request(self, pair: Pair) -> Execution | None:
+        """Wait for a request, and claim it for `pair`; None where there will be none."""
+        is_spare = pair.is_ahead
+        if is_spare and self._spares and self._requests.empty():
+            return None  # one is enough
+        while True:
+            if is_spare:
+                self._spares.append(None)
+            execution: Execution | None = self._requests.get()
+            if execution is None:
+                self._requests.put(None)  # for the next one that waits
+                return None
+            if pair.is_gone():
+                self._requests.put(execution)
+                self._ask_for_pair()
+                return None
+            if execution.claim(pair):
+                break
+            # That request was withdrawn. Where none is left, this pair has become a spare.
+            self._running.pop(execution.id, None)
+            is_spare = self._requests.empty()
+        if self.is_kept and not self._spares:
+            self._send(protocol.pack(protocol.FORK_AHEAD))
+        return execution
+
+    def refuse_next(self, reason: str) -> None:
+        """A pair that was asked for will not come: a request goes without."""
+        try:
+            execution = self._requests.get_nowait()
+        except queue.Empty:
+            self._take_spare()  # which was counted on, and has taken that request
+            return
+        if execution is not None:
+            self._running.pop(execution.id, None)
+            if execution.claim(NOBODY):
+                execution.refuse(reason)
+
+    def kill_keeper(self, pid: int) -> None:
+        """End a keeper that does not answer; what it leaves is swept, and then LOST."""
+        self._send(protocol.pack(protocol.KILL, str(pid).encode()))
+
+    def release(self, pair: Pair, execution: Execution | None) -> None:
+        """The thread of `pair` has ended."""
+        self._pairs.pop(pair.keeper_pid, None)
+        if execution is not None:
+            self.withdraw(execution)
+
+    # -- asking the process
+
+    def _take_spare(self) -> bool:
+        """Whether a pair is ready ahead of need; it is not counted any more then."""
+        try:
+            self._spares.pop()
+            return True
+        except IndexError:
+            return False
+
+    def _ask_for_pair(self) -> None:
+        self._forks.append(None)
+        self._send_forks()
+
+    def _send_forks(self) -> None:
+        while self._takes_forks and self._forks:
+            try:
+                self._forks.pop()
+            except IndexError:
+                return
+            self._send(protocol.pack(protocol.FORK))
+
+    def _send(self, frame: bytes) -> None:
+        process = self._process
+        until = time.monotonic() + LOOK_INTERVAL
+        while process is not None and not process.send(frame) and time.monotonic() < until:
+            native("time", "sleep")(0.001)
+
+    # -- its own thread
+
+    def _run(self) -> None:
+        try:
+            self._unstarted.pop()
+        except IndexError:
+            return  # another call was first
+        faults = {getattr(signal, name) for name in _OWN_FAULT}
+        # A signal meant for the host must not come here, where no handler can run.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
+        python = self._settings.python
+        try:
+            config = {
+                "preload": self._settings.preload,
+                "grace": self.grace,
+                "host": os.getpid(),
+                "cwd": self._settings.cwd,
+            }
+            self._process = Process(python, self.environment, config)
+            if not self.is_up:
+                self._process.kill()  # `retire` may have found no process yet
+            self._serve(self._process)
+        except OSError as error:
+            self._failure = _explain(error, python)
+        except Exception as error:
+            logger.exception("internal error in the thread of a launcher")
+            self._failure = f"internal error: {error!r}"
+        self._end()
+
+    def _serve(self, process: Process) -> None:
+        loaded_by = time.monotonic() + BOOT_LIMIT
+        while True:
+            limit = None if self._is_loaded else loaded_by - time.monotonic()
+            frames = process.hear(limit)
+            if frames is None:
+                return
+            if process.is_greeted and not self._takes_forks:
+                self._takes_forks = True
+                self._send_forks()
+            for kind, text in frames:
+                if kind == protocol.LOADED:
+                    self._failure = text or None
+                    self._is_loaded = not text
+                elif kind == protocol.PAIR:
+                    self._add_pair(process, text)
+                elif kind == protocol.REFUSED:
+                    self.refuse_next(text)
+                elif kind == protocol.FAULT:
+                    self._failure = f"the launcher (pid {process.pid}) has failed: {text}"
+                    logger.error("%s", self._failure)
+                elif kind == protocol.LOST:
+                    pid, code, *stuck = map(int, text.split())
+                    pair = self._pairs.get(pid)
+                    if pair is not None:
+                        pair.lost = code, tuple(stuck)
+                        pair.wake()
+            if not self._is_loaded and time.monotonic() >= loaded_by:
+                python = self._settings.python
+                self._failure = f"the interpreter {python!r} was not up after {BOOT_LIMIT:g} s"
+                return
+
+    def _add_pair(self, process: Process, text: str) -> None:
+        """A keeper has been forked: the thread of its pair begins."""
+        keeper_pid, is_ahead = map(int, text.split())
+        fds = process.fds[:FDS_PER_PAIR]
+        del process.fds[:FDS_PER_PAIR]
+        full = "this process has no descriptors left (see `ulimit -n`)"
+        if len(fds) < FDS_PER_PAIR:  # the kernel leaves out those that find no place
+            close_all(fds)
+            self.refuse_next(full)
+            return
+        try:
+            pair = Pair(keeper_pid, fds, is_ahead == 1)
+        except OSError:
+            self.refuse_next(full)
+            return
+        self._pairs[keeper_pid] = pair
+        try:
+            native("_thread", "start_new_thread")(thread.main, (pair, self))
+        except RuntimeError as problem:
+            self._pairs.pop(keeper_pid).close()
+            self.refuse_next(f"could not start a thread for the execution: {problem}")
+
+    def _end(self) -> None:
+        """The process has ended, or is to: let go of all that there was of it."""
+        was_expected = not self.is_up and self._failure is None
+        self.is_up = False
+        try:
+            if self._process is not None:
+                if not self._is_loaded:
+                    self._process.kill_tree()
+                how = self._process.end()
+                if self._failure is None:
+                    self._failure = self._process.failure or self._describe_exit(how)
+            if not was_expected:
+                self._refuse_waiting()
+                for pair in list(self._pairs.values()):
+                    pair.launcher_fault = self._failure
+                    pair.wake()
+        finally:
+            self._requests.put(None)
+            self._on_gone(self)
+            self.is_gone = True
+            self.changed.ring()
+
+    def _refuse_waiting(self) -> None:
+        while not self._requests.empty():
+            self.refuse_next(self._failure or "")
+
+    def _describe_exit(self, how: str) -> str:
+        process = self._process
+        assert process is not None
+        if self._is_loaded:
+            return f"the launcher (pid {process.pid}) of this execution is gone: {how}"
+        said = f": {process.said}" if process.said else ""
+        return (
+            f"the interpreter {self._settings.python!r} did not start ({how}); it must be a"
+            f" Python 3.10 or newer{said}"
+        )
+
+
+def _explain(error: OSError, python: str) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename == python:
+        return f"no such interpreter: {python!r}; pass the path of a Python 3.10 or newer"
+    if isinstance(error, PermissionError) and error.filename == python:
+        return f"the interpreter {python!r} can't be executed: check its permissions"
+    return f"could not start the interpreter {python!r}: {error}"

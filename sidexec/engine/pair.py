@@ -1,0 +1,345 @@
+"""A keeper and its snippet, as this side holds them: a control socket, a channel, two pipes.
+
+Responsible for waiting for these, for reading and writing them without ever blocking, and
+for closing them. What is read is the thread's business, which waits here. From any other
+thread comes only `ask`, and what the launcher says of the keeper's end. It signals nothing.
+"""
+
+from __future__ import annotations
+
+import _socket
+import fcntl
+import math
+import os
+import select
+import sys
+import termios
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .. import procfs, protocol
+from .output import STREAMS, Stream
+from .waiting import native
+
+READ_SIZE = 256 * 1024
+CONTROL_SIZE = 4096
+PIPE_SIZE = 1024 * 1024
+DEFAULT_PIPE_SIZE = 64 * 1024
+F_SETPIPE_SZ = 1031  # Linux
+
+# What brings little at a time, again and again, is left alone for a moment: to wake for
+# each line costs more than to read it. The first bytes after a silence are read at once,
+# and nothing is lost meanwhile, as it waits in the pipe. In seconds.
+BUSY_GAP = 0.006  # between two reads
+BUSY_READS = 8
+BUSY_PAUSE = 0.005
+
+MAX_WAIT = 86400.0  # for `poll`, which does not take just any number
+# How long a keeper may take to get ready, and how often to look whether it is stopped.
+READY_LIMIT = 60.0
+LOOK_INTERVAL = 1.0
+
+Pids = tuple[int, ...]
+
+
+class Sender:
+    """One end of a socket that other threads send on; it closes when the last lets go of it.
+
+    Were it closed by its number, a thread that is about to send could send to what
+    somebody has opened meanwhile under that number.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
+        self.socket.setblocking(False)
+
+    def __del__(self) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> bool:
+        """False where it is full; what nobody reads any more counts as sent."""
+        try:
+            # The host may have SIGPIPE end it.
+            self.socket.send(data, getattr(_socket, "MSG_NOSIGNAL", 0))
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def shut(self) -> None:
+        """End the connection in both directions, which wakes the thread that reads from it."""
+        try:
+            self.socket.shutdown(_socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended by itself
+
+
+class Wake:
+    """Ends the wait of the thread that polls `fd`; closes as a `Sender` does."""
+
+    def __init__(self) -> None:
+        """Raises `OSError` where there are no descriptors left."""
+        self._open: tuple[int, ...] = ()
+        if hasattr(os, "eventfd"):
+            self._open = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),)
+        else:
+            self._open = os.pipe()
+            for fd in self._open:
+                os.set_blocking(fd, False)
+        self.fd = self._open[0]
+
+    def __del__(self) -> None:
+        close_all(self._open)
+
+    def set(self) -> None:
+        try:
+            os.write(self._open[-1], b"\1\0\0\0\0\0\0\0")
+        except OSError:
+            pass  # full, so it wakes anyway; or the host has closed all its descriptors
+
+    def clear(self) -> None:
+        _read(self.fd, CONTROL_SIZE)
+
+
+class Pair:
+    def __init__(self, keeper_pid: int, fds: list[int], is_ahead: bool) -> None:
+        """Raises `OSError` where there is no descriptor left; `fds` are its own either way."""
+        self.keeper_pid = keeper_pid
+        self.is_ahead = is_ahead
+        self.snippet_pid = 0
+        self.has_tree = False
+        self.ready_at = 0.0  # in seconds of CLOCK_BOOTTIME, as /proc counts
+        # Set by the launcher's thread: what it says of the keeper's end, and of its own.
+        self.lost: tuple[int, Pids] | None = None
+        self.launcher_fault: str | None = None
+        control, self.channel, out, err = fds
+        self._control: Sender | None = Sender(control)
+        self._open = {self.channel, out, err}
+        try:
+            self._wake: Wake | None = Wake()
+        except OSError:
+            self.close()
+            raise
+        self.control_fd, self.wake_fd = control, self._wake.fd
+        self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
+        self._wide: set[int] = set()
+        self._deadlines: list[float] = []
+        self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
+        self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
+        self._unsent = memoryview(b"")
+        self._read_at = 0.0
+        self._quick_reads = 0
+        self._is_busy = False
+        # What can wait, and what can't.
+        self._everything = native("select", "poll")()
+        self._urgent = native("select", "poll")()
+        for poll in (self._everything, self._urgent):
+            poll.register(control, select.POLLIN)
+            poll.register(self.wake_fd, select.POLLIN)
+        for fd in self._open:
+            os.set_blocking(fd, False)
+
+    # -- from any thread
+
+    def ask(self, grace: float) -> None:
+        """Have the keeper ask the snippet, and end it after `grace` seconds. Never blocks."""
+        self._deadlines.append(time.monotonic() + grace)
+        control = self._control
+        if control is not None:
+            # A keeper that is stopped, or gone, is left to the deadline.
+            control.send(protocol.pack(protocol.STOP, f"{grace!r} 0".encode()))
+        self.wake()
+
+    def wake(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            wake.set()
+
+    @property
+    def deadline(self) -> float | None:
+        """When the shortest grace period that it was given is over."""
+        return min(self._deadlines, default=None)
+
+    # -- from its own thread: waiting
+
+    def wait_until_ready(self) -> str | None:
+        """Wait for the keeper's READY; else why it does not come."""
+        keeper = f"the keeper (pid {self.keeper_pid})"
+        fault = ""
+        until = time.monotonic() + READY_LIMIT
+        while time.monotonic() < until:
+            if not self._urgent.poll(LOOK_INTERVAL * 1000):
+                if procfs.is_stopped(self.keeper_pid):
+                    return f"{keeper} was stopped by a signal before it was ready"
+                continue
+            if self.launcher_fault is not None:
+                return self.launcher_fault
+            frames, is_open = self.read_control()
+            for kind, text in frames:
+                if kind == protocol.REFUSED:
+                    return text
+                if kind == protocol.FAULT:
+                    fault = f": {text}"
+                if kind == protocol.READY:
+                    snippet_pid, has_tree = text.split()
+                    self.snippet_pid = int(snippet_pid)
+                    self.has_tree = has_tree == "1"
+                    self.ready_at = _boot_time()
+                    return None
+            if not is_open:
+                return f"{keeper} ended before it was ready{fault}"
+        return f"{keeper} was not ready after {READY_LIMIT:g} s"
+
+    def is_gone(self) -> bool:
+        """Whether nothing can begin on it any more."""
+        return bool(self._urgent.poll(0))
+
+    def run(self, request: bytes) -> None:
+        """Send the request to the snippet that waits for it, and read what it writes."""
+        for fd in self._open:
+            self._everything.register(fd, select.POLLIN)
+        self._unsent = memoryview(request)
+        self._send_rest()
+        if self._unsent:
+            self._everything.modify(self.channel, select.POLLIN | select.POLLOUT)
+
+    def wait(self, until: float | None, *, only_urgent: bool) -> list[int]:
+        """The descriptors that can be read, once there are any; none when it is `until`."""
+        seconds = MAX_WAIT if until is None else until - time.monotonic()
+        if self._is_busy and not only_urgent:
+            self._is_busy = False
+            seconds = min(seconds, BUSY_PAUSE)
+            only_urgent = True
+        poll = self._urgent if only_urgent else self._everything
+        # Rounded up: to wake a moment before would be to spin until then.
+        ready = poll.poll(math.ceil(1000 * min(max(0.0, seconds), MAX_WAIT)))
+        for fd, event in ready:
+            if event & select.POLLNVAL:  # the host has closed all its descriptors
+                _unregister(fd, self._everything, self._urgent)
+        return [fd for fd, _ in ready]
+
+    def clear_wake(self) -> None:
+        assert self._wake is not None
+        self._wake.clear()
+
+    # -- reading
+
+    def read_control(self) -> tuple[list[tuple[bytes, str]], bool]:
+        """The frames that the keeper has sent, and whether more can come."""
+        data = _read(self.control_fd, CONTROL_SIZE)
+        if data == b"":
+            _unregister(self.control_fd, self._everything, self._urgent)
+        frames = self._keeper_inbox.feed(data or b"")
+        return [(kind, body.decode("utf-8", "replace")) for kind, body in frames], data != b""
+
+    def read_channel(self, size: int = READ_SIZE) -> list[tuple[bytes, bytes]]:
+        """The frames that the snippet has sent; `ProtocolError` for what is none."""
+        if self._unsent:
+            self._send_rest()
+        data = self._read_some(self.channel, size)
+        return self._snippet_inbox.feed(data) if data else []
+
+    def read_stream(self, fd: int, size: int = READ_SIZE) -> tuple[Stream, bytes]:
+        return self._streams[fd], self._read_some(fd, size)
+
+    def left(self) -> Iterator[tuple[int, int]]:
+        """What is still there of a snippet that has ended: descriptors, and how many bytes.
+
+        Not up to the end of the file: the snippet may have handed a descriptor to a
+        process that is none of its descendants, and that goes on writing.
+        """
+        for fd in (*self._streams, self.channel):
+            size = _available(fd) if fd in self._open else 0
+            while size > 0 and fd in self._open:
+                part = min(size, READ_SIZE)
+                yield fd, part
+                size -= part
+
+    def drop_channel(self) -> None:
+        self._close(self.channel)
+
+    def _read_some(self, fd: int, size: int) -> bytes:
+        data = _read(fd, size)
+        if data == b"":
+            self._close(fd)
+        elif data:
+            self._pace(fd, len(data))
+        return data or b""
+
+    def _pace(self, fd: int, size: int) -> None:
+        now = time.monotonic()
+        is_close = now - self._read_at < BUSY_GAP
+        self._quick_reads = self._quick_reads + 1 if is_close else 0
+        self._read_at = now
+        self._is_busy = self._quick_reads >= BUSY_READS and size < READ_SIZE
+        if (self._is_busy or size >= DEFAULT_PIPE_SIZE) and fd not in self._wide:
+            self._wide.add(fd)
+            try:
+                fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
+            except OSError:
+                pass  # over what one user may have, or no pipe
+
+    def _send_rest(self) -> None:
+        try:
+            # No SIGPIPE: it is blocked in this thread.
+            self._unsent = self._unsent[os.write(self.channel, self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent = memoryview(b"")  # the snippet has ended, as the keeper will say
+        if not self._unsent:
+            self._everything.modify(self.channel, select.POLLIN)
+
+    # -- closing
+
+    def close(self) -> None:
+        """Close all of it, what another thread is about to write to as soon as it has."""
+        close_all(self._open)
+        self._open.clear()
+        self._control = self._wake = None
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:
+            self._open.discard(fd)
+            _unregister(fd, self._everything)
+            close_all([fd])
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # the host has closed all its descriptors
+
+
+def _unregister(fd: int, *polls: Any) -> None:
+    for poll in polls:
+        try:
+            poll.unregister(fd)
+        except KeyError:
+            pass
+
+
+def _read(fd: int, size: int) -> bytes | None:
+    """What is there; empty at the end of the file; None where there is nothing."""
+    try:
+        return os.read(fd, size)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def _available(fd: int) -> int:
+    count = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
+def _boot_time() -> float:
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return math.inf if clock is None else time.clock_gettime(clock)

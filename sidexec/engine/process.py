@@ -1,0 +1,225 @@
+"""The process of a launcher: an interpreter that is started, given its code, heard and reaped.
+
+Only the launcher's own thread uses it, which may wait here, but for what is said
+to be for any thread. What the frames mean is the launcher's business.
+"""
+
+from __future__ import annotations
+
+import _socket
+import array
+import math
+import os
+import select
+import signal
+from typing import Any
+
+from .. import procfs, protocol
+from . import payload
+from .execution import describe_exit
+from .pair import Sender, close_all
+from .waiting import native, native_subprocess
+
+MAX_FDS = 64
+# How long it may take to read the code that it is sent, in seconds.
+PAYLOAD_LIMIT = 20.0
+# How long the launcher may take to end once it is told to, in seconds.
+EXIT_LIMIT = 5.0
+
+
+class Process:
+    def __init__(self, python: str, environment: dict[str, str], config: dict[str, Any]) -> None:
+        """Start the interpreter; raises `OSError` where the system does not let it."""
+        self._python = python
+        self._config = config
+        self.failure: str | None = None
+        self.is_greeted = False  # it has its code, and will read what is sent to it
+        self.fds: list[int] = []  # that have come with PAIR, in order
+        self._is_over = False
+        self._said = b""  # the end of what it has written to its standard error
+        self._greeting = b""
+        self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
+        ours, theirs = _socket.socketpair()
+        self._errors = errors_end = -1
+        try:
+            self._errors, errors_end = os.pipe()
+            self._subprocess = native_subprocess()
+            # Its descriptors, its session and its directory are left alone, and it sees to
+            # them itself: so `subprocess` takes `posix_spawn`, and waits for no pipe that a
+            # worker which the host forks just now would hold open.
+            self._popen = self._subprocess.Popen(
+                [_find(python, environment), "-u", "-c", payload.BOOT],
+                stdin=theirs.fileno(),
+                stdout=self._subprocess.DEVNULL,
+                stderr=errors_end,
+                env={**environment, payload.MARK: "1"},
+                close_fds=False,
+            )
+        except BaseException:
+            ours.close()
+            if self._errors >= 0:
+                os.close(self._errors)
+            raise
+        finally:
+            theirs.close()
+            if errors_end >= 0:
+                os.close(errors_end)
+        self.pid: int = self._popen.pid
+        self._sender: Sender | None = Sender(ours.detach())
+        self._socket = self._sender.socket
+        os.set_blocking(self._errors, False)
+        self._poll = native("select", "poll")()
+        self._poll.register(self._socket.fileno(), select.POLLIN)
+        self._poll.register(self._errors, select.POLLIN)
+        try:
+            # A worker that the host forks just now holds the launcher's end of the
+            # socket as well, which then never comes to its end of file.
+            self._pidfd = os.pidfd_open(self.pid)
+            self._poll.register(self._pidfd, select.POLLIN)
+        except (AttributeError, OSError):
+            self._pidfd = -1
+
+    def kill(self) -> None:
+        """From any thread."""
+        self._popen.kill()
+
+    def send(self, frame: bytes) -> bool:
+        """From any thread; false where there is no room for it now."""
+        sender = self._sender
+        return sender is None or sender.send(frame)
+
+    def quit(self, *, at_once: bool) -> None:
+        """From any thread: have it end, which it does once its keepers have."""
+        if at_once:
+            self._popen.kill()
+        sender = self._sender
+        if sender is not None:
+            sender.shut()
+
+    def hear(self, seconds: float | None) -> list[tuple[bytes, str]] | None:
+        """Wait for frames, at most so long; None once there will be no more."""
+        if self._is_over:
+            return None
+        limit = None if seconds is None else math.ceil(1000 * max(0.0, seconds))
+        ready = {fd for fd, _ in self._poll.poll(limit)}
+        if self._errors in ready and not self._read_errors():
+            self._poll.unregister(self._errors)
+        frames: list[tuple[bytes, str]] = []
+        if self._pidfd in ready:
+            while self._receive(frames):
+                pass
+            self._is_over = True
+        elif self._socket.fileno() in ready:
+            self._receive(frames)
+        elif self._pidfd < 0 and self._popen.poll() is not None:
+            self._is_over = True
+        return frames
+
+    def kill_tree(self) -> None:
+        """End it with what it has started: a script, perhaps, in the place of an interpreter."""
+        _kill_descendants(self.pid)
+        self._popen.kill()
+
+    def end(self) -> str:
+        """Reap it, by force where it does not end by itself; how it has ended, in words."""
+        code: int | None = None
+        for _ in range(2):
+            try:
+                code = self._popen.wait(0 if procfs.is_stopped(self.pid) else EXIT_LIMIT)
+                break
+            except self._subprocess.TimeoutExpired:
+                self._popen.kill()
+        while self._read_errors():
+            pass
+        self._sender = None
+        close_all(fd for fd in (self._errors, self._pidfd, *self.fds) if fd >= 0)
+        return "the kernel does not let go of it" if code is None else describe_exit(code)
+
+    @property
+    def said(self) -> str:
+        return self._said.decode("utf-8", "replace").strip()
+
+    def _receive(self, frames: list[tuple[bytes, str]]) -> bool:
+        """Add what has come to `frames`; whether there was anything."""
+        try:
+            data = self._receive_data()
+            if len(self._greeting) < payload.GREETING:
+                self._greeting += data
+                data = b""
+                if len(self._greeting) >= payload.GREETING:
+                    self._send_payload()
+            for kind, body in self._inbox.feed(data):
+                frames.append((kind, body.decode("utf-8", "replace")))
+        except BlockingIOError:
+            return False
+        except protocol.ProtocolError as error:
+            self._fail(f"the interpreter {self._python!r} answers with {error}")
+        except OSError:
+            self._is_over = True
+        return not self._is_over
+
+    def _receive_data(self) -> bytes:
+        flags = getattr(_socket, "MSG_CMSG_CLOEXEC", 0)
+        space = _socket.CMSG_SPACE(4 * MAX_FDS)
+        data, rights, _, _ = self._socket.recvmsg(65536, space, flags)
+        for level, kind, content in rights:
+            if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                self.fds += fds
+        self._is_over = self._is_over or not data
+        return data
+
+    def _send_payload(self) -> None:
+        try:
+            modules = payload.pack(self._greeting, self._config)
+        except Exception as error:  # such as a package without its source, for another version
+            self._fail(f"could not read this package's own code: {error}")
+            return
+        socket = self._socket
+        socket.settimeout(PAYLOAD_LIMIT)
+        try:
+            socket.sendall(modules)
+            self.is_greeted = True
+        finally:
+            socket.settimeout(0.0)
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        self._popen.kill()
+        self._is_over = True
+
+    def _read_errors(self) -> bool:
+        """Read what it says while it comes up, which it would wait for otherwise."""
+        try:
+            data = os.read(self._errors, 65536)
+        except OSError:
+            return False
+        self._said = (self._said + data)[-2000:]
+        return bool(data)
+
+
+def _kill_descendants(pid: int) -> None:
+    for child in procfs.children(pid):
+        try:
+            pidfd = os.pidfd_open(child)
+        except (AttributeError, OSError):
+            continue
+        try:
+            # Else it has ended, and its number has gone to somebody else.
+            if procfs.parent_of(child) == pid:
+                _kill_descendants(child)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except OSError:
+            pass  # it has ended just now
+        finally:
+            os.close(pidfd)
+
+
+def _find(python: str, environment: dict[str, str]) -> str:
+    """The path of a bare name, which `subprocess` would not start by `posix_spawn`."""
+    if os.sep in python:
+        return python
+    import shutil
+
+    return shutil.which(python, path=environment.get("PATH")) or python

@@ -1,0 +1,261 @@
+"""One execution's thread: from a ready pair to the end, and who is told.
+
+    a ready pair ─▶ a request ─▶ RUN ─▶ output, frames, time ─▶ END, or LOST ─▶ the end
+
+Responsible for everything that happens to one execution, and for judging how it ended. It
+may wait as it likes, since nobody else waits for this thread. It leaves processes to the
+keeper, and goes by what the keeper says of the end: what the snippet sends says only what
+the result is, and how an error reads.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import signal
+import time
+from typing import Protocol
+
+from .. import procfs, protocol
+from .execution import Execution, FinalStatus, describe_exit, parse_result
+from .pair import Pair, Pids
+
+logger = logging.getLogger(__name__)
+
+# How long past the grace period a keeper may take for its sweep before it counts as
+# one that does not answer, and then how long the launcher may take over its sweep.
+SWEEP_ALLOWANCE = 4.0
+
+
+class Launcher(Protocol):
+    """What a pair's thread asks of the launcher that has forked the pair."""
+
+    grace: float
+
+    def next_request(self, pair: Pair) -> Execution | None: ...
+    def refuse_next(self, reason: str) -> None: ...
+    def kill_keeper(self, pid: int) -> None: ...
+    def release(self, pair: Pair, execution: Execution | None) -> None: ...
+
+
+class Keeper(enum.Enum):
+    """What this side waits for, of a keeper."""
+
+    AT_WORK = "its END"
+    KILLED = "the launcher's LOST, as it did not answer"
+    GONE = "the launcher's LOST, as its socket has ended"
+    DONE = "nothing any more"
+
+
+def main(pair: Pair, launcher: Launcher) -> None:
+    """The thread of a pair that the launcher has just forked."""
+    execution = None
+    try:
+        problem = pair.wait_until_ready()
+        if problem is not None:
+            launcher.kill_keeper(pair.keeper_pid)
+            if not pair.is_ahead:  # which nobody waits for
+                launcher.refuse_next(problem)
+            return
+        execution = launcher.next_request(pair)
+        if execution is not None:
+            _Run(execution, pair, launcher).run()
+    except Exception:
+        logger.exception("internal error in the thread of a pair")
+        if execution is not None and execution.end is None:
+            execution.finish("failed", error="internal error: see the log")
+    finally:
+        pair.close()
+        launcher.release(pair, execution)
+
+
+class _Run:
+    def __init__(self, execution: Execution, pair: Pair, launcher: Launcher) -> None:
+        self._execution = execution
+        self._pair = pair
+        self._launcher = launcher
+        self._keeper = Keeper.AT_WORK
+        self._patience: float | None = None  # until when the keeper, or LOST, is waited for
+        self._exit_code: int | None = None
+        self._forced = True
+        self._stuck: Pids = ()
+        self._error: str | None = None  # what the snippet says of its own failure
+        self._fault: str | None = None  # what is wrong with the snippet, or its keepers
+        self._keeper_fault: str | None = None  # what the keeper says of its own failure
+
+    def run(self) -> None:
+        execution, pair = self._execution, self._pair
+        delivery = execution.delivery
+        if delivery is not None:
+            try:
+                delivery.start()
+            except RuntimeError as problem:
+                execution.refuse(f"could not start a thread for on_output: {problem}")
+                return
+        pair.run(execution.request)
+        execution.begin()
+        began = time.monotonic()
+        times_out = None if execution.timeout is None else began + execution.timeout
+        while self._keeper is not Keeper.DONE:
+            is_asked = pair.deadline is not None
+            waits = delivery is not None and not is_asked and delivery.is_full(pair.wake)
+            until = times_out if not is_asked and self._patience is None else self._patience
+            for fd in pair.wait(until, only_urgent=waits):
+                if fd == pair.wake_fd:
+                    pair.clear_wake()
+                elif fd == pair.control_fd:
+                    self._hear_keeper()
+                else:
+                    self._hear_snippet(fd)
+            if times_out is not None and time.monotonic() >= times_out:
+                times_out = None
+                execution.stop("timeout", self._launcher.grace)
+            self._look_after_keeper()
+        for fd, size in pair.left():
+            self._hear_snippet(fd, size)
+        pair.close()  # before anybody is told: all descriptors are closed then
+        self._finish()
+
+    # -- what the other side says
+
+    def _hear_keeper(self) -> None:
+        frames, is_open = self._pair.read_control()
+        for kind, text in frames:
+            if kind == protocol.END:
+                code, forced, *stuck = text.split()
+                self._exit_code = None if code == "None" else int(code)
+                self._forced = forced == "1"
+                self._stuck = tuple(map(int, stuck))
+                self._keeper = Keeper.DONE
+            elif kind == protocol.FAULT:
+                self._keeper_fault = text
+        if not is_open and self._keeper is not Keeper.DONE:
+            # The launcher sweeps what it has left, and says LOST; where it can't, we do.
+            self._keeper = Keeper.GONE
+            self._patience = time.monotonic() + 2 * SWEEP_ALLOWANCE
+            if not self._pair.has_tree:
+                self._kill_group()
+
+    def _hear_snippet(self, fd: int, size: int | None = None) -> None:
+        pair, execution = self._pair, self._execution
+        arguments = (fd,) if size is None else (fd, size)
+        if fd != pair.channel:
+            stream, data = pair.read_stream(*arguments)
+            if data:
+                execution.output.add(stream, data)
+                if execution.delivery is not None:
+                    execution.delivery.put(stream, data)
+            return
+        try:
+            for kind, payload in pair.read_channel(*arguments[1:]):
+                self._take(kind, payload)
+        except (protocol.ProtocolError, ValueError) as error:
+            pair.drop_channel()
+            self._fault = f"the snippet broke the protocol on its channel: {error}"
+            pair.ask(0.0)
+
+    def _take(self, kind: bytes, payload: bytes) -> None:
+        if kind == protocol.PROGRESS:
+            progress = float(payload)
+            if not 0 <= progress <= 100:
+                raise ValueError("a progress that is not between 0 and 100")
+            self._execution.progress = progress
+        elif kind == protocol.RESULT:
+            self._execution.reported = payload
+        else:
+            self._error = payload.decode("utf-8", "replace")
+
+    # -- keepers and launchers that end, or do not answer
+
+    def _look_after_keeper(self) -> None:
+        """Bring the end about where the keeper does not."""
+        pair = self._pair
+        if self._keeper is Keeper.DONE:
+            return
+        if pair.lost is not None:
+            if self._keeper is not Keeper.GONE:
+                self._hear_keeper()  # both may have come at once, and its last words say why
+            self._take_loss(*pair.lost)
+            return
+        if pair.launcher_fault is not None:
+            if self._keeper is Keeper.GONE:
+                self._kill_group()
+                self._lose(pair.launcher_fault)
+                return
+            if self._fault is None:
+                # The keeper notices as well, and asks and sweeps: its END is still to come.
+                self._fault = pair.launcher_fault
+                self._keeper = Keeper.KILLED
+                self._patience = time.monotonic() + self._launcher.grace + SWEEP_ALLOWANCE
+        if self._keeper is Keeper.AT_WORK and pair.deadline is not None:
+            self._patience = pair.deadline + SWEEP_ALLOWANCE
+        if self._patience is None or time.monotonic() < self._patience:
+            return
+        if self._keeper is Keeper.AT_WORK:
+            self._launcher.kill_keeper(pair.keeper_pid)
+            self._keeper = Keeper.KILLED
+            self._patience = time.monotonic() + SWEEP_ALLOWANCE
+        else:
+            self._stuck = (pair.keeper_pid,)
+            self._keeper = Keeper.DONE
+
+    def _take_loss(self, code: int, stuck: Pids) -> None:
+        if self._keeper is not Keeper.DONE:
+            self._stuck = stuck
+            how = self._keeper_fault or describe_exit(code)
+            self._lose(f"the keeper (pid {self._pair.keeper_pid}) of this execution is gone: {how}")
+
+    def _lose(self, reason: str) -> None:
+        self._fault = reason
+        self._keeper = Keeper.DONE
+
+    def _kill_group(self) -> None:
+        """All that can be done where nobody adopts what a keeper leaves.
+
+        The keeper may have reaped the leader of a group that had no other member, and
+        its number may have gone to somebody else: who then began after the snippet.
+        """
+        leader = self._pair.snippet_pid
+        if (procfs.began_at(leader) or 0.0) > self._pair.ready_at:
+            return
+        try:
+            os.killpg(leader, signal.SIGKILL)
+        except OSError:
+            pass  # the group has ended by itself
+
+    # -- the end
+
+    def _finish(self) -> None:
+        execution = self._execution
+        result = execution.reported
+        if result is not None:
+            try:
+                parse_result(result)
+            except ValueError as problem:
+                self._fault = self._fault or f"the snippet sent a result that is {problem}"
+                result = None
+        code, error = self._exit_code, self._fault
+        status: FinalStatus
+        if execution.is_stopped():
+            status, error = "stopped", self._fault if self._keeper_fault else None
+        elif error is None and code == 0:
+            status = "completed"
+        else:
+            status = "failed"
+            if error is None and code is not None:
+                told = code > 0 or code == -signal.SIGINT  # by an uncaught KeyboardInterrupt
+                error = (self._error if told else None) or describe_exit(code)
+        if self._stuck:
+            pids = ", ".join(map(str, self._stuck))
+            error = f"the kernel does not let go of process {pids}: end it by hand, if it can be"
+        execution.finish(
+            status, code, forced=self._forced, error=error, result=result, stuck=self._stuck
+        )
+        # Afterwards, since whoever waits may hold the lock of a log's handler.
+        if self._fault is not None:
+            level = logging.ERROR if self._keeper_fault else logging.WARNING
+            logger.log(level, "%s: %s", execution.id, self._fault)
+        level = logging.WARNING if self._stuck else logging.INFO if self._forced else logging.DEBUG
+        how = "by force" if self._forced else "as asked" if execution.stopping else "by itself"
+        logger.log(level, "%s is %s, %s", execution.id, status, how)

@@ -1,0 +1,273 @@
+"""The engine under a host, or with processes, that do not do what they should."""
+
+import copy
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from conftest import children, eventually
+from test_misbehaving_hosts import run_host
+
+from sidexec.engine import payload
+
+SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+
+
+@pytest.fixture
+def host(tmp_path):
+    return lambda script, *args, **options: run_host(tmp_path, script, *args, **options)
+
+
+def result_of(manager, code):
+    return manager.wait(manager.start_with_code(code).raise_for_error().id).data.result
+
+
+# -- starts that would hang
+
+
+@pytest.fixture
+def launcher_of(make_manager):
+    """A manager, and the pid of its launcher, which has forked a pair ahead of need."""
+    before = set(children())
+    manager = make_manager(grace_period=1)
+    assert result_of(manager, "return 1") == 1
+    (launcher,) = set(children()) - before
+    eventually(lambda: children(launcher))
+    return manager, launcher
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
+    manager, launcher = launcher_of
+    running = manager.start_with_code(SLEEP).raise_for_error().id
+    if not runs:
+        manager.stop(running)
+    os.kill(launcher, signal.SIGSTOP)
+    manager.start_with_code("pass")  # takes the pair that is there
+    started = manager.start_with_code("pass")
+    assert not started.success and f"pid {launcher}) was stopped" in started.error
+    assert result_of(manager, "return 2") == 2
+    if runs:
+        assert manager.get_status(running).data.status == "running"
+        assert manager.stop(running).data.status == "stopped"
+
+
+@pytest.mark.parametrize("moment", ["idle", "running"])
+def test_a_launcher_that_is_killed_is_followed_by_another(launcher_of, moment):
+    manager, launcher = launcher_of
+    id = manager.start_with_code(SLEEP).raise_for_error().id if moment == "running" else None
+    os.kill(launcher, signal.SIGKILL)
+    if id is not None:
+        data = manager.wait(id).data
+        assert data.status == "failed" and "killed by SIGKILL" in data.error
+    eventually(lambda: launcher not in children())
+    assert result_of(manager, "return 2") == 2
+
+
+def test_an_interpreter_that_is_stopped_while_it_comes_up(make_manager, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -STOP $$\n")
+    python.chmod(0o755)
+    manager = make_manager(python=python)
+    started = manager.start_with_code("pass")
+    assert not started.success and "was stopped by a signal" in started.error
+    python.unlink()
+    python.symlink_to(sys.executable)
+    assert result_of(manager, "return 1") == 1
+
+
+def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, monkeypatch, tmp_path):
+    flag = tmp_path / "stop"
+    load = payload._load
+
+    def patched(name, as_source):
+        if name != "child.keeper":
+            return load(name, as_source)
+        source = load(name, True)
+        call = "            self._send(READY,"
+        assert source.count(call) == 1
+        stop = f"            if os.path.exists({str(flag)!r}): os.kill(os.getpid(), 19)\n"
+        return source.replace(call, stop + call)
+
+    monkeypatch.setattr(payload, "_load", patched)
+    payload.load.cache_clear()
+    try:
+        manager = make_manager(grace_period=1)
+        flag.touch()
+        started = manager.start_with_code("pass")
+        assert not started.success and "was stopped by a signal before it was ready" in started.error
+        flag.unlink()
+        assert result_of(manager, "return 1") == 1
+    finally:
+        payload.load.cache_clear()
+
+
+# -- what a snippet sends
+
+
+HOSTILE = """
+threading.stack_size(256 * 1024)
+sys.setrecursionlimit(10**6)
+manager = sidexec.ExecutionManager()
+code = '''
+import os, struct
+for fd in range(3, 1000):
+    try:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        continue
+    if target.startswith("socket:"):
+        os.write(fd, b"v" + struct.pack(">I", len(data)) + data)
+'''
+for data in ("b'[' * 10**6", "b'[' * 10**6 + b']' * 10**6", "b'{\\\\"a\\\\":' * 10**6"):
+    id = manager.start_with_code(f"data = {data}\\n" + code).id
+    status = manager.wait(id).data
+    assert (status.status, status.result) == ("failed", None), status
+    manager.get_status(id)
+id = manager.start_with_code("return [[[{'a': ['[' * 1000, '\\\\\\\\\\\\\\\\', '\\\\"[[']}]]]").id
+assert manager.wait(id).data.result == [[[{"a": ["[" * 1000, "\\\\\\\\", '"[[']}]]]
+manager.close()
+report("done")
+"""
+
+
+def test_nesting_harms_no_host_whatever_its_stacks_and_its_recursion_limit(host):
+    assert host(HOSTILE) == "done"
+
+
+# -- executions run as the host is
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="takes root")
+def test_who_has_dropped_its_privileges_runs_no_snippet_with_them(host, tmp_path):
+    tmp_path.chmod(0o755)
+    script = """
+    import os
+    manager = sidexec.ExecutionManager(cwd="/")
+    code = "import os; return [os.getresuid(), os.getresgid(), os.getgroups(), os.umask(0)]"
+    def ids():
+        return manager.wait(manager.start_with_code(code).raise_for_error().id).data.result
+    found = [ids()]
+    os.umask(0o027)
+    found.append(ids())
+    os.setgroups([12345])
+    found.append(ids())
+    manager.close()
+    report(found)
+    """
+    first, second, third = host(script.replace("\n    ", "\n"))
+    assert second == [*first[:3], 0o027]
+    assert third == [first[0], first[1], [12345], 0o027]
+
+
+# -- on_output at the end
+
+
+def test_wait_returns_once_on_output_has_had_everything(manager):
+    got = []
+
+    def slow(chunk):
+        time.sleep(0.05)
+        got.append(chunk.text)
+
+    code = "import time\nfor n in range(10):\n    print(n, flush=True)\n    time.sleep(0.03)"
+    id = manager.start_with_code(code, on_output=slow).id
+    assert manager.wait(id).data.output == "".join(got)
+
+
+@pytest.mark.parametrize("end", ["stop", "close"])
+def test_what_on_output_never_got_is_logged(make_manager, caplog, end):
+    release = threading.Event()
+    manager = make_manager(grace_period=0.2)
+    id = manager.start_with_code(
+        "import sys, time\nfor n in range(100):\n    print('x' * 999, flush=True)\n"
+        "    time.sleep(0.001)\ntime.sleep(60)",
+        on_output=lambda chunk: release.wait(60),
+    ).id
+    eventually(lambda: len(manager.get_status(id).data.output) == 100_000)
+    with caplog.at_level(logging.WARNING):
+        manager.stop(id) if end == "stop" else manager.close()
+    release.set()
+    (record,) = [each for each in caplog.records if "never got" in each.message]
+    assert record.levelname == "WARNING" and id in record.message
+    assert 0 < int(record.message.split()[-2]) < 100_000
+
+
+# -- threads that are none
+
+
+# As gevent does it: what would block a thread is replaced, the originals can be had.
+PATCHED = """
+import types, _thread, queue, select, selectors, socket, subprocess, time
+originals = {}
+def forbidden(*args, **options):
+    raise AssertionError("a function that is patched was called")
+def patch():
+    for module, name in (
+        (_thread, "start_new_thread"), (threading, "Thread"), (queue, "SimpleQueue"),
+        (select, "poll"), (selectors, "DefaultSelector"), (socket, "socketpair"),
+        (subprocess, "Popen"), (os, "posix_spawn"), (os, "fork"), (time, "sleep"),
+    ):
+        originals[module.__name__, name] = getattr(module, name)
+        setattr(module, name, forbidden)
+    subprocess._fork_exec = None
+    monkey = types.ModuleType("gevent.monkey")
+    def get_original(module, name):
+        return originals.get((module, name)) or getattr(sys.modules[module], name)
+    monkey.get_original = get_original
+    sys.modules["gevent.monkey"] = monkey
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+manager = sidexec.ExecutionManager(grace_period=5)
+def run(n):
+    got = []
+    started = manager.start_with_code("print(1); return params['n']", {"n": n}, on_output=got.append)
+    data = manager.wait(started.raise_for_error().id).data
+    assert (data.result, data.output, got[0].text[:1]) == (n, "1\\\\n", "1"), (data, got)
+if sys.argv[2] == "after":
+    run(0)
+patch()
+for n in range(5):
+    run(n)
+code = "import time\\\\ntry: print('up', flush=True); time.sleep(60)\\\\nfinally: print('down')"
+id = manager.start_with_code(code).raise_for_error().id
+next(manager.follow(id))
+assert manager.stop(id).data.output == "up\\\\ndown\\\\n"
+manager.close()
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+report("done")
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_it_works_where_gevent_has_patched_the_standard_library(host, when):
+    assert host(PATCHED.replace("\\\\n", "\\n"), when) == "done"
+
+
+def test_where_eventlet_has_patched_threads_a_start_says_so(manager, monkeypatch):
+    patcher = type(sys)("eventlet.patcher")
+    patcher.is_monkey_patched = lambda name: name == "thread"
+    monkeypatch.setitem(sys.modules, "eventlet.patcher", patcher)
+    started = manager.start_with_code("pass")
+    assert not started.success and "monkey_patch(thread=False)" in started.error
+
+
+# -- managers
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_manager_can_not_be_copied(manager, make):
+    with pytest.raises(TypeError, match="make one where it is used"):
+        make(manager)
+
+
+def test_a_manager_says_how_many_run(make_manager):
+    manager = make_manager()
+    manager.start_with_code(SLEEP)
+    assert repr(manager) == "<ExecutionManager, 1 running>"
+    manager.close()
+    assert repr(manager) == "<ExecutionManager, closed>"
