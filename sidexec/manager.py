@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Union
 
-from . import checks, procfs, protocol, suspending
+from . import checks, procfs, suspending
 from .engine.output import Output, OutputChunk, Stream
 from .limits import Limits
 from .responses import (
@@ -154,8 +154,8 @@ class ExecutionManager:
 
     def __del__(self) -> None:
         engine = self.__dict__.get("_engine")
-        if engine is None or engine.is_closing or self._is_foreign():
-            return
+        if engine is None or engine.is_closing or self._is_foreign() or sys.is_finalizing():
+            return  # the launcher sees to it when the host has ended
         runs = bool(engine.running())
         text = f"unclosed {self!r}: call close(), or use it in a `with` block"
         engine.close(self._grace, wait=False)
@@ -254,14 +254,13 @@ class ExecutionManager:
             "args": request.args,
             "params": params,
             "cwd": cwd or _current_directory(),
-            "umask": procfs.umask(),
             "limits": limits._to_request(),
         }
         id = os.urandom(16).hex()
         engine = self._engine
         execution = Execution(
             id,
-            protocol.pack(protocol.RUN, marshal.dumps(frame, 2)),
+            marshal.dumps(frame, 2),
             Output(self._max_output, self._texts),
             None if on_output is None else Delivery(id, on_output),
             thread_id=thread,
@@ -327,7 +326,7 @@ class ExecutionManager:
         result = execution.reported if end is None else end.result
         data = StatusData(
             side_execution_id=id,
-            status=execution.status,
+            status="running" if end is None else end.status,
             start_time=execution.start_time,
             end_time=None if end is None else end.time,
             duration=duration,
@@ -397,7 +396,7 @@ class ExecutionManager:
         found = []
         for execution in list(self._engine.executions.values()):
             end = execution.end
-            current = execution.status
+            current = "running" if end is None else end.status
             if status is None or status == current:
                 found.append(
                     ExecutionSummary(
@@ -479,7 +478,7 @@ class ExecutionManager:
                 StopData(id, "not_found"), False, None, _unknown(id)
             )
         end = execution.end
-        status: StopStatus = execution.status
+        status: StopStatus = "running" if end is None else end.status
         error = None
         if end is None:
             error = self._foreign() if self._is_foreign() else SHUTTING_DOWN

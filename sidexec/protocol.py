@@ -20,7 +20,7 @@ PAIR = b"P"  # "<keeper pid> <1 if forked ahead, else 0>", with the host's four 
 LOST = b"X"  # "<keeper pid> <exit code> <pid that can't be killed>...": swept
 
 # launcher -> host and keeper -> host
-REFUSED = b"R"  # the system did not give what a keeper or a snippet needs
+REFUSED = b"R"  # what the system did not give; the launcher's begins with "<1 if ahead, else 0> "
 FAULT = b"f"  # what went wrong in launcher or keeper itself, which then ends
 
 # keeper -> host
@@ -31,7 +31,7 @@ END = b"e"  # "<exit code or None> <forced: 0 or 1> <pid that can't be killed>..
 STOP = b"s"  # "<grace period in seconds> <1 if the host asks the snippet, else 0>"
 
 # host -> snippet
-RUN = b"g"  # a marshalled dict: what to run, and how
+RUN = b"g"  # marshalled: the umask or None, and a marshalled dict: what to run, and how
 
 # snippet -> host: the only frames that come from untrusted code
 PROGRESS = b"p"  # "<percent>"

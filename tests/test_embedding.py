@@ -137,7 +137,7 @@ def test_what_the_host_lets_its_children_inherit_stops_at_the_launcher(manager, 
     try:
         os.set_inheritable(fd, True)
         id = start(OPEN + "import time\nprint('ready')\ntime.sleep(600)")
-        assert manager.get_status(id).data.output == "['socket']\nready\n"
+        assert manager.get_status(id).data.output == "[]\nready\n"
         for pid in tree("self"):
             for name in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):  # closed meanwhile

@@ -34,7 +34,8 @@ def result_of(manager, code):
 def launcher_of(make_manager):
     """A manager, and the pid of its launcher, which has forked a pair ahead of need."""
     before = set(children())
-    manager = make_manager(grace_period=1)
+    # An environment of its own: pytest changes that of this process from phase to phase.
+    manager = make_manager(grace_period=1, env=dict(os.environ))
     assert result_of(manager, "return 1") == 1
     (launcher,) = set(children()) - before
     eventually(lambda: children(launcher))
@@ -110,30 +111,31 @@ def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, monkeypatch, 
 # -- what a snippet sends
 
 
-HOSTILE = """
+HOSTILE = r'''
 threading.stack_size(256 * 1024)
 sys.setrecursionlimit(10**6)
 manager = sidexec.ExecutionManager()
-code = '''
+SEND = """
 import os, struct
-for fd in range(3, 1000):
+for fd in range(3, 2000):
     try:
         target = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         continue
     if target.startswith("socket:"):
         os.write(fd, b"v" + struct.pack(">I", len(data)) + data)
-'''
-for data in ("b'[' * 10**6", "b'[' * 10**6 + b']' * 10**6", "b'{\\\\"a\\\\":' * 10**6"):
-    id = manager.start_with_code(f"data = {data}\\n" + code).id
+"""
+for data in (b"[" * 10**6, b"[" * 10**6 + b"]" * 10**6, b'{"a":' * 10**6):
+    id = manager.start_with_code(f"data = bytes.fromhex({data.hex()!r})" + SEND).id
     status = manager.wait(id).data
     assert (status.status, status.result) == ("failed", None), status
     manager.get_status(id)
-id = manager.start_with_code("return [[[{'a': ['[' * 1000, '\\\\\\\\\\\\\\\\', '\\\\"[[']}]]]").id
-assert manager.wait(id).data.result == [[[{"a": ["[" * 1000, "\\\\\\\\", '"[[']}]]]
+value = [[[{"a": ["[" * 1000, "\\", '"[[', "\\\\", []]}]]]
+id = manager.start_with_code("return params['value']", {"value": value}).id
+assert manager.wait(id).data.result == value
 manager.close()
 report("done")
-"""
+'''
 
 
 def test_nesting_harms_no_host_whatever_its_stacks_and_its_recursion_limit(host):

@@ -222,8 +222,7 @@ class Launcher:
             pid = os.fork()
         except OSError as error:
             kernel.close_all(fds)
-            if not ahead:
-                self._send(REFUSED, f"could not fork a keeper: {error.strerror}".encode())
+            self._send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
             return
         control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
         for_host = [control, channel, out, err]
@@ -246,7 +245,7 @@ class Launcher:
                 [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
             )
         except OSError as error:
-            self._send(REFUSED, f"could not send descriptors: {error.strerror}".encode())
+            self._send(REFUSED, f"{int(ahead)} could not send descriptors: {error.strerror}".encode())
         kernel.close_all(fds)  # with the host's ends gone, an unsent keeper ends by itself
 
     def _run_snippet(self, channel: int, out: int, err: int) -> NoReturn:

@@ -35,7 +35,6 @@ REHEARSAL: dict[str, Any] = {
     "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
     "block": None,
     "cwd": None,
-    "umask": None,
     "limits": {},
 }
 
@@ -91,7 +90,10 @@ class Snippet:
             self._failures.hide_source()
             sys.path[:] = path
         length = int.from_bytes(self._channel.read(HEADER)[1:], "big")
-        self._request = marshal.loads(self._channel.read(length))
+        umask, request = marshal.loads(self._channel.read(length))
+        if umask is not None:
+            os.umask(umask)
+        self._request = marshal.loads(request)
 
     def begin(self) -> None:
         """Have the user's code called by the first look at what it has returned."""
@@ -148,8 +150,6 @@ class Snippet:
     def _load(self, request: dict[str, Any]) -> CodeType:
         if request["cwd"] is not None:
             os.chdir(request["cwd"])
-        if request["umask"] is not None:
-            os.umask(request["umask"])
         main: ModuleType = type(sys)("__main__")
         sys.modules["__main__"] = main
         self._namespace = namespace = vars(main)

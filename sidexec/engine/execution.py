@@ -177,6 +177,8 @@ class Execution:
         self.changed.ring()
 
     def refuse(self, reason: str) -> None:
+        if self.state is not State.WAITING:
+            return
         if self.is_stopped():
             self.finish("stopped")
         else:

@@ -21,7 +21,7 @@ from .. import procfs, protocol
 from . import thread
 from .execution import NOBODY, Execution, describe_exit
 from .pair import LOOK_INTERVAL, Pair, close_all
-from .process import Process
+from .process import EXIT_LIMIT, Process
 from .waiting import Bell, native
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Launcher:
         self._unstarted = [None]
         self._requests: Any = native("queue", "SimpleQueue")()
         self._spares: deque[None] = deque()  # one for each pair that is ready ahead of need
+        self._may_ask_ahead: deque[None] = deque([None])  # taken while one of these comes
         self._forks: deque[None] = deque()  # one for each that is to be asked for
         self._takes_forks = False
         self._is_loaded = False
@@ -130,12 +131,13 @@ class Launcher:
 
     def next_request(self, pair: Pair) -> Execution | None:
         """Wait for a request, and claim it for `pair`; None where there will be none."""
-        is_spare = pair.is_ahead
-        if is_spare and self._spares and self._requests.empty():
-            return None  # one is enough
+        is_spare = is_ahead = pair.is_ahead
         while True:
             if is_spare:
                 self._spares.append(None)
+            if is_ahead:
+                self._may_ask_ahead.append(None)
+                is_ahead = False
             execution: Execution | None = self._requests.get()
             if execution is None:
                 self._requests.put(None)  # for the next one that waits
@@ -149,12 +151,14 @@ class Launcher:
             # That request was withdrawn. Where none is left, this pair has become a spare.
             self._running.pop(execution.id, None)
             is_spare = self._requests.empty()
-        if self.is_kept and not self._spares:
-            self._send(protocol.pack(protocol.FORK_AHEAD))
+        self._ask_for_spare()
         return execution
 
-    def refuse_next(self, reason: str) -> None:
+    def miss_pair(self, is_ahead: bool, reason: str) -> None:
         """A pair that was asked for will not come: a request goes without."""
+        if is_ahead:
+            self._may_ask_ahead.append(None)
+            return
         try:
             execution = self._requests.get_nowait()
         except queue.Empty:
@@ -164,6 +168,13 @@ class Launcher:
             self._running.pop(execution.id, None)
             if execution.claim(NOBODY):
                 execution.refuse(reason)
+
+    def why_ended(self) -> str | None:
+        """Why the process has ended, if it has."""
+        if self._process is None or not self._process.has_ended():
+            return None
+        self.changed.wait_for(lambda: self.is_gone, EXIT_LIMIT)
+        return self._failure
 
     def kill_keeper(self, pid: int) -> None:
         """End a keeper that does not answer; what it leaves is swept, and then LOST."""
@@ -176,6 +187,16 @@ class Launcher:
             self.withdraw(execution)
 
     # -- asking the process
+
+    def _ask_for_spare(self) -> None:
+        try:
+            self._may_ask_ahead.pop()
+        except IndexError:
+            return  # one is on its way
+        if self.is_kept and not self._spares:
+            self._send(protocol.pack(protocol.FORK_AHEAD))
+        else:
+            self._may_ask_ahead.append(None)
 
     def _take_spare(self) -> bool:
         """Whether a pair is ready ahead of need; it is not counted any more then."""
@@ -249,7 +270,8 @@ class Launcher:
                 elif kind == protocol.PAIR:
                     self._add_pair(process, text)
                 elif kind == protocol.REFUSED:
-                    self.refuse_next(text)
+                    is_ahead, _, reason = text.partition(" ")
+                    self.miss_pair(is_ahead == "1", reason)
                 elif kind == protocol.FAULT:
                     self._failure = f"the launcher (pid {process.pid}) has failed: {text}"
                     logger.error("%s", self._failure)
@@ -272,19 +294,19 @@ class Launcher:
         full = "this process has no descriptors left (see `ulimit -n`)"
         if len(fds) < FDS_PER_PAIR:  # the kernel leaves out those that find no place
             close_all(fds)
-            self.refuse_next(full)
+            self.miss_pair(is_ahead == 1, full)
             return
         try:
             pair = Pair(keeper_pid, fds, is_ahead == 1)
         except OSError:
-            self.refuse_next(full)
+            self.miss_pair(is_ahead == 1, full)
             return
         self._pairs[keeper_pid] = pair
         try:
             native("_thread", "start_new_thread")(thread.main, (pair, self))
         except RuntimeError as problem:
             self._pairs.pop(keeper_pid).close()
-            self.refuse_next(f"could not start a thread for the execution: {problem}")
+            self.miss_pair(is_ahead == 1, f"could not start a thread for the execution: {problem}")
 
     def _end(self) -> None:
         """The process has ended, or is to: let go of all that there was of it."""
@@ -310,7 +332,7 @@ class Launcher:
 
     def _refuse_waiting(self) -> None:
         while not self._requests.empty():
-            self.refuse_next(self._failure or "")
+            self.miss_pair(False, self._failure or "")
 
     def _describe_exit(self, how: str) -> str:
         process = self._process

@@ -83,6 +83,14 @@ class Process:
         """From any thread."""
         self._popen.kill()
 
+    def has_ended(self) -> bool:
+        """From any thread."""
+        try:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, flags) is not None
+        except ChildProcessError:
+            return True
+
     def send(self, frame: bytes) -> bool:
         """From any thread; false where there is no room for it now."""
         sender = self._sender

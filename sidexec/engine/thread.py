@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import marshal
 import os
 import signal
 import time
@@ -34,9 +35,10 @@ class Launcher(Protocol):
     grace: float
 
     def next_request(self, pair: Pair) -> Execution | None: ...
-    def refuse_next(self, reason: str) -> None: ...
+    def miss_pair(self, is_ahead: bool, reason: str) -> None: ...
     def kill_keeper(self, pid: int) -> None: ...
     def release(self, pair: Pair, execution: Execution | None) -> None: ...
+    def why_ended(self) -> str | None: ...
 
 
 class Keeper(enum.Enum):
@@ -55,8 +57,7 @@ def main(pair: Pair, launcher: Launcher) -> None:
         problem = pair.wait_until_ready()
         if problem is not None:
             launcher.kill_keeper(pair.keeper_pid)
-            if not pair.is_ahead:  # which nobody waits for
-                launcher.refuse_next(problem)
+            launcher.miss_pair(pair.is_ahead, problem)
             return
         execution = launcher.next_request(pair)
         if execution is not None:
@@ -93,7 +94,9 @@ class _Run:
             except RuntimeError as problem:
                 execution.refuse(f"could not start a thread for on_output: {problem}")
                 return
-        pair.run(execution.request)
+        # Read here, where no signal handler comes in between.
+        request = marshal.dumps((procfs.umask(), execution.request), 2)
+        pair.run(protocol.pack(protocol.RUN, request))
         execution.begin()
         began = time.monotonic()
         times_out = None if execution.timeout is None else began + execution.timeout
@@ -235,6 +238,9 @@ class _Run:
             except ValueError as problem:
                 self._fault = self._fault or f"the snippet sent a result that is {problem}"
                 result = None
+        if self._fault is None and self._exit_code != 0 and self._pair.deadline is None:
+            # The keeper may have heard first that the launcher has ended, and asked.
+            self._fault = self._launcher.why_ended()
         code, error = self._exit_code, self._fault
         status: FinalStatus
         if execution.is_stopped():
