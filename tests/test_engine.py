@@ -237,7 +237,8 @@ for n in range(5):
     run(n)
 code = "import time\\\\ntry: print('up', flush=True); time.sleep(60)\\\\nfinally: print('down')"
 id = manager.start_with_code(code).raise_for_error().id
-next(manager.follow(id))
+while manager.get_status(id).data.output != "up\\n":
+    originals["time", "sleep"](0.005)
 assert manager.stop(id).data.output == "up\\\\ndown\\\\n"
 manager.close()
 assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask

@@ -10,7 +10,9 @@
              waits for the bell  ◀──  reads output, frames and END   ◀──  keeper, snippet
 
     engine.py     which launcher a start goes to, what is remembered, the end of it all
-    launcher.py   one launcher: a process, the thread that hears it, the requests that wait
+    launcher.py   one launcher, and the thread that hears it
+    process.py    its process: an interpreter that is started, given its code, and reaped
+    requests.py   the requests that wait for a pair, and the pairs that match them
     thread.py     one execution's thread: from a ready pair to the end
     pair.py       a keeper and its snippet as descriptors
     execution.py  what is known of one execution, and how it is stopped

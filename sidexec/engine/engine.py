@@ -66,14 +66,14 @@ class Engine:
         launcher.boot()
         launcher.submit(execution)
         while execution.state is State.WAITING and launcher.is_up:
-            if execution.changed.wait_for(lambda: execution.state is not State.WAITING, LOOK_INTERVAL):
-                break
+            if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
+                return
             if launcher.is_stopped():
                 launcher.abandon("was stopped by a signal: start anew")
             elif time.monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: start anew")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
-        if execution.state is not State.RUNNING:
+        if execution.state is State.WAITING:
             launcher.withdraw(execution)
 
     def running(self) -> list[Execution]:
@@ -141,6 +141,8 @@ class Engine:
         """It has ended, or was refused; the first call counts."""
         if self._running.pop(execution.id, None) is None:
             return
+        for launcher in list(self._launchers):
+            launcher.withdraw(execution)
         if execution.state is State.REFUSED:
             self.executions.pop(execution.id, None)
             return

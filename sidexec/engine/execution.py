@@ -146,6 +146,10 @@ class Execution:
     def end(self) -> End | None:
         return cast("End | None", self._claims.get("end"))
 
+    def is_decided(self) -> bool:
+        """Whether it has begun, or will not."""
+        return self.state is not State.WAITING
+
     def claim(self, owner: Owner) -> bool:
         """Make `owner` the one that says what becomes of it; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner

@@ -1,27 +1,25 @@
-"""A launcher as this side sees it: its process, its pairs, and the requests that wait for one.
+"""A launcher as this side sees it, and the thread that hears it.
 
-Responsible for the interpreter coming up, for a thread that hears it, and for its end.
-Every request in its queue is matched by a pair: one that is ready ahead of need, or one
-that is asked for. What happens on a pair is its own thread's business.
+Responsible for the interpreter coming up, for handing what it says to the pairs and
+requests that it is about, and for its end. Which request a pair takes is the business of
+`requests`, and what happens on a pair that of the pair's own thread.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .. import procfs, protocol
 from . import thread
-from .execution import NOBODY, Execution, describe_exit
+from .execution import Execution, describe_exit
 from .pair import LOOK_INTERVAL, Pair, close_all
 from .process import EXIT_LIMIT, Process
+from .requests import Requests
 from .waiting import Bell, native
 
 logger = logging.getLogger(__name__)
@@ -57,16 +55,12 @@ class Launcher:
         self.grace = settings.grace
         self.is_up = True  # it takes requests
         self.is_gone = False
-        self.is_kept = False  # when it has nothing to do, and forks ahead
         self.changed = Bell()  # when it is gone
         self._settings = settings
         self._on_gone = on_gone
         self._unstarted = [None]
-        self._requests: Any = native("queue", "SimpleQueue")()
-        self._spares: deque[None] = deque()  # one for each pair that is ready ahead of need
-        self._may_ask_ahead: deque[None] = deque([None])  # taken while one of these comes
-        self._forks: deque[None] = deque()  # one for each that is to be asked for
-        self._takes_forks = False
+        self._requests = Requests(self._ask)
+        self._is_open = False  # it takes requests to fork
         self._is_loaded = False
         self._running: dict[str, Execution] = {}
         self._pairs: dict[int, Pair] = {}
@@ -75,28 +69,29 @@ class Launcher:
 
     # -- from any thread
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it stays when nothing runs on it, with a pair forked ahead of need."""
+        return self._requests.keeps_spare
+
+    @is_kept.setter
+    def is_kept(self, value: bool) -> None:
+        self._requests.keeps_spare = value
+
     def boot(self) -> None:
         """Have its thread start the interpreter; every call but the first does nothing."""
         if self._unstarted:
             native("_thread", "start_new_thread")(self._run, ())
 
     def submit(self, execution: Execution) -> None:
-        """Queue a request. It is begun or refused, or nobody's if this launcher is not up.
-
-        A signal handler that raises in between leaves a pair too many, or a request that
-        its start takes back.
-        """
+        """Queue a request. It is begun or refused, or nobody's if this launcher is not up."""
         self._running[execution.id] = execution
-        has_pair = self._take_spare()
         self._requests.put(execution)
-        if not has_pair:
-            self._ask_for_pair()
         execution.is_queued = True
 
     def withdraw(self, execution: Execution) -> None:
-        """It runs here no longer, or never did."""
-        self._running.pop(execution.id, None)
-        if not self.is_kept:
+        """It has ended, or will not begin here."""
+        if self._running.pop(execution.id, None) is not None and not self.is_kept:
             self.let_go()
 
     def let_go(self) -> None:
@@ -114,7 +109,7 @@ class Launcher:
         pid = None if self._process is None else self._process.pid
         self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
         self.is_up = self.is_kept = False
-        self._refuse_waiting()
+        self._requests.refuse_all(self._failure)
         if not self._running and self._process is not None:
             self._process.kill()
 
@@ -122,7 +117,7 @@ class Launcher:
         """Have it end, once its keepers have; the bell rings when it has."""
         self.is_up = self.is_kept = False
         self.boot()  # so that a thread is there to end it
-        self._requests.put(None)  # for the pairs that wait
+        self._requests.close()
         process = self._process
         if process is not None:
             process.quit(at_once=not self._is_loaded)
@@ -130,44 +125,10 @@ class Launcher:
     # -- from the thread of a pair
 
     def next_request(self, pair: Pair) -> Execution | None:
-        """Wait for a request, and claim it for `pair`; None where there will be none."""
-        is_spare = is_ahead = pair.is_ahead
-        while True:
-            if is_spare:
-                self._spares.append(None)
-            if is_ahead:
-                self._may_ask_ahead.append(None)
-                is_ahead = False
-            execution: Execution | None = self._requests.get()
-            if execution is None:
-                self._requests.put(None)  # for the next one that waits
-                return None
-            if pair.is_gone():
-                self._requests.put(execution)
-                self._ask_for_pair()
-                return None
-            if execution.claim(pair):
-                break
-            # That request was withdrawn. Where none is left, this pair has become a spare.
-            self._running.pop(execution.id, None)
-            is_spare = self._requests.empty()
-        self._ask_for_spare()
-        return execution
+        return self._requests.take(pair)
 
     def miss_pair(self, is_ahead: bool, reason: str) -> None:
-        """A pair that was asked for will not come: a request goes without."""
-        if is_ahead:
-            self._may_ask_ahead.append(None)
-            return
-        try:
-            execution = self._requests.get_nowait()
-        except queue.Empty:
-            self._take_spare()  # which was counted on, and has taken that request
-            return
-        if execution is not None:
-            self._running.pop(execution.id, None)
-            if execution.claim(NOBODY):
-                execution.refuse(reason)
+        self._requests.miss(is_ahead, reason)
 
     def why_ended(self) -> str | None:
         """Why the process has ended, if it has."""
@@ -180,43 +141,14 @@ class Launcher:
         """End a keeper that does not answer; what it leaves is swept, and then LOST."""
         self._send(protocol.pack(protocol.KILL, str(pid).encode()))
 
-    def release(self, pair: Pair, execution: Execution | None) -> None:
+    def release(self, pair: Pair) -> None:
         """The thread of `pair` has ended."""
         self._pairs.pop(pair.keeper_pid, None)
-        if execution is not None:
-            self.withdraw(execution)
 
     # -- asking the process
 
-    def _ask_for_spare(self) -> None:
-        try:
-            self._may_ask_ahead.pop()
-        except IndexError:
-            return  # one is on its way
-        if self.is_kept and not self._spares:
-            self._send(protocol.pack(protocol.FORK_AHEAD))
-        else:
-            self._may_ask_ahead.append(None)
-
-    def _take_spare(self) -> bool:
-        """Whether a pair is ready ahead of need; it is not counted any more then."""
-        try:
-            self._spares.pop()
-            return True
-        except IndexError:
-            return False
-
-    def _ask_for_pair(self) -> None:
-        self._forks.append(None)
-        self._send_forks()
-
-    def _send_forks(self) -> None:
-        while self._takes_forks and self._forks:
-            try:
-                self._forks.pop()
-            except IndexError:
-                return
-            self._send(protocol.pack(protocol.FORK))
+    def _ask(self, kind: bytes) -> None:
+        self._send(protocol.pack(kind))
 
     def _send(self, frame: bytes) -> None:
         process = self._process
@@ -260,9 +192,9 @@ class Launcher:
             frames = process.hear(limit)
             if frames is None:
                 return
-            if process.is_greeted and not self._takes_forks:
-                self._takes_forks = True
-                self._send_forks()
+            if process.is_greeted and not self._is_open:
+                self._is_open = True
+                self._requests.open()
             for kind, text in frames:
                 if kind == protocol.LOADED:
                     self._failure = text or None
@@ -320,19 +252,15 @@ class Launcher:
                 if self._failure is None:
                     self._failure = self._process.failure or self._describe_exit(how)
             if not was_expected:
-                self._refuse_waiting()
+                self._requests.refuse_all(self._failure or "")
                 for pair in list(self._pairs.values()):
                     pair.launcher_fault = self._failure
                     pair.wake()
         finally:
-            self._requests.put(None)
+            self._requests.close()
             self._on_gone(self)
             self.is_gone = True
             self.changed.ring()
-
-    def _refuse_waiting(self) -> None:
-        while not self._requests.empty():
-            self.miss_pair(False, self._failure or "")
 
     def _describe_exit(self, how: str) -> str:
         process = self._process

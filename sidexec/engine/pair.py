@@ -126,6 +126,7 @@ class Pair:
         self.control_fd, self.wake_fd = control, self._wake.fd
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
+        self._has_ended = False  # before it had a request
         self._deadlines: list[float] = []
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
         self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
@@ -188,14 +189,17 @@ class Pair:
                     self.snippet_pid = int(snippet_pid)
                     self.has_tree = has_tree == "1"
                     self.ready_at = _boot_time()
-                    return None
+            if self.snippet_pid:
+                # Where END has come with READY, the snippet was killed while it waited.
+                self._has_ended = frames[-1][0] != protocol.READY
+                return None
             if not is_open:
                 return f"{keeper} ended before it was ready{fault}"
         return f"{keeper} was not ready after {READY_LIMIT:g} s"
 
     def is_gone(self) -> bool:
         """Whether nothing can begin on it any more."""
-        return bool(self._urgent.poll(0))
+        return self._has_ended or bool(self._urgent.poll(0))
 
     def run(self, request: bytes) -> None:
         """Send the request to the snippet that waits for it, and read what it writes."""
