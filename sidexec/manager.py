@@ -601,10 +601,12 @@ def _is_embedded() -> bool:
     return os.path.realpath(sys.executable) == os.path.realpath("/proc/self/exe")
 
 
-def _current_environment() -> dict[str, str]:
+def _current_environment() -> dict[Any, Any]:
+    # As the system has it, where `os.environ` keeps that: its own copy decodes each item.
+    raw: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
     while True:
         try:
-            return dict(os.environ)
+            return dict(os.environ if raw is None else raw)
         except (KeyError, RuntimeError):
             pass  # another thread has just changed it
 

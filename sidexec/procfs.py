@@ -88,9 +88,10 @@ def group(leader: int) -> list[int] | None:
 def umask() -> int | None:
     """This process's own, without setting it."""
     try:
-        with open("/proc/self/status", "rb", buffering=0) as file:
-            found = file.read(4096).partition(b"\nUmask:")[2].split(None, 1)
-            return int(found[0], 8) if found else None
+        fd = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+        found = os.read(fd, 4096).partition(b"\nUmask:")[2].split(None, 1)
+        os.close(fd)
+        return int(found[0], 8) if found else None
     except OSError:
         return None
 

@@ -14,6 +14,7 @@ from collections import deque
 from .execution import NOBODY, Execution, State
 from .launcher import Launcher, Settings
 from .pair import LOOK_INTERVAL
+from .process import Environment
 from .waiting import native
 
 CLOSED = "this manager is closed: make a new ExecutionManager"
@@ -39,7 +40,7 @@ class Engine:
         self._counted: deque[Execution] = deque()
         self._bytes_held = 0
 
-    def start(self, execution: Execution, environment: dict[str, str], *, is_default: bool) -> None:
+    def start(self, execution: Execution, environment: Environment, *, is_default: bool) -> None:
         """Have it begin; its state and its `refusal` say whether it has.
 
         In the default environment a pair is forked ahead of need. Whatever a signal
@@ -102,7 +103,7 @@ class Engine:
 
     # -- launchers
 
-    def _launcher(self, environment: dict[str, str], is_default: bool) -> Launcher:
+    def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
         """One that is up and runs snippets as the host is now: user, groups, environment."""
         identity = (os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups())
 

@@ -18,7 +18,7 @@ from .. import procfs, protocol
 from . import thread
 from .execution import Execution, describe_exit
 from .pair import LOOK_INTERVAL, Pair, close_all
-from .process import EXIT_LIMIT, Process
+from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
 from .waiting import Bell, native
 
@@ -45,7 +45,7 @@ class Launcher:
     def __init__(
         self,
         settings: Settings,
-        environment: dict[str, str],
+        environment: Environment,
         identity: object,
         on_gone: Callable[[Launcher], None],
     ) -> None:
@@ -126,6 +126,9 @@ class Launcher:
 
     def next_request(self, pair: Pair) -> Execution | None:
         return self._requests.take(pair)
+
+    def fork_ahead(self) -> None:
+        self._requests.fork_ahead()
 
     def miss_pair(self, is_ahead: bool, reason: str) -> None:
         self._requests.miss(is_ahead, reason)

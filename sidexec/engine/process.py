@@ -20,6 +20,7 @@ from .execution import describe_exit
 from .pair import Sender, close_all
 from .waiting import native, native_subprocess
 
+Environment = dict[Any, Any]  # of str, or of bytes
 MAX_FDS = 64
 # How long it may take to read the code that it is sent, in seconds.
 PAYLOAD_LIMIT = 20.0
@@ -28,7 +29,7 @@ EXIT_LIMIT = 5.0
 
 
 class Process:
-    def __init__(self, python: str, environment: dict[str, str], config: dict[str, Any]) -> None:
+    def __init__(self, python: str, environment: Environment, config: dict[str, Any]) -> None:
         """Start the interpreter; raises `OSError` where the system does not let it."""
         self._python = python
         self._config = config
@@ -224,10 +225,11 @@ def _kill_descendants(pid: int) -> None:
             os.close(pidfd)
 
 
-def _find(python: str, environment: dict[str, str]) -> str:
+def _find(python: str, environment: Environment) -> str:
     """The path of a bare name, which `subprocess` would not start by `posix_spawn`."""
     if os.sep in python:
         return python
     import shutil
 
-    return shutil.which(python, path=environment.get("PATH")) or python
+    path = environment.get("PATH") or environment.get(b"PATH")
+    return shutil.which(python, path=None if path is None else os.fsdecode(path)) or python

@@ -89,11 +89,21 @@ class Requests:
                 self._want_pair()
                 return None
             if execution.claim(pair):
-                self._fork_ahead()
                 return execution
             # That request was withdrawn. Where no other is left, this pair is a spare now.
             if self._queue.empty():
                 self._spares.append(None)
+
+    def fork_ahead(self) -> None:
+        """See to a spare pair, once one has been taken."""
+        try:
+            self._may_fork_ahead.pop()
+        except IndexError:
+            return  # one is on its way
+        if self.keeps_spare and not self._spares:
+            self._ask(FORK_AHEAD)
+        else:
+            self._may_fork_ahead.append(None)
 
     # -- asking the launcher
 
@@ -116,13 +126,3 @@ class Requests:
             except IndexError:
                 return  # another thread has just asked
             self._ask(FORK)
-
-    def _fork_ahead(self) -> None:
-        try:
-            self._may_fork_ahead.pop()
-        except IndexError:
-            return  # one is on its way
-        if self.keeps_spare and not self._spares:
-            self._ask(FORK_AHEAD)
-        else:
-            self._may_fork_ahead.append(None)
