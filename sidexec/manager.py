@@ -283,6 +283,8 @@ class ExecutionManager:
         """What can be seen to be wrong before anything is started."""
         if self._engine.is_closing:
             return CLOSED
+        if sys.is_finalizing():
+            return SHUTTING_DOWN
         if self._is_foreign():
             return self._foreign()
         patcher = sys.modules.get("eventlet.patcher")

@@ -1,8 +1,9 @@
 """What /proc tells of other processes, to both sides.
 
 Reads only, and imports next to nothing. The pid may have gone to another process
-meanwhile: whoever goes on to signal has to pin the process first. Every answer is None or empty where there is no /proc, or
-only that of another PID namespace, in which the same pid is another process.
+meanwhile: whoever goes on to signal has to pin the process first. Every answer is None or
+empty where there is no /proc, or only that of another PID namespace, in which the same pid
+is another process.
 """
 
 from __future__ import annotations
@@ -85,15 +86,10 @@ def group(leader: int) -> list[int] | None:
     return found if pids else None
 
 
-def umask() -> int | None:
-    """This process's own, without setting it."""
-    try:
-        fd = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-        found = os.read(fd, 4096).partition(b"\nUmask:")[2].split(None, 1)
-        os.close(fd)
-        return int(found[0], 8) if found else None
-    except OSError:
-        return None
+def umask_in(status: bytes) -> int | None:
+    """The umask of a process, in what its file `status` says."""
+    found = status.partition(b"\nUmask:")[2].split(None, 1)
+    return int(found[0], 8) if found else None
 
 
 def _tick() -> float:

@@ -49,8 +49,10 @@ def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
     if not runs:
         manager.stop(running)
     os.kill(launcher, signal.SIGSTOP)
-    manager.start_with_code("pass")  # takes the pair that is there
-    started = manager.start_with_code("pass")
+    for _ in range(3):  # the first ones take what pairs are there
+        started = manager.start_with_code("pass")
+        if not started.success:
+            break
     assert not started.success and f"pid {launcher}) was stopped" in started.error
     assert result_of(manager, "return 2") == 2
     if runs:

@@ -418,7 +418,7 @@ def test_the_host_neither_hangs_nor_complains_at_its_exit(trace, name):
 KILLED_WHILE_IT_STOPS = """
 import os, signal, sys, time
 import sidexec
-from sidexec.engine.pair import Sender
+from sidexec.engine.descriptors import Sender
 
 def die(sender, data, send=Sender.send):
     if sys.argv[2] == "after":

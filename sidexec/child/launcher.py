@@ -245,7 +245,8 @@ class Launcher:
                 [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
             )
         except OSError as error:
-            self._send(REFUSED, f"{int(ahead)} could not send descriptors: {error.strerror}".encode())
+            reason = f"{int(ahead)} could not send descriptors: {error.strerror}"
+            self._send(REFUSED, reason.encode())
         kernel.close_all(fds)  # with the host's ends gone, an unsent keeper ends by itself
 
     def _run_snippet(self, channel: int, out: int, err: int) -> NoReturn:

@@ -1,13 +1,14 @@
 """This side: what happens in the host's process, below the manager's public methods.
 
-    caller's thread                   an execution's own thread           other processes
-    ───────────────                   ─────────────────────────           ───────────────
+    caller's thread                   the thread of a pair                other processes
     start: Engine.start
-             Launcher.submit ──────▶  takes the request from the     ──▶  snippet
-             waits for the bell  ◀──  launcher's queue, sends it
+             Requests.put
+               a spare pair     ---------------------------------------->  snippet
+               is told          --->  reads output, frames and END  <----  keeper, snippet
+               or none is there --->  a pair that gets ready takes it -->  snippet
     stop:  Execution.stop
-             claims, and tells  ───────────────────────────────────▶  keeper asks, sweeps
-             waits for the bell  ◀──  reads output, frames and END   ◀──  keeper, snippet
+             claims, and tells  ---------------------------------------->  keeper: asks, sweeps
+             waits for the bell <---  tells whoever waits, last
 
     engine.py     which launcher a start goes to, what is remembered, the end of it all
     launcher.py   one launcher, and the thread that hears it
@@ -15,6 +16,7 @@
     requests.py   the requests that wait for a pair, and the pairs that match them
     thread.py     one execution's thread: from a ready pair to the end
     pair.py       a keeper and its snippet as descriptors
+    descriptors.py   what several threads read and write, and who closes it
     execution.py  what is known of one execution, and how it is stopped
     output.py, delivery.py   what it has written, and handing that to `on_output`
     waiting.py    waiting in a way that no signal handler can break

@@ -51,31 +51,36 @@ class Engine:
         try:
             self._running[execution.id] = execution
             self.executions[execution.id] = execution
+            if execution.delivery is not None:
+                execution.delivery.start()
             if self.is_closing:
                 self._refuse(execution, CLOSED)
             until = time.monotonic() + START_LIMIT
-            while execution.state is State.WAITING:
-                self._begin(execution, self._launcher(environment, is_default), until)
+            while not execution.is_decided():
+                if self._begin(execution, self._launcher(environment, is_default), until):
+                    return
         except RuntimeError as problem:
             self._refuse(execution, f"could not start a thread: {problem}")
         finally:
-            if not execution.is_queued:  # a signal handler raised, and nobody will take it
-                self._refuse(execution, "its start was interrupted")
+            if not execution.is_queued:  # a signal handler raised, and nobody may take it
+                execution.refuse("its start was interrupted")
 
-    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> None:
-        """Have it begin on `launcher`, unless that is not up any more."""
+    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> bool:
+        """Have it begin on `launcher`; false where that is not up any more."""
         launcher.boot()
-        launcher.submit(execution)
-        while execution.state is State.WAITING and launcher.is_up:
+        if launcher.submit(execution):
+            return True
+        while not execution.is_decided() and launcher.is_up:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
-                return
+                return True
             if launcher.is_stopped():
                 launcher.abandon("was stopped by a signal: start anew")
             elif time.monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: start anew")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
-        if execution.state is State.WAITING:
+        if not execution.is_decided():
             launcher.withdraw(execution)
+        return execution.is_decided()
 
     def running(self) -> list[Execution]:
         return list(self._running.values())

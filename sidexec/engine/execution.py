@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal, Protocol, cast
 
-
 from ..protocol import is_too_deep
 from ..responses import Status, StopReason
 from .delivery import Delivery
@@ -175,14 +174,19 @@ class Execution:
 
     # -- from its owner
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
+        """False where it has been refused meanwhile, as its start was interrupted."""
+        if self._claims.setdefault("fate", self) is not self:
+            return False
         self.request = b""
         self.state = State.RUNNING
         self.changed.ring()
+        return True
 
     def refuse(self, reason: str) -> None:
-        if self.state is not State.WAITING:
-            return
+        refusal = object()
+        if self._claims.setdefault("fate", refusal) is not refusal:
+            return  # it runs, or was refused before
         if self.is_stopped():
             self.finish("stopped")
         else:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from .. import procfs, protocol
 from . import thread
+from .descriptors import close_all
 from .execution import Execution, describe_exit
-from .pair import LOOK_INTERVAL, Pair, close_all
+from .pair import LOOK_INTERVAL, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
 from .waiting import Bell, native
@@ -59,7 +60,7 @@ class Launcher:
         self._settings = settings
         self._on_gone = on_gone
         self._unstarted = [None]
-        self._requests = Requests(self._ask)
+        self._requests = Requests(self._ask, self._umask)
         self._is_open = False  # it takes requests to fork
         self._is_loaded = False
         self._running: dict[str, Execution] = {}
@@ -83,11 +84,15 @@ class Launcher:
         if self._unstarted:
             native("_thread", "start_new_thread")(self._run, ())
 
-    def submit(self, execution: Execution) -> None:
-        """Queue a request. It is begun or refused, or nobody's if this launcher is not up."""
+    def submit(self, execution: Execution) -> bool:
+        """Have it begin, or wait for a pair; whether it has begun.
+
+        One that waits is begun or refused, or nobody's if this launcher is not up.
+        """
         self._running[execution.id] = execution
-        self._requests.put(execution)
+        has_begun = self._requests.put(execution)
         execution.is_queued = True
+        return has_begun
 
     def withdraw(self, execution: Execution) -> None:
         """It has ended, or will not begin here."""
@@ -117,7 +122,7 @@ class Launcher:
         """Have it end, once its keepers have; the bell rings when it has."""
         self.is_up = self.is_kept = False
         self.boot()  # so that a thread is there to end it
-        self._requests.close()
+        self._let_go_of_spares()
         process = self._process
         if process is not None:
             process.quit(at_once=not self._is_loaded)
@@ -149,6 +154,9 @@ class Launcher:
         self._pairs.pop(pair.keeper_pid, None)
 
     # -- asking the process
+
+    def _umask(self) -> int | None:
+        return None if self._process is None else self._process.umask()
 
     def _ask(self, kind: bytes) -> None:
         self._send(protocol.pack(kind))
@@ -260,10 +268,16 @@ class Launcher:
                     pair.launcher_fault = self._failure
                     pair.wake()
         finally:
-            self._requests.close()
+            self._let_go_of_spares()
             self._on_gone(self)
             self.is_gone = True
             self.changed.ring()
+
+    def _let_go_of_spares(self) -> None:
+        self._requests.close()
+        # All that wait: one that a start took, and was interrupted, is among no spares.
+        for pair in list(self._pairs.values()):
+            pair.release()
 
     def _describe_exit(self, how: str) -> str:
         process = self._process

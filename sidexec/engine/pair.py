@@ -7,18 +7,20 @@ thread comes only `ask`, and what the launcher says of the keeper's end. It sign
 
 from __future__ import annotations
 
-import _socket
 import fcntl
+import marshal
 import math
 import os
 import select
 import sys
 import termios
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from .. import procfs, protocol
+from .descriptors import Sender, Wake, close_all, read
+from .execution import Execution
 from .output import STREAMS, Stream
 from .waiting import native
 
@@ -43,67 +45,6 @@ LOOK_INTERVAL = 1.0
 Pids = tuple[int, ...]
 
 
-class Sender:
-    """One end of a socket that other threads send on; it closes when the last lets go of it.
-
-    Were it closed by its number, a thread that is about to send could send to what
-    somebody has opened meanwhile under that number.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
-        self.socket.setblocking(False)
-
-    def __del__(self) -> None:
-        self.socket.close()
-
-    def send(self, data: bytes) -> bool:
-        """False where it is full; what nobody reads any more counts as sent."""
-        try:
-            # The host may have SIGPIPE end it.
-            self.socket.send(data, getattr(_socket, "MSG_NOSIGNAL", 0))
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-        return True
-
-    def shut(self) -> None:
-        """End the connection in both directions, which wakes the thread that reads from it."""
-        try:
-            self.socket.shutdown(_socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended by itself
-
-
-class Wake:
-    """Ends the wait of the thread that polls `fd`; closes as a `Sender` does."""
-
-    def __init__(self) -> None:
-        """Raises `OSError` where there are no descriptors left."""
-        self._open: tuple[int, ...] = ()
-        if hasattr(os, "eventfd"):
-            self._open = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),)
-        else:
-            self._open = os.pipe()
-            for fd in self._open:
-                os.set_blocking(fd, False)
-        self.fd = self._open[0]
-
-    def __del__(self) -> None:
-        close_all(self._open)
-
-    def set(self) -> None:
-        try:
-            os.write(self._open[-1], b"\1\0\0\0\0\0\0\0")
-        except OSError:
-            pass  # full, so it wakes anyway; or the host has closed all its descriptors
-
-    def clear(self) -> None:
-        _read(self.fd, CONTROL_SIZE)
-
-
 class Pair:
     def __init__(self, keeper_pid: int, fds: list[int], is_ahead: bool) -> None:
         """Raises `OSError` where there is no descriptor left; `fds` are its own either way."""
@@ -117,13 +58,15 @@ class Pair:
         self.launcher_fault: str | None = None
         control, self.channel, out, err = fds
         self._control: Sender | None = Sender(control)
-        self._open = {self.channel, out, err}
+        self._channel: Sender | None = Sender(self.channel)
+        self._open = {out, err}
         try:
             self._wake: Wake | None = Wake()
         except OSError:
             self.close()
             raise
         self.control_fd, self.wake_fd = control, self._wake.fd
+        self._inbox: Any = native("queue", "SimpleQueue")()
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
         self._has_ended = False  # before it had a request
@@ -140,8 +83,9 @@ class Pair:
         for poll in (self._everything, self._urgent):
             poll.register(control, select.POLLIN)
             poll.register(self.wake_fd, select.POLLIN)
-        for fd in self._open:
+        for fd in (out, err):
             os.set_blocking(fd, False)
+        self._open.add(self.channel)
 
     # -- from any thread
 
@@ -153,6 +97,25 @@ class Pair:
             # A keeper that is stopped, or gone, is left to the deadline.
             control.send(protocol.pack(protocol.STOP, f"{grace!r} 0".encode()))
         self.wake()
+
+    def hand_over(self, execution: Execution, umask: int | None) -> bool:
+        """Have a spare pair begin `execution`; false where nothing can begin on it any more.
+
+        From a start's own thread, so that the snippet need not wait for the pair's. Where a
+        signal handler raises meanwhile, the pair is let go of, and so ended.
+        """
+        is_sent = False
+        try:
+            if not self.is_gone() and execution.claim(self):
+                self.send(execution, umask)
+                is_sent = True
+        finally:
+            self._inbox.put(execution if is_sent else None)
+        return is_sent
+
+    def release(self) -> None:
+        """Let go of a pair that waits for a request."""
+        self._inbox.put(None)
 
     def wake(self) -> None:
         wake = self._wake
@@ -201,12 +164,14 @@ class Pair:
         """Whether nothing can begin on it any more."""
         return self._has_ended or bool(self._urgent.poll(0))
 
-    def run(self, request: bytes) -> None:
-        """Send the request to the snippet that waits for it, and read what it writes."""
+    def wait_for_request(self) -> Execution | None:
+        execution: Execution | None = self._inbox.get()
+        return execution
+
+    def watch(self) -> None:
+        """Begin to read what the snippet writes, and send it what it has not got yet."""
         for fd in self._open:
             self._everything.register(fd, select.POLLIN)
-        self._unsent = memoryview(request)
-        self._send_rest()
         if self._unsent:
             self._everything.modify(self.channel, select.POLLIN | select.POLLOUT)
 
@@ -233,7 +198,7 @@ class Pair:
 
     def read_control(self) -> tuple[list[tuple[bytes, str]], bool]:
         """The frames that the keeper has sent, and whether more can come."""
-        data = _read(self.control_fd, CONTROL_SIZE)
+        data = read(self.control_fd, CONTROL_SIZE)
         if data == b"":
             _unregister(self.control_fd, self._everything, self._urgent)
         frames = self._keeper_inbox.feed(data or b"")
@@ -243,6 +208,8 @@ class Pair:
         """The frames that the snippet has sent; `ProtocolError` for what is none."""
         if self._unsent:
             self._send_rest()
+            if not self._unsent:
+                self._everything.modify(self.channel, select.POLLIN)
         data = self._read_some(self.channel, size)
         return self._snippet_inbox.feed(data) if data else []
 
@@ -266,7 +233,7 @@ class Pair:
         self._close(self.channel)
 
     def _read_some(self, fd: int, size: int) -> bytes:
-        data = _read(fd, size)
+        data = read(fd, size)
         if data == b"":
             self._close(fd)
         elif data:
@@ -286,38 +253,37 @@ class Pair:
             except OSError:
                 pass  # over what one user may have, or no pipe
 
+    def send(self, execution: Execution, umask: int | None) -> None:
+        """Send its request to the snippet that waits for it, as far as there is room."""
+        frame = protocol.pack(protocol.RUN, marshal.dumps((umask, execution.request), 2))
+        self._unsent = memoryview(frame)
+        self._send_rest()
+
     def _send_rest(self) -> None:
+        assert self._channel is not None
         try:
-            # No SIGPIPE: it is blocked in this thread.
-            self._unsent = self._unsent[os.write(self.channel, self._unsent) :]
+            self._unsent = self._unsent[self._channel.send_some(self._unsent) :]
         except BlockingIOError:
-            return
+            pass
         except OSError:
             self._unsent = memoryview(b"")  # the snippet has ended, as the keeper will say
-        if not self._unsent:
-            self._everything.modify(self.channel, select.POLLIN)
 
     # -- closing
 
     def close(self) -> None:
         """Close all of it, what another thread is about to write to as soon as it has."""
-        close_all(self._open)
+        close_all(self._open - {self.channel})
         self._open.clear()
-        self._control = self._wake = None
+        self._control = self._channel = self._wake = None
 
     def _close(self, fd: int) -> None:
         if fd in self._open:
             self._open.discard(fd)
             _unregister(fd, self._everything)
-            close_all([fd])
-
-
-def close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        try:
-            os.close(fd)
-        except OSError:
-            pass  # the host has closed all its descriptors
+            if fd == self.channel:
+                self._channel = None
+            else:
+                close_all([fd])
 
 
 def _unregister(fd: int, *polls: Any) -> None:
@@ -326,16 +292,6 @@ def _unregister(fd: int, *polls: Any) -> None:
             poll.unregister(fd)
         except KeyError:
             pass
-
-
-def _read(fd: int, size: int) -> bytes | None:
-    """What is there; empty at the end of the file; None where there is nothing."""
-    try:
-        return os.read(fd, size)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
 
 
 def _available(fd: int) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 
 from .. import procfs, protocol
 from . import payload
+from .descriptors import Descriptor, Sender, close_all
 from .execution import describe_exit
-from .pair import Sender, close_all
 from .waiting import native, native_subprocess
 
 Environment = dict[Any, Any]  # of str, or of bytes
@@ -68,6 +68,7 @@ class Process:
         self.pid: int = self._popen.pid
         self._sender: Sender | None = Sender(ours.detach())
         self._socket = self._sender.socket
+        self._status = _open_status()
         os.set_blocking(self._errors, False)
         self._poll = native("select", "poll")()
         self._poll.register(self._socket.fileno(), select.POLLIN)
@@ -91,6 +92,11 @@ class Process:
             return os.waitid(os.P_PID, self.pid, flags) is not None
         except ChildProcessError:
             return True
+
+    def umask(self) -> int | None:
+        """From any thread: the host's own, without setting it; None where that can't be told."""
+        status = self._status
+        return None if status is None else procfs.umask_in(os.pread(status.fd, 4096, 0))
 
     def send(self, frame: bytes) -> bool:
         """From any thread; false where there is no room for it now."""
@@ -140,7 +146,7 @@ class Process:
                 self._popen.kill()
         while self._read_errors():
             pass
-        self._sender = None
+        self._sender = self._status = None
         close_all(fd for fd in (self._errors, self._pidfd, *self.fds) if fd >= 0)
         return "the kernel does not let go of it" if code is None else describe_exit(code)
 
@@ -223,6 +229,16 @@ def _kill_descendants(pid: int) -> None:
             pass  # it has ended just now
         finally:
             os.close(pidfd)
+
+
+def _open_status() -> Descriptor | None:
+    """This process's file in /proc, read at each start: an open one costs it least."""
+    if not procfs.is_ours():
+        return None
+    try:
+        return Descriptor(os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return None
 
 
 def _find(python: str, environment: Environment) -> str:

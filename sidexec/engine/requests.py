@@ -1,55 +1,58 @@
-"""The requests of one launcher, and the pairs that match them.
+"""The requests of one launcher, and the pairs that take them.
 
-Every request in the queue is matched by a pair: one that is ready ahead of need, or one
-that the launcher is asked to fork. Responsible for keeping the two in step, whichever of
-them is withdrawn, refused or lost, and for one spare pair. Each step is atomic, since it
-may come from any thread, and from a signal handler that has interrupted the same step.
+A request goes to a pair that is ready ahead of need; where there is none it waits, and the
+launcher is asked for one. A pair that gets ready takes a request that waits, or is the
+spare one for the next. Each step is atomic, since it may come from any thread, and from a
+signal handler that has interrupted the same step.
 """
 
 from __future__ import annotations
 
-import queue
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from ..protocol import FORK, FORK_AHEAD
 from .execution import NOBODY, Execution
 from .pair import Pair
-from .waiting import native
 
 
 class Requests:
-    def __init__(self, ask: Callable[[bytes], object]) -> None:
-        """`ask` sends FORK and FORK_AHEAD to the launcher."""
+    def __init__(self, ask: Callable[[bytes], object], umask: Callable[[], int | None]) -> None:
+        """`ask` sends FORK and FORK_AHEAD to the launcher; `umask` is the host's."""
         self.keeps_spare = False
         self._ask = ask
-        self._queue: Any = native("queue", "SimpleQueue")()
-        self._spares: deque[None] = deque()  # one for each pair that is ready ahead of need
-        self._may_fork_ahead: deque[None] = deque([None])  # taken while such a pair comes
+        self._umask = umask
+        self._spares: deque[Pair] = deque()
+        self._waiting: deque[Execution] = deque()
         self._wanted: deque[None] = deque()  # one for each pair that is still to be asked for
+        self._may_fork_ahead: deque[None] = deque([None])  # taken while such a pair comes
         self._is_open = False
+        self._is_closed = False
 
     # -- from any thread
 
-    def put(self, execution: Execution) -> None:
-        """Queue a request.
-
-        A signal handler that raises in between leaves a pair too many, or a request that
-        whoever has put it withdraws.
-        """
-        has_pair = self._take_spare()
-        self._queue.put(execution)
-        if not has_pair:
-            self._want_pair()
+    def put(self, execution: Execution) -> bool:
+        """Have a spare pair begin it, or let it wait for a pair; whether it has begun."""
+        while True:
+            try:
+                pair = self._spares.popleft()
+            except IndexError:
+                break
+            if pair.hand_over(execution, self._umask()):
+                return True
+        self._waiting.append(execution)
+        self._wanted.append(None)
+        self._ask_for_pairs()
+        return False
 
     def refuse_all(self, reason: str) -> None:
-        while not self._queue.empty():
-            self.miss(False, reason)
+        while self._refuse_one(reason):
+            pass
 
     def close(self) -> None:
-        """Have the pairs that wait for a request wait no longer."""
-        self._queue.put(None)
+        """Keep no spare pair from here on."""
+        self._is_closed = True
+        self._spares.clear()
 
     # -- from the launcher's thread
 
@@ -62,37 +65,30 @@ class Requests:
         """A pair that was asked for will not come: a request is refused for it."""
         if is_ahead:
             self._may_fork_ahead.append(None)
-            return
-        try:
-            execution = self._queue.get_nowait()
-        except queue.Empty:
-            self._take_spare()  # which has taken that request, and was counted on for another
-            return
-        if execution is not None and execution.claim(NOBODY):
-            execution.refuse(reason)
+        else:
+            self._refuse_one(reason)
 
     # -- from the thread of a pair
 
     def take(self, pair: Pair) -> Execution | None:
-        """Wait for a request, and claim it for `pair`; None where there will be none."""
-        is_spare = pair.is_ahead
-        if is_spare:
-            self._spares.append(None)
+        """A request for `pair`, which is ready; None where none needs it."""
+        execution = self._take_waiting(pair)
+        if pair.is_ahead:
             self._may_fork_ahead.append(None)
-        while True:
-            execution: Execution | None = self._queue.get()
-            if execution is None:
-                self._queue.put(None)  # for the next one that waits
-                return None
-            if pair.is_gone():
-                self._queue.put(execution)
-                self._want_pair()
-                return None
-            if execution.claim(pair):
+        if execution is not None or self._spares or not self.keeps_spare:
+            return execution
+        self._spares.append(pair)
+        # Looked at again: what has come meanwhile has seen no spare, or a closed launcher.
+        while self._waiting or self._is_closed:
+            try:
+                self._spares.remove(pair)
+            except ValueError:
+                break  # a call has taken it
+            execution = self._take_waiting(pair)
+            if execution is not None or self._is_closed:
                 return execution
-            # That request was withdrawn. Where no other is left, this pair is a spare now.
-            if self._queue.empty():
-                self._spares.append(None)
+            self._spares.append(pair)
+        return pair.wait_for_request()
 
     def fork_ahead(self) -> None:
         """See to a spare pair, once one has been taken."""
@@ -105,19 +101,27 @@ class Requests:
         else:
             self._may_fork_ahead.append(None)
 
-    # -- asking the launcher
+    # -- what these share
 
-    def _take_spare(self) -> bool:
-        """Whether there is a spare pair, which is not counted as one any more."""
+    def _take_waiting(self, pair: Pair) -> Execution | None:
+        while True:
+            try:
+                execution = self._waiting.popleft()
+            except IndexError:
+                return None
+            if execution.claim(pair):  # else it was withdrawn
+                pair.send(execution, self._umask())
+                return execution
+
+    def _refuse_one(self, reason: str) -> bool:
+        """Refuse the request that has waited longest; whether there was one."""
         try:
-            self._spares.pop()
-            return True
+            execution = self._waiting.popleft()
         except IndexError:
             return False
-
-    def _want_pair(self) -> None:
-        self._wanted.append(None)
-        self._ask_for_pairs()
+        if execution.claim(NOBODY):
+            execution.refuse(reason)
+        return True
 
     def _ask_for_pairs(self) -> None:
         while self._is_open and self._wanted:

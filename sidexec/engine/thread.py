@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import marshal
 import os
 import signal
 import time
@@ -89,16 +88,9 @@ class _Run:
     def run(self) -> None:
         execution, pair = self._execution, self._pair
         delivery = execution.delivery
-        if delivery is not None:
-            try:
-                delivery.start()
-            except RuntimeError as problem:
-                execution.refuse(f"could not start a thread for on_output: {problem}")
-                return
-        # Read here, where no signal handler comes in between.
-        request = marshal.dumps((procfs.umask(), execution.request), 2)
-        pair.run(protocol.pack(protocol.RUN, request))
-        execution.begin()
+        if not execution.begin():
+            return
+        pair.watch()
         self._launcher.fork_ahead()
         began = time.monotonic()
         times_out = None if execution.timeout is None else began + execution.timeout
