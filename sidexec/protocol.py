@@ -11,7 +11,7 @@ HEADER = 5
 
 # host -> launcher
 FORK = b"F"  # bring up one keeper and snippet, now
-FORK_AHEAD = b"A"  # have one more ready, once nothing else was asked for in a while
+FORK_AHEAD = b"A"  # the same, ahead of need: it may take longer
 KILL = b"K"  # "<keeper pid>": end a keeper that does not answer
 
 # launcher -> host

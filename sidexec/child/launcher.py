@@ -47,8 +47,6 @@ WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
 # How long past its grace period a keeper may take when the host is gone.
 SWEEP_ALLOWANCE = 4.0
 MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
-# How long a fork ahead leaves the processors to the snippet that has just started.
-AHEAD_AFTER = 0.003
 
 
 class Launcher:
@@ -67,7 +65,6 @@ class Launcher:
         self._host: int | None = None
         self._is_warm = False
         self._deadline: float | None = None  # for the keepers, once the host is gone
-        self._ahead_at: float | None = None
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -89,8 +86,6 @@ class Launcher:
         timeout = 1.0 if self._host is None else MAX_TIMEOUT
         if self._deadline is not None:
             timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
-        if self._ahead_at is not None:
-            timeout = min(timeout, max(0.0, self._ahead_at - time.monotonic()))
         for fd, _ in self._poll.poll(int(timeout * 1000) + 1):
             if fd == self._wake:
                 os.read(fd, 65536)
@@ -105,10 +100,6 @@ class Launcher:
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGKILL)
             self._deadline = float("inf")
-        if self._ahead_at is not None and time.monotonic() >= self._ahead_at:
-            self._ahead_at = None
-            if self._warm_up():
-                self._fork(ahead=True)
 
     def _set_signals(self) -> None:
         """Be deaf to what is meant for others, and pass on a clean slate.
@@ -178,7 +169,8 @@ class Launcher:
             if kind == FORK:
                 self._fork()
             elif kind == FORK_AHEAD:
-                self._ahead_at = time.monotonic() + AHEAD_AFTER
+                if self._warm_up():
+                    self._fork(ahead=True)
             elif kind == KILL and int(payload) in self._keepers:
                 kernel.signal_process(int(payload), _signal.SIGKILL)
         if not data:
