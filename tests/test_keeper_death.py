@@ -277,7 +277,7 @@ def test_what_a_launcher_fails_of_is_told(trace, caplog):
             assert trace.left() == set()
     assert data.status == "failed"
     assert data.error.startswith("the launcher (pid ")
-    check_that_it_is_told("_hear_host", data.error, caplog)
+    check_that_it_is_told("_step", data.error, caplog)
 
 
 # -- stopped and idle ones

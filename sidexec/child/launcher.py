@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # What every snippet may need of the standard library: loaded once the first snippet
 # is on its way, so that later ones share it.
 WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
+# A host that needs one execution only shall not wait for these at its end.
+WARM_UP_AFTER = 0.005
 # How long past its grace period a keeper may take when the host is gone.
 SWEEP_ALLOWANCE = 4.0
 MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
@@ -64,6 +66,7 @@ class Launcher:
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
         self._is_warm = False
+        self._warm_up_at: float | None = None
         self._deadline: float | None = None  # for the keepers, once the host is gone
         self._poll = select.poll()
 
@@ -86,6 +89,8 @@ class Launcher:
         timeout = 1.0 if self._host is None else MAX_TIMEOUT
         if self._deadline is not None:
             timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
+        if self._warm_up_at is not None:
+            timeout = min(timeout, max(0.0, self._warm_up_at - time.monotonic()))
         for fd, _ in self._poll.poll(int(timeout * 1000) + 1):
             if fd == self._wake:
                 os.read(fd, 65536)
@@ -94,6 +99,10 @@ class Launcher:
                 self._on_host_gone()
             else:
                 self._hear_host()
+        if self._warm_up_at is not None and time.monotonic() >= self._warm_up_at:
+            self._warm_up_at = None
+            if self._warm_up():
+                self._fork(ahead=True)
         if self._host is None and os.getppid() != self._config["host"]:
             self._on_host_gone()
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -168,9 +177,10 @@ class Launcher:
         for kind, payload in self._inbox.feed(data):
             if kind == FORK:
                 self._fork()
+            elif kind == FORK_AHEAD and self._is_warm:
+                self._fork(ahead=True)
             elif kind == FORK_AHEAD:
-                if self._warm_up():
-                    self._fork(ahead=True)
+                self._warm_up_at = time.monotonic() + WARM_UP_AFTER
             elif kind == KILL and int(payload) in self._keepers:
                 kernel.signal_process(int(payload), _signal.SIGKILL)
         if not data:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import array
+import contextlib
 import math
 import os
 import select
@@ -80,6 +81,8 @@ class Process:
             self._poll.register(self._pidfd, select.POLLIN)
         except (AttributeError, OSError):
             self._pidfd = -1
+        with contextlib.suppress(Exception):  # which is told when it is sent
+            payload.load()  # meanwhile the interpreter comes up
 
     def kill(self) -> None:
         """From any thread."""
