@@ -11,8 +11,13 @@ An `ExecutionManager` runs snippets in child processes and stops them: gracefull
 then by force, with everything that they have spawned. Importing starts nothing.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from .limits import Limits
-from .manager import DEFAULT, ExecutionManager
+from .manager import ExecutionManager
+from .starting import DEFAULT
 from .engine.output import OutputChunk
 from .responses import (
     ActionBlock,
@@ -48,6 +53,23 @@ __all__ = [
     "StatusData",
     "StopData",
     "StopSideExecutionResponse",
+    "run",
 ]
 
 __version__ = "0.1.0"
+
+
+def run(
+    code: str,
+    params: dict[str, Any] | None = None,
+    timeout: float | None = 300.0,
+    **options: Any,
+) -> GetSideExecutionStatusResponse:
+    """Run Python source in a manager of its own, which is closed afterwards; its status.
+
+    `options` are those of `ExecutionManager` and of its method `run`.
+    """
+    manager_only = {"python", "grace_period", "max_output", "max_history", "preload"}
+    own = {name: options.pop(name) for name in manager_only & options.keys()}
+    with ExecutionManager(**own) as manager:
+        return manager.run(code, params, timeout, **options)

@@ -25,6 +25,7 @@ from . import (
     StartSideExecutionResponse,
     StopSideExecutionResponse,
 )
+from . import suspending
 from .responses import Response
 from .terminal import STDERR, STDOUT, Screen, encode, one_line, tell
 
@@ -132,12 +133,12 @@ class Run:
     def _suspend(self) -> None:
         """Ctrl-Z reaches this process alone: the snippet has a session of its own."""
         self._must_suspend = False
-        self._manager._signal_all(signal.SIGSTOP)
+        suspending.signal_all(self._manager._engine.running(), signal.SIGSTOP)
         self._screen.hide_bar()
         _handle(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)  # returns when the shell continues this process
         _handle(signal.SIGTSTP, self._on_suspend)
-        self._manager._signal_all(signal.SIGCONT)
+        suspending.signal_all(self._manager._engine.running(), signal.SIGCONT)
 
     def _ask(self, force: bool = False) -> None:
         """Have it stopped, without waiting for that: a signal handler must be short."""

@@ -12,6 +12,13 @@ import os
 import signal
 
 from . import procfs
+from .engine.execution import Execution
+
+
+def signal_all(executions: list[Execution], signum: int) -> None:
+    for execution in executions:
+        if execution.owner is not None:
+            signal_tree(execution.owner.keeper_pid, signum)
 
 
 def signal_tree(keeper_pid: int, signum: int) -> None:

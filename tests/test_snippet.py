@@ -115,12 +115,16 @@ if NEW >= (3, 11):
     RETURNS["try in except*"] = "try:\n    try:\n        1 / 0\n    except* ZeroDivisionError:\n        pass\nfinally:\n    return 7"
 
 
+# What the compiler says of it from Python 3.14 on, once, with its line.
+RETURN_IN_FINALLY = r"^<snippet>:[47]: SyntaxWarning: 'return' in a 'finally' block\n( .*\n)*"
+
+
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @pytest.mark.parametrize("code", RETURNS.values(), ids=RETURNS)
 def test_return_works_at_the_top_level(run, code):
     data = completed(run(code))
     assert data.result == 7
-    assert data.error_output == ""
+    assert re.sub(RETURN_IN_FINALLY, "", data.error_output, count=1) == ""
 
 
 @pytest.mark.parametrize("code", RETURNS.values(), ids=RETURNS)
@@ -250,12 +254,12 @@ SAME = {
     "eval": "x = 1\nprint(eval('x + 1'), eval('[x for _ in range(2)]'))",
     "global": "x = 1\ndef f():\n    global x, y\n    x = 2\n    y = 3\nf()\nprint(x, y)",
     "global at the top": "global x\nx = 1\nprint(x)",
-    "annotations": "x: int = 1\ny: 'str'\nprint(__annotations__, 'y' in globals())",
-    "annotations in blocks": "if 1:\n    x: int = 1\nfor i in range(1):\n    y: str\nprint(__annotations__)",
+    "annotations": "x: int = 1\ny: 'str'\nprint(__import__('__main__').__annotations__, 'y' in globals())",
+    "annotations in blocks": "if 1:\n    x: int = 1\nfor i in range(1):\n    y: str\nprint(__import__('__main__').__annotations__)",
     "annotation order": "def say(x):\n    print(x)\n    return x\nx: say('note') = say('value')",
-    "annotated attribute": "class A: pass\na = A()\na.b: print('note') = 1\nprint(a.b, __annotations__)",
+    "annotated attribute": "class A: pass\na = A()\na.b: print('note') = 1\nprint(a.b, __import__('__main__').__annotations__)",
     "annotated item": "d = {}\nd['k']: print('note') = 1\nprint(d)",
-    "annotated in parentheses": "(x): print('note') = 1\nprint(x, __annotations__)",
+    "annotated in parentheses": "(x): print('note') = 1\nprint(x, __import__('__main__').__annotations__)",
     "annotated target alone": "def f():\n    print('target')\nf().x: print('note')",
     "future annotations": "from __future__ import annotations\nx: nothing = 1\n"
     "y: dict[str, 'A'] | (int, *z)\nw: lambda a, *b, c=1: {**a}\nv: f'{x!r:>{y}}'\nu: x[1:2, ...]\n"

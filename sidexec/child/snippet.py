@@ -132,7 +132,7 @@ class Snippet:
             failure = self._send_result(failure)
         if failure is not None:
             self._send_error(self._failures.report(failure))
-            exit_code = leaving.INTERRUPTED if type(failure) is KeyboardInterrupt else 1
+            exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             failure = None  # its traceback holds the globals
         is_snippet = os.getpid() == self._pid
         leaving.leave(self.ask, self._take_globals, self._preloaded, is_snippet, exit_code)
@@ -154,7 +154,8 @@ class Snippet:
         sys.modules["__main__"] = main
         self._namespace = namespace = vars(main)
         namespace["__builtins__"] = sys.modules["builtins"]
-        namespace["__annotations__"] = {}
+        if sys.version_info < (3, 14):
+            namespace["__annotations__"] = {}
         namespace["__loader__"] = sys.modules["_frozen_importlib"].BuiltinImporter
         namespace["params"] = request["params"]
         namespace["report_progress"] = self._report_progress
@@ -263,6 +264,13 @@ class Snippet:
             resource.setrlimit(kind, (value, ceiling))
             if name != "RLIMIT_CPU":
                 self._lifted.append((resource.setrlimit, kind, (soft, hard)))
+
+
+def _is_interrupt(failure: BaseException) -> bool:
+    """Whether `python -c` ends by SIGINT: of a subclass, it does so from Python 3.14 on."""
+    if sys.version_info >= (3, 14):
+        return isinstance(failure, KeyboardInterrupt)
+    return type(failure) is KeyboardInterrupt
 
 
 # Their frames are left out of what the user sees of an error.

@@ -8,10 +8,13 @@ imports.
 `await` is the compiler's own top-level await. The compiler has no top-level
 `return`; code that uses one is put into a function whose every name is declared
 global, and the flags that make a code object a function's are then taken off it.
-What a function may not hold is rewritten: annotated globals and star imports.
+What a function may not hold, or takes in another way, is rewritten: annotated globals and
+star imports.
 """
 
 from __future__ import annotations
+
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,65 +82,25 @@ def _with_top_level_return(
         return [ast.copy_location(ast.Expr(node.value), node)]
 
     plain = _compile(_rewrite(parse(), without_return), filename)
-    names = [name for name in plain.co_names if name.isidentifier()]
-
-    future = False
-    objects: dict[str, object] = {
-        "\0update": namespace.update,
-        "\0pairs": _public_pairs,
-        "\0import": __import__,
-        "\0scope": namespace,
-    }
-
-    def for_function(node: ast.stmt) -> list[ast.stmt] | None:
-        made: list[ast.stmt]
-        if isinstance(node, ast.AnnAssign) and not node.simple:
-            # A module evaluates these annotations, though it keeps them nowhere.
-            made = [node] if future else [node, ast.Expr(node.annotation)]
-        elif isinstance(node, ast.AnnAssign):
-            assert isinstance(node.target, ast.Name)
-            note = ast.Constant(ast.unparse(node.annotation)) if future else node.annotation
-            notes = ast.Name("__annotations__", ast.Load())
-            slot = ast.Subscript(notes, ast.Constant(node.target.id), ast.Store())
-            made = [ast.Assign([slot], note)]
-            if node.value is not None:
-                made.insert(0, ast.Assign([node.target], node.value))
-        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
-            # `update(pairs(__import__(...)))`, of objects that are put in place of these
-            # constants once the function is compiled: all that can fail is C code, so
-            # that no frame of ours stands in a traceback.
-            update, pairs, load, scope = (ast.Constant(mark) for mark in objects)
-            origin = [ast.Constant(node.module or ""), scope, ast.Constant(None)]
-            what = [ast.Tuple([ast.Constant("*")], ast.Load()), ast.Constant(node.level)]
-            module = ast.Call(load, [*origin, *what], [])
-            made = [ast.Expr(ast.Call(update, [ast.Call(pairs, [module], [])], []))]
-        else:
-            return None
-        return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
-
     tree = parse()
     namespace["__doc__"] = ast.get_docstring(tree, clean=False)
     prelude: list[ast.stmt] = []
     while tree.body and (_is_docstring(tree.body[0]) or _is_future_import(tree.body[0])):
         prelude.append(tree.body.pop(0))
-    future = any(
-        alias.name == "annotations"
-        for node in prelude
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    )
-    body = _rewrite(tree, for_function).body
+    statements = _Statements(prelude, namespace)
+    body = _rewrite(tree, statements.for_function).body
+    statements.prepare_annotations(filename)
+
     header = "async def" if plain.co_flags & CO_COROUTINE else "def"
     shell = ast.parse(f"{header} f(): pass")
     function = shell.body[0]
     assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+    names = [name for name in plain.co_names if name.isidentifier()]
     function.name = _MODULE
     function.body = [ast.Global(names), *body] if names else body
     shell.body = [*prelude, function]
     exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
-    code = _as_module(namespace.pop(_MODULE).__code__)
-    constants = [objects.get(each, each) if type(each) is str else each for each in code.co_consts]
-    code = code.replace(co_consts=tuple(constants))
+    code = statements.put_objects(_as_module(namespace.pop(_MODULE).__code__))
 
     last = max(returns, key=lambda node: (node.lineno, node.col_offset)).value
     partial = None
@@ -145,6 +108,108 @@ def _with_top_level_return(
         expression = ast.Expression(last)
         partial = compile(expression, filename, "eval", dont_inherit=True)
     return code, partial
+
+
+class _Statements:
+    """What a function may not hold, or takes in another way than a module, rewritten for it."""
+
+    def __init__(self, prelude: list[ast.stmt], namespace: dict[str, Any]) -> None:
+        import ast
+
+        self._namespace = namespace
+        self._annotated: list[tuple[ast.AnnAssign, ast.Constant]] = []
+        self._has_text = any(  # annotations are kept as text, and at once
+            alias.name == "annotations"
+            for node in prelude
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        )
+        self._is_lazy = sys.version_info >= (3, 14) and not self._has_text
+        self._objects: dict[str, object] = {
+            "\0update": namespace.update,
+            "\0pairs": _public_pairs,
+            "\0import": __import__,
+            "\0scope": namespace,
+        }
+
+    def for_function(self, node: ast.stmt) -> list[ast.stmt] | None:
+        import ast
+
+        if isinstance(node, ast.AnnAssign):
+            made = self._annotation(node)
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            made = [self._star_import(node)]
+        else:
+            return None
+        return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
+
+    def _annotation(self, node: ast.AnnAssign) -> list[ast.stmt]:
+        import ast
+
+        if not node.simple:
+            # A module evaluated these before Python 3.14, though it kept them nowhere.
+            is_skipped = self._has_text or self._is_lazy
+            return [node] if is_skipped else [node, ast.Expr(node.annotation)]
+        assert isinstance(node.target, ast.Name)
+        made: list[ast.stmt] = []
+        if node.value is not None:
+            made.append(ast.Assign([node.target], node.value))
+        key = ast.Constant(node.target.id)
+        if self._is_lazy:
+            key = ast.Constant(0)  # see `prepare_annotations`
+            seen = ast.Name("__conditional_annotations__", ast.Load())
+            made.append(ast.Expr(ast.Call(ast.Attribute(seen, "add", ast.Load()), [key], [])))
+        else:
+            text = ast.Constant(ast.unparse(node.annotation)) if self._has_text else None
+            notes = ast.Name("__annotations__", ast.Load())
+            slot = ast.Subscript(notes, key, ast.Store())
+            made.append(ast.Assign([slot], text or node.annotation))
+        self._annotated.append((node, key))
+        return made
+
+    def prepare_annotations(self, filename: str) -> None:
+        """Make what the compiler would have a module make before its first statement.
+
+        From Python 3.14 on that is `__annotate__`, taken here from a module of these
+        annotations alone, and the set of those that have been come to, by their number.
+        """
+        import ast
+
+        if not self._annotated:
+            return
+        if not self._is_lazy:
+            self._namespace.setdefault("__annotations__", {})
+            return
+        self._annotated.sort(key=lambda pair: (pair[0].lineno, pair[0].col_offset))
+        body: list[ast.stmt] = []
+        for number, (node, key) in enumerate(self._annotated):
+            key.value = number
+            alone = ast.AnnAssign(node.target, node.annotation, None, 1)
+            body.append(ast.copy_location(alone, node))
+        exec(_compile(ast.Module(body, []), filename), self._namespace)
+        self._namespace["__conditional_annotations__"].clear()
+
+    def _star_import(self, node: ast.ImportFrom) -> ast.stmt:
+        """`update(pairs(__import__(...)))`, of the objects that `put_objects` puts there.
+
+        All that can fail is C code, so that no frame of ours stands in a traceback.
+        """
+        import ast
+
+        update, pairs, load, scope = (ast.Constant(mark) for mark in self._objects)
+        origin = [ast.Constant(node.module or ""), scope, ast.Constant(None)]
+        what = [ast.Tuple([ast.Constant("*")], ast.Load()), ast.Constant(node.level)]
+        module = ast.Call(load, [*origin, *what], [])
+        return ast.Expr(ast.Call(update, [ast.Call(pairs, [module], [])], []))
+
+    def put_objects(self, code: CodeType) -> CodeType:
+        """Put the objects in the place of the constants that stand for them."""
+        return code.replace(
+            co_consts=tuple(
+                self._objects.get(each, each) if type(each) is str else each
+                for each in code.co_consts
+            )
+        )
 
 
 def _rewrite(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .output import STREAMS, Decoder, OutputChunk, Stream
-from .waiting import Bell, native
+from .waiting import Bell, block_signals, native
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ class Delivery:
         self._queue: Any = native("queue", "SimpleQueue")()
         self._put = self._taken = self._dropped = 0
         self._is_abandoned = False
-        self._is_over = False
+        self.is_over = False
+        self._when_over: Callable[[], object] | None = None
         self._over = Bell()
         self._thread: int | None = None
         # The caller's: what the callback starts inherits it.
@@ -63,11 +64,11 @@ class Delivery:
         # Looked at again: room that was made meanwhile has woken nobody.
         return self._backlog > PAUSE_AT // 2
 
-    def end(self) -> None:
-        """Nothing more will be put."""
+    def end(self, when_over: Callable[[], object]) -> None:
+        """Nothing more will be put; `when_over` is called when nothing is left to hand over."""
+        self._when_over = when_over
         if self._thread is None:
-            self._is_over = True
-            self._over.ring()
+            self._finish()
         self._queue.put(None)
 
     # -- from any thread
@@ -80,17 +81,25 @@ class Delivery:
         """Wait until all of it is handed over, but not for oneself; whether it is."""
         if self._thread == _thread.get_ident():
             return True
-        return self._over.wait_for(lambda: self._is_over, timeout)
+        return self._over.wait_for(lambda: self.is_over, timeout)
 
     def abandon(self) -> None:
         """Hand over nothing more once the callback returns, and say so."""
         if not self._is_abandoned:
             self._is_abandoned = True
+            self._finish()
             self._log_loss(self._put - self._taken)
+
+    def _finish(self) -> None:
+        self.is_over = True
+        self._over.ring()
+        if self._when_over is not None:
+            self._when_over()
 
     # -- its own thread
 
     def _run(self) -> None:
+        block_signals()
         self._thread = _thread.get_ident()
         decoders = {stream: Decoder(stream) for stream in STREAMS}
         while True:
@@ -109,9 +118,7 @@ class Delivery:
         if not self._is_abandoned:
             for decoder in decoders.values():
                 self._hand_over(decoder.feed(b"", final=True))
-        self._is_over = True
-        self._over.ring()
-        if not self._is_abandoned:
+            self._finish()
             self._log_loss(self._dropped)
 
     def _log_loss(self, size: int) -> None:
@@ -120,8 +127,6 @@ class Delivery:
 
     def _hand_over(self, chunks: Iterator[OutputChunk]) -> None:
         for chunk in chunks:
-            # Blocked otherwise, as in every thread of ours: a signal meant for the host
-            # must not come where no handler can run.
             blocked = signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             try:
                 self._call(chunk)

@@ -7,15 +7,19 @@ signal handlers: what several of them change at once changes in one atomic step.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 
 from .execution import NOBODY, Execution, State
 from .launcher import Launcher, Settings
 from .pair import LOOK_INTERVAL
 from .process import Environment
 from .waiting import native
+
+logger = logging.getLogger(__name__)
 
 CLOSED = "this manager is closed: make a new ExecutionManager"
 # What finished executions may hold together, of output and results.
@@ -82,6 +86,38 @@ class Engine:
             launcher.withdraw(execution)
         return execution.is_decided()
 
+    @property
+    def foreign(self) -> str | None:
+        """Says that this process was forked from the one that the manager works in, if so."""
+        if self.process in (None, os.getpid()):
+            return None
+        return (
+            f"this manager belongs to process {self.process}, from which this one was"
+            " forked: make a new ExecutionManager here"
+        )
+
+    def is_over(self, execution: Execution) -> Callable[[], bool]:
+        process = self.process
+        return lambda: execution.end is not None or os.getpid() != process
+
+    def wait(self, execution: Execution, limit: float | None) -> None:
+        """Wait until it has ended and `on_output` has had everything, at most so long."""
+        until = None if limit is None else time.monotonic() + limit
+        if execution.changed.wait_for(self.is_over(execution), limit):
+            if execution.delivery is not None:
+                left = None if until is None else max(0.0, until - time.monotonic())
+                execution.delivery.wait(left)
+
+    def stop(self, executions: list[Execution], grace: float, caller: object) -> None:
+        """Stop them side by side, and wait until they have ended."""
+        if self.foreign is None:
+            for execution in executions:
+                execution.stop("requested", grace, caller)
+                logger.debug("%s is to stop", execution.id)
+        for execution in executions:
+            execution.changed.wait_for(self.is_over(execution))
+        self._wait_for_callbacks(executions, grace)
+
     def running(self) -> list[Execution]:
         return list(self._running.values())
 
@@ -105,6 +141,15 @@ class Engine:
             launcher.retire()
         for launcher in launchers:
             launcher.changed.wait_for(lambda: launcher.is_gone or os.getpid() != process)
+        self._wait_for_callbacks(list(self.executions.values()), grace)
+
+    def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
+        """Let `on_output` have the rest, for so long in all; what it has not got is lost."""
+        until = time.monotonic() + grace
+        for execution in executions:
+            delivery = execution.delivery
+            if delivery is not None and not delivery.wait(max(0.0, until - time.monotonic())):
+                delivery.abandon()
 
     # -- launchers
 

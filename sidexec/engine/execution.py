@@ -114,6 +114,7 @@ class Execution:
         self.usage: Sample | None = None  # readers keep it here, as it serves them alone
         self.changed = Bell()  # when the state has changed
         self._on_end = on_end
+        self._calls: list[Callable[[], object]] = []
         # Filled by `setdefault`, which is atomic: the first one is the one that counts.
         self._claims: dict[str, object] = {}
 
@@ -172,6 +173,22 @@ class Execution:
             assert self.owner is not None
             self.owner.ask(grace)
 
+    def when_through(self, call: Callable[[], object]) -> None:
+        """Call it once, when this has ended and `on_output` has had everything."""
+        self._calls.append(call)
+        self._call_if_through()
+
+    def _call_if_through(self) -> None:
+        # Each call is taken by whoever comes first: this, or the end, which may come just now.
+        while self.state in (State.ENDED, State.REFUSED):
+            if self.delivery is not None and not self.delivery.is_over:
+                return
+            try:
+                call = self._calls.pop()
+            except IndexError:
+                return
+            call()
+
     # -- from its owner
 
     def begin(self) -> bool:
@@ -216,7 +233,8 @@ class Execution:
         self.changed.ring()
         self.output.changed.ring()
         if self.delivery is not None:
-            self.delivery.end()
+            self.delivery.end(self._call_if_through)
+        self._call_if_through()
 
 
 def now() -> datetime:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +16,17 @@ from dataclasses import dataclass
 from .. import procfs, protocol
 from . import thread
 from .descriptors import close_all
-from .execution import Execution, describe_exit
+from .execution import Execution
 from .pair import LOOK_INTERVAL, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
-from .waiting import Bell, native
+from .waiting import Bell, block_signals, native
 
 logger = logging.getLogger(__name__)
 
 FDS_PER_PAIR = 4
 # How long an interpreter may take to come up and to load what it is to preload, in seconds.
 BOOT_LIMIT = 60.0
-# What such a signal says is the thread's own fault: it must reach whoever reports it.
-_OWN_FAULT = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"}
 
 
 @dataclass(frozen=True)
@@ -174,9 +171,7 @@ class Launcher:
             self._unstarted.pop()
         except IndexError:
             return  # another call was first
-        faults = {getattr(signal, name) for name in _OWN_FAULT}
-        # A signal meant for the host must not come here, where no handler can run.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
+        block_signals()
         python = self._settings.python
         try:
             config = {

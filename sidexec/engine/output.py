@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import collections
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Deque, Literal, NamedTuple
 
@@ -57,6 +58,26 @@ class Decoder:
         """`count` bytes are missing here, and with them the character begun before."""
         self._dropped += count + len(self._decoder.getstate()[0])
         self._decoder.reset()
+
+
+def by_lines(chunks: Iterable[OutputChunk]) -> Iterator[OutputChunk]:
+    """The same output in whole lines, the last of each stream perhaps without its newline."""
+    begun = {stream: "" for stream in STREAMS}
+    dropped = {stream: 0 for stream in STREAMS}
+
+    def take(stream: Stream, line: str) -> OutputChunk:
+        count, dropped[stream] = dropped[stream], 0
+        return OutputChunk(stream, line, count)
+
+    for chunk in chunks:
+        stream = chunk.stream
+        dropped[stream] += chunk.dropped
+        *lines, begun[stream] = (begun[stream] + chunk.text).split("\n")
+        for line in lines:
+            yield take(stream, line + "\n")
+    for stream in STREAMS:
+        if begun[stream] or dropped[stream]:
+            yield take(stream, begun[stream])
 
 
 class _Chunk(NamedTuple):
@@ -163,8 +184,14 @@ class Output:
             self._texts[stream] = (self, end, text)
         return text
 
-    def follow(self, is_over: Callable[[], bool]) -> Iterator[OutputChunk]:
-        """Yield what is kept, then what comes, until `is_over()` and all is yielded."""
+    def follow(
+        self, is_over: Callable[[], bool], deadline: float | None = None
+    ) -> Iterator[OutputChunk]:
+        """Yield what is kept, then what comes, until `is_over()` and all is yielded.
+
+        Raises `TimeoutError` when there is more to wait for at `deadline`, of
+        `time.monotonic()`.
+        """
         decoders = {stream: Decoder(stream) for stream in STREAMS}
         positions = {stream: 0 for stream in STREAMS}
         while True:
@@ -183,7 +210,10 @@ class Output:
                 yield from decoders[stream].feed(chunk.data[torn:])
             if over:
                 break
-            self.changed.wait_for(lambda: is_over() or self._is_news(positions))
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError("the execution has not ended in time")
+            self.changed.wait_for(lambda: is_over() or self._is_news(positions), left)
         for decoder in decoders.values():
             yield from decoder.feed(b"", final=True)
 

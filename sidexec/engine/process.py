@@ -45,18 +45,7 @@ class Process:
         self._errors = errors_end = -1
         try:
             self._errors, errors_end = os.pipe()
-            self._subprocess = native_subprocess()
-            # Its descriptors, its session and its directory are left alone, and it sees to
-            # them itself: so `subprocess` takes `posix_spawn`, and waits for no pipe that a
-            # worker which the host forks just now would hold open.
-            self._popen = self._subprocess.Popen(
-                [_find(python, environment), "-u", "-c", payload.BOOT],
-                stdin=theirs.fileno(),
-                stdout=self._subprocess.DEVNULL,
-                stderr=errors_end,
-                env={**environment, payload.MARK: "1"},
-                close_fds=False,
-            )
+            self._spawn(environment, theirs.fileno(), errors_end)
         except BaseException:
             ours.close()
             if self._errors >= 0:
@@ -83,6 +72,20 @@ class Process:
             self._pidfd = -1
         with contextlib.suppress(Exception):  # which is told when it is sent
             payload.load()  # meanwhile the interpreter comes up
+
+    def _spawn(self, environment: Environment, stdin: int, stderr: int) -> None:
+        self._subprocess = native_subprocess()
+        # Its descriptors, its session and its directory are left alone, and it sees to
+        # them itself: so `subprocess` takes `posix_spawn`, and waits for no pipe that a
+        # worker which the host forks just now would hold open.
+        self._popen = self._subprocess.Popen(
+            [_find(self._python, environment), "-u", "-c", payload.BOOT],
+            stdin=stdin,
+            stdout=self._subprocess.DEVNULL,
+            stderr=stderr,
+            env={**environment, payload.MARK: "1"},
+            close_fds=False,
+        )
 
     def kill(self) -> None:
         """From any thread."""

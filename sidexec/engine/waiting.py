@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import importlib.util
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +39,15 @@ def native_subprocess() -> Any:
     spec.loader.exec_module(module)
     module._USE_POSIX_SPAWN = False  # that one is gevent's
     return module
+
+
+def block_signals() -> None:
+    """For a thread of ours: a signal meant for the host must not come where no handler runs.
+
+    But for those that the thread's own fault raises, which must reach whoever reports them.
+    """
+    faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
 
 
 class Bell:

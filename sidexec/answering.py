@@ -1,0 +1,183 @@
+"""Responses, made of what is known of an execution.
+
+Reads what the engine has written down, at any time and from any thread, and changes none
+of it but the last sample of what a tree uses.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import procfs
+from .engine.execution import Execution, Sample, parse_result
+from .responses import (
+    ExecutionSummary,
+    GetSideExecutionStatusResponse,
+    SideExecutionError,
+    StartSideExecutionResponse,
+    StatusData,
+    StopData,
+    StopSideExecutionResponse,
+    StopStatus,
+)
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+# How old a figure of memory or processor use may be, in seconds, before it is read anew.
+USAGE_AGE = 0.1
+
+
+def status_of(
+    id: str, execution: Execution | None, foreign: str | None
+) -> GetSideExecutionStatusResponse:
+    """`foreign` says that it runs in another process than this one, if it does."""
+    if execution is None:
+        data = StatusData(id, "not_found")
+        return GetSideExecutionStatusResponse(data, False, None, _unknown(id))
+    end = execution.end
+    memory = cpu = None
+    if end is None:
+        memory, cpu = _usage(execution)
+    data = StatusData(
+        side_execution_id=id,
+        status="running" if end is None else end.status,
+        start_time=execution.start_time,
+        end_time=None if end is None else end.time,
+        duration=time.monotonic() - execution.started_at if end is None else end.duration,
+        result=_parse(execution.reported if end is None else end.result),
+        output=execution.output.text("stdout"),
+        error=None if end is None else end.error,
+        progress=execution.progress,
+        memory_usage=memory,
+        cpu_usage=cpu,
+        error_output=execution.output.text("stderr"),
+        exit_code=None if end is None else end.exit_code,
+        stop_reason=execution.stop_reason,
+        output_dropped=execution.output.dropped,
+    )
+    error = None
+    if end is None:
+        error = foreign  # what it was when that process was forked
+    elif end.stuck:
+        error = end.error
+    message = f"the execution is {data.status}"
+    return GetSideExecutionStatusResponse(
+        data, error is None, message, error, thread_id=execution.thread_id
+    )
+
+
+def status_of_none(started: StartSideExecutionResponse) -> GetSideExecutionStatusResponse:
+    """The status of what could not be started."""
+    return GetSideExecutionStatusResponse(
+        StatusData("", "failed", error=started.error),
+        False,
+        started.message,
+        started.error,
+        thread_id=started.thread_id,
+    )
+
+
+def future_of(execution: Execution, grace: float) -> Future[GetSideExecutionStatusResponse]:
+    """A future of its status at its end, whose `cancel` asks it to stop."""
+    from concurrent.futures import Future
+
+    class StatusFuture(Future[GetSideExecutionStatusResponse]):
+        def cancel(self) -> bool:
+            execution.stop("requested", grace)
+            return False
+
+    future = StatusFuture()
+    future.set_running_or_notify_cancel()
+
+    def finish() -> None:
+        if execution.end is None:  # it could not be started
+            future.set_exception(SideExecutionError(status_of(execution.id, None, None)))
+        else:
+            future.set_result(status_of(execution.id, execution, None))
+
+    execution.when_through(finish)
+    return future
+
+
+def stop_of(
+    id: str, execution: Execution | None, caller: object, unended: str
+) -> StopSideExecutionResponse:
+    """`unended` says why it may have no end yet, although it was waited for."""
+    if execution is None:
+        return StopSideExecutionResponse(StopData(id, "not_found"), False, None, _unknown(id))
+    end = execution.end
+    status: StopStatus = "running" if end is None else end.status
+    error = None
+    if end is None:
+        error = unended
+    elif end.stuck:
+        error = end.error
+    elif status != "stopped":
+        error = f"the execution {id} has {status} already: there is nothing to stop"
+    stopping = execution.stopping
+    if status == "stopped" and (stopping is None or stopping.caller is not caller):
+        status = "already_stopped"
+    data = StopData(
+        side_execution_id=id,
+        status=status,
+        stopped_at=None if end is None or end.status != "stopped" else end.time,
+        result=None if end is None else _parse(end.result),
+        output=execution.output.text("stdout"),
+        error_output=execution.output.text("stderr"),
+        exit_code=None if end is None else end.exit_code,
+        forced=end is not None and end.forced,
+        stop_reason=execution.stop_reason,
+        output_dropped=execution.output.dropped,
+    )
+    return StopSideExecutionResponse(
+        data, error is None, f"the execution is {status}", error, thread_id=execution.thread_id
+    )
+
+
+def summary_of(execution: Execution) -> ExecutionSummary:
+    end = execution.end
+    return ExecutionSummary(
+        execution.id,
+        "running" if end is None else end.status,
+        execution.start_time,
+        None if end is None else end.time,
+        execution.stop_reason,
+        execution.action_block,
+    )
+
+
+def _unknown(id: str) -> str:
+    return (
+        f"no execution {id!r} is known: take the id from a start's response; of those"
+        " that have finished, the newest max_history are remembered"
+    )
+
+
+def _parse(result: bytes | None) -> Any:
+    """A result of its own for each response, so that none can change another's."""
+    if result is None:
+        return None
+    try:
+        return parse_result(result)
+    except ValueError:
+        return None  # of one that is still running it may be anything
+
+
+def _usage(execution: Execution) -> tuple[int | None, float | None]:
+    """Memory in bytes and processor time in percent, read anew when they are old."""
+    owner = execution.owner
+    if owner is None or not owner.keeper_pid:
+        return None, None
+    at = time.monotonic()
+    last = execution.usage
+    if last is not None and at - last.at < USAGE_AGE:
+        return last.memory, last.percent
+    used = procfs.usage_of_tree(owner.keeper_pid)
+    if used is None:
+        return None, None
+    since, before = (execution.started_at, 0.0) if last is None else (last.at, last.cpu)
+    percent = max(0.0, 100 * (used.cpu - before) / max(at - since, 1e-3))
+    execution.usage = Sample(at, used.cpu, used.memory, percent)
+    return used.memory, percent

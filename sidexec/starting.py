@@ -1,0 +1,174 @@
+"""A start, from the arguments of the call to what the engine is given.
+
+Checks arguments and reads the host's surroundings. It starts nothing and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import marshal
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, Union
+
+from . import checks
+from .engine import payload
+from .engine.delivery import Delivery
+from .engine.execution import Execution
+from .engine.output import Output, OutputChunk
+from .limits import Limits
+from .responses import StartData, StartSideExecutionResponse
+
+Path = Union[str, "os.PathLike[str]"]
+
+
+class Default(enum.Enum):
+    DEFAULT = "the manager's default_timeout"
+
+
+DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
+"""As a `timeout`: the one that the manager was made with."""
+
+
+@dataclasses.dataclass
+class Request:
+    """What a start was called with; `check` makes of it what it means."""
+
+    code: str | None = None
+    block: str | None = None
+    args: Any = ()
+    params: Any = None
+    timeout: Any = None
+    thread_id: Any = None
+    cwd: Any = None
+    env: Any = None
+    limits: Any = None
+    on_output: Callable[[OutputChunk], object] | None = None
+
+    def check(self) -> None:
+        """Raises `TypeError` or `ValueError`, which name the argument."""
+        if self.code is not None:
+            self.code = checks.utf8("code", self.code)
+        self.args = checks.arguments("args", self.args)
+        self.params = checks.params("params", self.params)
+        self.timeout = checks.seconds_or_none("timeout", self.timeout)
+        if self.thread_id is not None:
+            checks.text("thread_id", self.thread_id)
+        if self.cwd is not None:
+            self.cwd = checks.absolute(checks.path("cwd", self.cwd))
+        self.env = checks.environment("env", self.env)
+        self.limits = Limits._check(self.limits) or Limits()
+        if self.on_output is not None and not callable(self.on_output):
+            kind = type(self.on_output).__name__
+            raise TypeError(f"on_output must be callable, not {kind}")
+
+    def why_not(self) -> str | None:
+        """What can be seen to be wrong before anything is started."""
+        patcher = sys.modules.get("eventlet.patcher")
+        if patcher is not None and patcher.is_monkey_patched("thread"):
+            return (
+                "eventlet has replaced the threads of this process, which are needed here:"
+                " call eventlet.monkey_patch(thread=False), or use gevent"
+            )
+        if self.cwd is not None and not checks.is_directory(self.cwd):
+            return f"no such directory: {self.cwd!r}; cwd must be one that exists"
+        if self.block is not None:
+            from .blocks import why_not_runnable
+
+            return why_not_runnable(self.block)
+        return None
+
+    def execution(self, id: str, output: Output, on_end: Callable[[Execution], None]) -> Execution:
+        frame = {
+            "code": None if self.code is None else _dedent(self.code),
+            "block": None if self.block is None else checks.absolute(self.block),
+            "args": self.args,
+            "params": self.params,
+            "cwd": self.cwd or _current_directory(),
+            "limits": self.limits._to_request(),
+        }
+        return Execution(
+            id,
+            marshal.dumps(frame, 2),
+            output,
+            None if self.on_output is None else Delivery(id, self.on_output),
+            thread_id=self.thread_id,
+            action_block=self.block,
+            timeout=self.timeout,
+            on_end=on_end,
+        )
+
+    def answer(self, execution: Execution | None, error: str | None) -> StartSideExecutionResponse:
+        data = StartData(
+            side_execution_id=None if execution is None else execution.id,
+            code=self.code,
+            action_block=self.block,
+            status="failed" if execution is None else "running",
+            start_time=None if execution is None else execution.start_time,
+            params=self.params,
+            timeout=self.timeout,
+        )
+        message = "not started" if execution is None else "started"
+        return StartSideExecutionResponse(
+            data, error is None, message, error, thread_id=self.thread_id
+        )
+
+
+def interpreter(python: Path | None) -> str:
+    """An absolute path, unless it is a bare name, to be looked up on PATH."""
+    if payload.MARK in os.environ:
+        raise ValueError(
+            "an ExecutionManager has started this program as if it were a Python"
+            " interpreter: pass python there, the path of an interpreter"
+        )
+    if python is None:
+        if not sys.executable:
+            raise ValueError("sys.executable is empty: pass python, the path of an interpreter")
+        if _is_embedded():
+            raise ValueError(
+                f"sys.executable, {sys.executable!r}, is this program itself: pass python,"
+                " the path of a Python interpreter"
+            )
+        python = sys.executable
+    path = checks.path("python", python)
+    return checks.absolute(path) if os.sep in path else path
+
+
+def current_environment() -> dict[Any, Any]:
+    # As the system has it, where `os.environ` keeps that: its own copy decodes each item.
+    raw: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
+    while True:
+        try:
+            return dict(os.environ if raw is None else raw)
+        except (KeyError, RuntimeError):
+            pass  # another thread has just changed it
+
+
+def _is_embedded() -> bool:
+    """Whether `sys.executable` is a program that has Python inside, frozen or as a library."""
+    if getattr(sys, "frozen", False):
+        return True
+    # Python's own `main` sets it; a program that calls the library instead may not.
+    if getattr(sys, "orig_argv", True):
+        return False
+    return os.path.realpath(sys.executable) == os.path.realpath("/proc/self/exe")
+
+
+def _dedent(code: str) -> str:
+    """`code` without the indentation of its first line, if it has one, or a BOM."""
+    code = code.removeprefix("\ufeff")  # as of a file
+    lines = (line for line in code.splitlines() if line.strip())
+    if next(lines, "")[:1] not in (" ", "\t"):
+        return code
+    import textwrap
+
+    return textwrap.dedent(code)
+
+
+def _current_directory() -> str | None:
+    with contextlib.suppress(OSError):  # it may have been removed
+        return os.getcwd()
+    return None

@@ -1,0 +1,178 @@
+"""`run`, `future`, and following by lines or for a time."""
+
+import asyncio
+import concurrent.futures
+import signal
+import threading
+import time
+
+import pytest
+from conftest import eventually, nothing_left
+
+import sidexec
+from sidexec import SideExecutionError
+
+FOREVER = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+
+
+# -- run
+
+
+def test_run_returns_the_status_at_the_end(manager):
+    status = manager.run("print('hi'); return params['n'] + 1", {"n": 1}, thread_id="t")
+    assert (status.data.status, status.data.result, status.data.output) == ("completed", 2, "hi\n")
+    assert status.thread_id == "t"
+
+
+def test_run_with_check_raises_what_did_not_complete(manager):
+    assert manager.run("pass", check=True).data.status == "completed"
+    with pytest.raises(SideExecutionError, match="ZeroDivisionError") as caught:
+        manager.run("1 / 0", check=True)
+    assert caught.value.response.data.status == "failed"
+    with pytest.raises(SideExecutionError, match="timeout"):
+        manager.run(FOREVER, timeout=0.1, check=True)
+    assert manager.run("1 / 0").data.status == "failed"
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_run_that_can_not_be_started(manager, check):
+    if check:
+        with pytest.raises(SideExecutionError, match="no such directory"):
+            manager.run("pass", cwd="/no/such", check=True)
+        return
+    status = manager.run("pass", cwd="/no/such")
+    assert (status.success, status.data.status) == (False, "failed")
+    assert "no such directory" in status.error and status.data.error == status.error
+
+
+def test_what_interrupts_a_run_stops_it(manager):
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(signum, frame):
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Interrupt):
+            manager.run(FOREVER)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [each.status for each in manager.list_executions().data.executions] == ["stopped"]
+
+
+def test_misuse_of_run_raises(manager):
+    with pytest.raises(TypeError, match="check"):
+        manager.run("pass", check=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        manager.run("pass", nonsense=1)
+    with pytest.raises(TypeError, match="code"):
+        sidexec.run(1)
+
+
+def test_a_run_of_its_own_leaves_nothing():
+    with nothing_left():
+        status = sidexec.run("import json; return [json.__name__, params]", {"a": 1}, timeout=30)
+        assert status.check().data.result == ["json", {"a": 1}]
+        assert sidexec.run("import os; return os.getcwd()", cwd="/", grace_period=1).data.result == "/"
+
+
+# -- futures
+
+
+def test_futures_come_as_they_complete(manager):
+    pauses = {0.4: None, 0.0: None, 0.2: None}
+    for pause in pauses:
+        pauses[pause] = manager.start_with_code(f"import time; time.sleep({pause}); return {pause}").id
+    futures = [manager.future(id) for id in pauses.values()]
+    assert all(future.running() for future in futures)
+    done = [each.result().data.result for each in concurrent.futures.as_completed(futures, 60)]
+    assert done == sorted(pauses)
+    assert manager.future(pauses[0.0]).result(0).data.result == 0.0
+    assert concurrent.futures.wait(futures, 0).not_done == set()
+
+
+def test_a_future_that_is_cancelled_has_a_result_all_the_same(manager):
+    id = manager.start_with_code(FOREVER).id
+    future = manager.future(id)
+    assert future.cancel() is False and not future.cancelled()
+    data = future.result(30).data
+    assert (data.status, data.stop_reason) == ("stopped", "requested")
+    assert future.cancel() is False
+
+
+def test_a_future_comes_when_on_output_has_had_everything(manager):
+    got = []
+
+    def slow(chunk):
+        time.sleep(0.05)
+        got.append(chunk.text)
+
+    id = manager.start_with_code("for n in range(5): print(n, flush=True)", on_output=slow).id
+    seen = []
+    manager.future(id).add_done_callback(lambda future: seen.append("".join(got)))
+    output = manager.future(id).result(30).data.output
+    eventually(lambda: seen)
+    assert seen == [output]
+
+
+def test_a_future_of_an_unknown_id_raises_at_the_call(manager):
+    with pytest.raises(SideExecutionError, match="no execution 'x'"):
+        manager.future("x")
+    with pytest.raises(TypeError):
+        manager.future(1)
+
+
+def test_cancelling_the_task_that_awaits_a_future_stops_the_execution(manager):
+    async def main():
+        ids = [manager.start_with_code("return 7").id, manager.start_with_code(FOREVER).id]
+        first = await asyncio.wrap_future(manager.future(ids[0]))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(manager.future(ids[1])), 0.1)
+        return first.data.result, ids[1]
+
+    before = threading.active_count()
+    result, id = asyncio.run(main())
+    assert result == 7 and threading.active_count() == before
+    assert manager.wait(id).data.stop_reason == "requested"
+
+
+# -- following
+
+
+def test_following_by_lines(manager):
+    code = """
+    import sys, time
+    for piece in ("a", "b\\nc", "\\n\\nd", "e"):
+        sys.stdout.write(piece)
+        sys.stderr.write(piece.upper())
+        time.sleep(0.01)
+    """
+    chunks = list(manager.follow(manager.start_with_code(code).id, lines=True))
+    for stream, lines in (("stdout", ["ab\n", "c\n", "\n", "de"]), ("stderr", ["AB\n", "C\n", "\n", "DE"])):
+        assert [each.text for each in chunks if each.stream == stream] == lines
+
+
+def test_following_for_a_time(manager):
+    id = manager.start_with_code(FOREVER).id
+    lines = manager.follow(id, lines=True, timeout=0.5)
+    assert next(lines).text == "ready\n"
+    with pytest.raises(TimeoutError):
+        next(lines)
+    manager.stop(id)
+    assert [each.text for each in manager.follow(id, lines=True, timeout=0)] == ["ready\n"]
+    with pytest.raises(ValueError, match="timeout"):
+        manager.follow(id, timeout=-1)
+    with pytest.raises(TypeError, match="lines"):
+        manager.follow(id, lines=1)
+
+
+def test_lines_that_were_dropped_are_counted(make_manager):
+    manager = make_manager(max_output=100)
+    id = manager.start_with_code("for n in range(1000): print('%09d' % n)").id
+    manager.wait(id)
+    chunks = list(manager.follow(id, lines=True))
+    assert sum(len(each.text) + each.dropped for each in chunks) == 10_000
+    assert chunks[0].dropped and not any(each.dropped for each in chunks[1:])
