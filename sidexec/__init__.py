@@ -11,14 +11,10 @@ An `ExecutionManager` runs snippets in child processes and stops them: gracefull
 then by force, with everything that they have spawned. Importing starts nothing.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
+from .engine.output import OutputChunk
 from .limits import Limits
 from .manager import ExecutionManager
-from .starting import DEFAULT
-from .engine.output import OutputChunk
+from .once import run
 from .responses import (
     ActionBlock,
     ExecutionSummary,
@@ -34,6 +30,7 @@ from .responses import (
     StopData,
     StopSideExecutionResponse,
 )
+from .starting import DEFAULT
 
 __all__ = [
     "DEFAULT",
@@ -56,20 +53,4 @@ __all__ = [
     "run",
 ]
 
-__version__ = "0.1.0"
-
-
-def run(
-    code: str,
-    params: dict[str, Any] | None = None,
-    timeout: float | None = 300.0,
-    **options: Any,
-) -> GetSideExecutionStatusResponse:
-    """Run Python source in a manager of its own, which is closed afterwards; its status.
-
-    `options` are those of `ExecutionManager` and of its method `run`.
-    """
-    manager_only = {"python", "grace_period", "max_output", "max_history", "preload"}
-    own = {name: options.pop(name) for name in manager_only & options.keys()}
-    with ExecutionManager(**own) as manager:
-        return manager.run(code, params, timeout, **options)
+__version__ = "0.2.0"

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 SHUTTING_DOWN = "the interpreter is shutting down: its executions are stopped when it has ended"
 STATUSES = ("running", "completed", "failed", "stopped")
+
+
 class ExecutionManager:
     """Runs Python snippets in processes of their own, and stops them.
 
@@ -304,8 +306,6 @@ class ExecutionManager:
         from . import blocks
 
         return blocks.find(checks.path("path", path))
-
-    # -- stopping
 
     def stop(
         self, side_execution_id: str, *, grace: float | None = None, force: bool = False

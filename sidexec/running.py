@@ -24,8 +24,8 @@ from . import (
     OutputChunk,
     StartSideExecutionResponse,
     StopSideExecutionResponse,
+    suspending,
 )
-from . import suspending
 from .responses import Response
 from .terminal import STDERR, STDOUT, Screen, encode, one_line, tell
 

@@ -72,7 +72,6 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-
 def marked(mark):
     """The pids of the processes with `mark` in their environment."""
     found = []

@@ -10,7 +10,6 @@ import pytest
 
 import sidexec
 
-
 # What the tests start, and compare with, has none of what changes an interpreter, nor
 # compiles the package each time.
 for name in list(os.environ):

@@ -10,8 +10,6 @@ import sys
 import time
 
 import pytest
-
-import sidexec
 from commands import (
     ENDLESS,
     HELLO,
@@ -28,6 +26,7 @@ from commands import (
 )
 from conftest import eventually, is_alive, one_in
 
+import sidexec
 
 # -- exit codes, and the line that says what happened
 

@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-
 from conftest import eventually
 from test_misbehaving_hosts import busy_cores
 
@@ -79,7 +78,9 @@ class Ledger:
 def act(manager, rng, ledger):
     ids = list(ledger.kinds)
     id = rng.choice(ids[-12:] if rng.random() < 0.9 else ids) if ids else None
-    op = rng.choice(["start", "status", "status", "wait", "stop", "stop", "follow", "list", "stop_all"])
+    op = rng.choice(
+        ["start", "status", "status", "wait", "stop", "stop", "follow", "list", "stop_all"]
+    )
     began = time.monotonic()
     if id is None or (op == "start" and manager.list_executions("running").data.count < 12):
         kind = rng.choice(list(KINDS))
@@ -152,7 +153,10 @@ def check_end(manager, ledger):
             stopped_at = final.end_time if final.status == "stopped" else None
             assert data.stopped_at == stopped_at
             assert (data.result, data.output, data.error_output, data.exit_code) == (
-                final.result, final.output, final.error_output, final.exit_code,
+                final.result,
+                final.output,
+                final.error_output,
+                final.exit_code,
             )
             assert data.stop_reason == final.stop_reason
         assert len({each.data.forced for each in ledger.stops[id]}) <= 1
@@ -262,8 +266,21 @@ def test_of_many_stops_at_the_same_moment_exactly_one_has_stopped_it(manager, co
             assert counts == {"stopped": 1, "already_stopped": THREADS - 1}
         else:
             assert len(counts) == 1 and set(counts) <= {"completed", "failed"}
-        assert len({(each.data.stopped_at, each.data.output, each.data.exit_code,
-                     each.data.forced, each.data.stop_reason) for each in responses}) == 1
+        assert (
+            len(
+                {
+                    (
+                        each.data.stopped_at,
+                        each.data.output,
+                        each.data.exit_code,
+                        each.data.forced,
+                        each.data.stop_reason,
+                    )
+                    for each in responses
+                }
+            )
+            == 1
+        )
         assert len({each.message_id for each in responses}) == THREADS
 
 

@@ -103,7 +103,9 @@ def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, monkeypatch, 
         manager = make_manager(grace_period=1)
         flag.touch()
         started = manager.start_with_code("pass")
-        assert not started.success and "was stopped by a signal before it was ready" in started.error
+        assert (
+            not started.success and "was stopped by a signal before it was ready" in started.error
+        )
         flag.unlink()
         assert result_of(manager, "return 1") == 1
     finally:

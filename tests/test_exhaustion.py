@@ -10,11 +10,11 @@ import textwrap
 import time
 
 import pytest
+from conftest import descriptors, eventually, one_in
+from test_misbehaving_hosts import run_host
 
 import sidexec
 from sidexec import Limits
-from conftest import descriptors, eventually, one_in
-from test_misbehaving_hosts import run_host
 
 HELPERS = """
 import resource
@@ -34,7 +34,9 @@ def check_works(manager):
     assert check(manager, manager.start_with_code("return 1"), [])
 """
 
-DESCRIPTORS = HELPERS + """
+DESCRIPTORS = (
+    HELPERS
+    + """
 WORDS = ["Too many open files", "descriptors"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
@@ -52,6 +54,7 @@ def few_left(count):
         for fd in taken:
             os.close(fd)
 """
+)
 
 
 @pytest.fixture
@@ -62,7 +65,9 @@ def host(tmp_path):
 
 
 def test_a_first_start_with_few_descriptors_left_works_or_says_why_not(host):
-    found = host(DESCRIPTORS + textwrap.dedent("""
+    found = host(
+        DESCRIPTORS
+        + textwrap.dedent("""
         found = []
         for count in range(22):
             manager = sidexec.ExecutionManager(grace_period=5)
@@ -75,12 +80,15 @@ def test_a_first_start_with_few_descriptors_left_works_or_says_why_not(host):
             manager.close()
             assert_nothing_left()
         report(found)
-    """))
+    """)
+    )
     assert found[0] is False and found[-1] is True
 
 
 def test_later_starts_with_few_descriptors_left_work_or_say_why_not(host):
-    found = host(DESCRIPTORS + textwrap.dedent("""
+    found = host(
+        DESCRIPTORS
+        + textwrap.dedent("""
         found = []
         with sidexec.ExecutionManager(grace_period=5) as manager:
             check_works(manager)
@@ -97,12 +105,15 @@ def test_later_starts_with_few_descriptors_left_work_or_say_why_not(host):
                     check_works(manager)
         assert_nothing_left()
         report(found)
-    """))
+    """)
+    )
     assert True in found and False in found
 
 
 def test_several_at_once_with_few_descriptors_left_work_or_say_why_not(host):
-    found = host(DESCRIPTORS + textwrap.dedent("""
+    found = host(
+        DESCRIPTORS
+        + textwrap.dedent("""
         found = []
         with sidexec.ExecutionManager(grace_period=5) as manager:
             check_works(manager)
@@ -119,12 +130,15 @@ def test_several_at_once_with_few_descriptors_left_work_or_say_why_not(host):
         assert len(found) == 40
         assert_nothing_left()
         report(found)
-    """))
+    """)
+    )
     assert True in found and False in found
 
 
 def test_what_runs_can_be_watched_stopped_and_closed_without_a_descriptor_left(host):
-    host(DESCRIPTORS + textwrap.dedent("""
+    host(
+        DESCRIPTORS
+        + textwrap.dedent("""
         manager = sidexec.ExecutionManager(grace_period=5)
         code = "import os, time\\ntry: os.write(1, b'ready\\\\n'); time.sleep(60)\\nfinally: print('clean')"
         ids = [manager.start_with_code(code).data.side_execution_id for _ in range(3)]
@@ -141,12 +155,15 @@ def test_what_runs_can_be_watched_stopped_and_closed_without_a_descriptor_left(h
             assert (data.status, data.output, data.exit_code) == ("stopped", "ready\\nclean\\n", 143), data
         assert_nothing_left()
         report("done")
-    """))
+    """)
+    )
 
 
 def test_descriptors_that_run_out_while_the_launcher_comes_up_are_told(host):
     # Another thread takes them after the interpreter is started, before it has answered.
-    found = host(DESCRIPTORS + textwrap.dedent("""
+    found = host(
+        DESCRIPTORS
+        + textwrap.dedent("""
         from sidexec.engine.process import Process
         made = Process.__init__
         stack = contextlib.ExitStack()
@@ -165,7 +182,8 @@ def test_descriptors_that_run_out_while_the_launcher_comes_up_are_told(host):
             manager.close()
             assert_nothing_left()
         report(found)
-    """))
+    """)
+    )
     assert False in found
 
 
@@ -192,7 +210,10 @@ def become(user):
     check(libc.prctl(4, 1, 0, 0, 0))  # PR_SET_DUMPABLE, or /proc/self would be root's
 """
 
-PROCESSES = HELPERS + BECOME + """
+PROCESSES = (
+    HELPERS
+    + BECOME
+    + """
 WORDS = ["Resource temporarily unavailable", "can't start new thread"]
 user = int(sys.argv[2])
 if user:
@@ -230,6 +251,7 @@ def end(pid):
 limit = tasks() + 30
 resource.setrlimit(resource.RLIMIT_NPROC, (limit, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
 """
+)
 
 
 def another_user():
@@ -237,7 +259,9 @@ def another_user():
 
 
 def test_a_first_start_with_few_processes_left_works_or_says_why_not(host):
-    found = host(PROCESSES + textwrap.dedent("""
+    found = host(
+        PROCESSES
+        + textwrap.dedent("""
         found = []
         for count in range(8):
             manager = sidexec.ExecutionManager(grace_period=5)
@@ -247,12 +271,16 @@ def test_a_first_start_with_few_processes_left_works_or_says_why_not(host):
             manager.close()
             assert_nothing_left()
         report(found)
-    """), another_user())
+    """),
+        another_user(),
+    )
     assert found[0] is False and found[-1] is True
 
 
 def test_later_starts_with_few_processes_left_work_or_say_why_not(host):
-    found = host(PROCESSES + textwrap.dedent("""
+    found = host(
+        PROCESSES
+        + textwrap.dedent("""
         found = []
         with sidexec.ExecutionManager(grace_period=5) as manager:
             check_works(manager)
@@ -268,12 +296,16 @@ def test_later_starts_with_few_processes_left_work_or_say_why_not(host):
                 check_works(manager)
         assert_nothing_left()
         report(found)
-    """), another_user())
+    """),
+        another_user(),
+    )
     assert True in found and False in found
 
 
 # The other side's code is patched on its way: where it forks, it fails while a file is there.
-FORKS = HELPERS + """
+FORKS = (
+    HELPERS
+    + """
 from sidexec.engine import payload
 where, flag = sys.argv[2], sys.argv[3]
 load = payload._load
@@ -295,12 +327,15 @@ def work():
     os.remove(flag)
 WORDS = ["could not fork", "Resource temporarily unavailable"]
 """
+)
 
 
 @pytest.mark.parametrize("where", ["child.launcher", "child.keeper"])
 @pytest.mark.parametrize("first", [True, False], ids=["at_first", "later"])
 def test_a_fork_that_fails_on_the_other_side_is_told(host, tmp_path, where, first):
-    found = host(FORKS + textwrap.dedent(f"""
+    found = host(
+        FORKS
+        + textwrap.dedent(f"""
         found = []
         with sidexec.ExecutionManager(grace_period=5) as manager:
             if not {first}:
@@ -323,7 +358,10 @@ def test_a_fork_that_fails_on_the_other_side_is_told(host, tmp_path, where, firs
             assert manager.list_executions("running").data.count == 0
         assert_nothing_left()
         report(found)
-    """), where, tmp_path / "flag")
+    """),
+        where,
+        tmp_path / "flag",
+    )
     assert len(found) == 40
     # One that was forked ahead is as good as ever; no more than one is.
     assert found.count(False) >= 5 * 7

@@ -34,7 +34,9 @@ def manager(shared):
     assert not shared.stop_all(force=True), "the test has left executions running"
 
 
-PATH = "import os, sys\npath = os.environ.get('LEFT_OPEN') or params['path']\nDATA = 'kept ' * 600\n"
+PATH = (
+    "import os, sys\npath = os.environ.get('LEFT_OPEN') or params['path']\nDATA = 'kept ' * 600\n"
+)
 CLOSING_WRITER = (
     "import io\nclass Writer(io.BufferedWriter):\n    def close(self):\n"
     "        if not self.closed:\n            self.write(b'the end')\n        super().close()\n"
@@ -209,7 +211,11 @@ def test_a_graceful_stop_writes_it_too(tmp_path, manager, start, holder):
         f"import gzip, json, time\n{holder} = gzip.open(path, 'wt')\n{holder}.write(DATA)\nprint('ready')\ntime.sleep(60)"
     )
     stopped = manager.stop(start(code, {"path": str(path)})).data
-    assert (stopped.status, stopped.forced, stopped.exit_code) == ("stopped", False, 128 + signal.SIGTERM)
+    assert (stopped.status, stopped.forced, stopped.exit_code) == (
+        "stopped",
+        False,
+        128 + signal.SIGTERM,
+    )
     assert content(path) == b"kept " * 600
 
 
@@ -248,7 +254,9 @@ def test_a_file_that_a_preloaded_module_opened_is_written(tmp_path, name):
 
 
 def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(tmp_path):
-    (tmp_path / "holder.py").write_text("import tempfile\nfile = tempfile.NamedTemporaryFile('w')\n")
+    (tmp_path / "holder.py").write_text(
+        "import tempfile\nfile = tempfile.NamedTemporaryFile('w')\n"
+    )
     code = "import gzip, holder, json, os\njson.f = gzip.open(os.devnull, 'wt')\nreturn os.path.exists(holder.file.name)"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
     with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
@@ -258,5 +266,7 @@ def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(tmp_path):
 
 
 def test_what_is_let_go_of_in_the_end_may_still_print(run):
-    data = run("import json\nclass C:\n    def __del__(self, print=print): print('del')\njson.c = C()")
+    data = run(
+        "import json\nclass C:\n    def __del__(self, print=print): print('del')\njson.c = C()"
+    )
     assert (data.output, data.error_output) == ("del\n", "")

@@ -19,12 +19,12 @@ import threading
 import time
 import types
 
-import pytest
-
 import programs
-import sidexec
+import pytest
 from conftest import children, eventually, one_in
 from programs import Bystander, Trace
+
+import sidexec
 from sidexec.child import masking
 from sidexec.engine import thread
 
@@ -223,7 +223,9 @@ finally:
 
 
 def test_a_stopped_snippet_is_continued_to_clean_up(manager, trace):
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 try:
     print("ready", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -231,6 +233,7 @@ try:
 finally:
     print("cleaned up")
 """
+    )
     started = manager.start_with_code(code, trace.params).raise_for_error()
     id = started.data.side_execution_id
     eventually(lambda: trace.noted("snippet"))
@@ -270,8 +273,10 @@ finally:
         manager = make_manager(grace_period=5.0)
         id = manager.start_with_code(code).raise_for_error().data.side_execution_id
         eventually(
-            lambda: "ready\n" in manager.get_status(id).data.output
-            or manager.get_status(id).data.status != "running"
+            lambda: (
+                "ready\n" in manager.get_status(id).data.output
+                or manager.get_status(id).data.status != "running"
+            )
         )
         stopped = manager.stop(id)
         manager.close()
@@ -299,9 +304,7 @@ return "early"
 # -- sweeping
 
 
-def test_a_member_that_ignores_sigterm_is_killed_although_the_leader_left_politely(
-    manager, trace
-):
+def test_a_member_that_ignores_sigterm_is_killed_although_the_leader_left_politely(manager, trace):
     code = programs.with_descendant("deaf", programs.CLEAN_UP)
     started = manager.start_with_code(code, trace.params).raise_for_error()
     id = started.data.side_execution_id
@@ -323,9 +326,7 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_up_the_end(manager, trac
     assert trace.left() == set()
 
 
-def test_a_process_outside_the_tree_that_holds_the_pipe_does_not_hold_up_the_end(
-    manager, trace
-):
+def test_a_process_outside_the_tree_that_holds_the_pipe_does_not_hold_up_the_end(manager, trace):
     """The snippet hands its standard output to a process that is none of its own."""
     import socket
 
@@ -333,7 +334,9 @@ def test_a_process_outside_the_tree_that_holds_the_pipe_does_not_hold_up_the_end
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
-        code = programs.PRELUDE + """
+        code = (
+            programs.PRELUDE
+            + """
 import socket
 with socket.socket(socket.AF_UNIX) as client:
     client.connect("socket")
@@ -341,6 +344,7 @@ with socket.socket(socket.AF_UNIX) as client:
     client.recv(1)
 print("last")
 """
+        )
         started = manager.start_with_code(code, trace.params).raise_for_error()
         connection, _ = server.accept()
         _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
@@ -354,11 +358,14 @@ print("last")
 
 def test_a_group_of_zombies_counts_as_gone(make_manager, trace):
     manager = make_manager(grace_period=60.0)
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 in_child(lambda: note("zombie"))
 wait_for_note("zombie")
 return 1
 """
+    )
     began = time.monotonic()
     started = manager.start_with_code(code, trace.params).raise_for_error()
     answer = manager.wait(started.data.side_execution_id, 50)
@@ -374,7 +381,9 @@ needs_pids = pytest.mark.skipif(
 
 def leave_a_deaf_stray(manager, trace, spawn):
     """An execution whose leader has ended, while a stray has its grace period."""
-    code = programs.PRELUDE + f"""
+    code = (
+        programs.PRELUDE
+        + f"""
 def body():
     quiet()
     deaf()
@@ -383,6 +392,7 @@ def body():
 wait_for_note("descendant")
 os._exit(0)
 """
+    )
     started = manager.start_with_code(code, trace.params).raise_for_error()
     eventually(lambda: trace.noted("descendant") and not trace.noted("snippet")[0].is_alive)
     return started.data.side_execution_id
@@ -454,7 +464,9 @@ def test_a_stray_that_gets_the_pid_of_the_leader_is_a_stray_like_any_other(
     make_manager, trace, ends
 ):
     manager = make_manager(grace_period=1.0)
-    code = programs.PRELUDE + f"""
+    code = (
+        programs.PRELUDE
+        + f"""
 leader = os.getpid()
 def body():
     quiet()
@@ -480,6 +492,7 @@ def body():
 daemon(body)
 os._exit(0)
 """
+    )
     for _ in range(5):
         started = manager.start_with_code(code, trace.params).raise_for_error()
         answer = manager.wait(started.data.side_execution_id, HANG)
@@ -525,9 +538,7 @@ manager.close()
 """
 
 
-@pytest.mark.parametrize(
-    "interrupted", ("manager.wait(id, 10)", "list(manager.follow(id))")
-)
+@pytest.mark.parametrize("interrupted", ("manager.wait(id, 10)", "list(manager.follow(id))"))
 @pytest.mark.parametrize(
     "call", one_in(3, ("manager.stop(id)", "manager.stop_all()", "manager.close()"))
 )

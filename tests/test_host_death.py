@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 import programs
-import sidexec
+import pytest
 from conftest import children, eventually, one_in, tree
 from programs import Process
+
+import sidexec
 
 GRACE = 4.0  # in which a busy machine comes to the end of a cleanup
 DEAF_GRACE = 1.0
@@ -73,12 +73,17 @@ DEATHS = {
 
 POLITE = programs.PRELUDE + programs.CLEAN_UP
 POLITE_WITH_DAEMON = programs.with_descendant("daemon", programs.CLEAN_UP)
-DEAF = programs.PRELUDE + programs.DESCENDANTS["deaf"] + programs.STARTED + """
+DEAF = (
+    programs.PRELUDE
+    + programs.DESCENDANTS["deaf"]
+    + programs.STARTED
+    + """
 deaf()
 print("ready", flush=True)
 while True:
     time.sleep(60)
 """
+)
 
 
 def environment():
@@ -166,9 +171,11 @@ def test_executions_clean_up_and_nothing_is_left(trace, death, has_worker, in_th
     (("SIGKILL", True), pytest.param("exit", False, marks=pytest.mark.slow)),
 )
 def test_what_is_deaf_is_killed_after_the_grace(trace, death, has_worker):
-    with running_host(
-        trace, death, DEAF, has_worker=has_worker, grace=DEAF_GRACE
-    ) as (host, others, worker):
+    with running_host(trace, death, DEAF, has_worker=has_worker, grace=DEAF_GRACE) as (
+        host,
+        others,
+        worker,
+    ):
         die(host, death)
         check_that_nothing_is_left(trace, others, DEAF_GRACE)
 

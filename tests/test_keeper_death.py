@@ -6,13 +6,13 @@ import signal
 import threading
 import time
 
-import pytest
-
 import programs
-import sidexec
+import pytest
 from conftest import children, eventually, nothing_left
 from programs import Process, Trace
 from test_without_kernel_help import taken_away
+
+import sidexec
 from sidexec.engine import thread
 
 GRACE = 0.5
@@ -59,8 +59,10 @@ def begin(manager, trace, code=TREE + programs.WAIT):
     started = manager.start_with_code(code, trace.params).raise_for_error()
     id = started.data.side_execution_id
     eventually(
-        lambda: "ready\n" in manager.get_status(id).data.output
-        or manager.get_status(id).data.status != "running"
+        lambda: (
+            "ready\n" in manager.get_status(id).data.output
+            or manager.get_status(id).data.status != "running"
+        )
     )
     assert manager.get_status(id).data.status == "running", manager.get_status(id)
     return id
@@ -108,12 +110,17 @@ def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path):
 
 
 def test_a_keeper_killed_during_a_stop(manager, trace):
-    code = programs.PRELUDE + programs.DESCENDANTS["deaf"] + programs.STARTED + """
+    code = (
+        programs.PRELUDE
+        + programs.DESCENDANTS["deaf"]
+        + programs.STARTED
+        + """
 deaf()
 print("ready", flush=True)
 while True:
     time.sleep(60)
 """
+    )
     id = begin(manager, trace, code)
     manager.get_status(id)
     (keeper,) = trace.noted("keeper")
@@ -443,7 +450,9 @@ def test_what_one_execution_has_left_is_not_told_of_another(trace, tmp_path):
 @needs_freezer
 @pytest.mark.slow
 def test_what_is_below_a_process_that_cannot_be_killed_is_killed(trace):
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 def body():
     os.setsid()
     in_child(lambda: linger("below"))
@@ -451,7 +460,9 @@ def body():
 in_child(body)
 wait_for_note("below")
 wait_for_note("held")
-""" + programs.WAIT
+"""
+        + programs.WAIT
+    )
     with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
         id = begin(manager, trace, code)
         (held,), (below,) = trace.noted("held"), trace.noted("below")

@@ -96,9 +96,7 @@ def test_ids_are_all_different(manager):
 
 def test_params_are_a_copy(run, manager):
     params = {"list": [1]}
-    response = manager.start_with_code(
-        "import sys\nsys.stdin.read()\nreturn params", params
-    )
+    response = manager.start_with_code("import sys\nsys.stdin.read()\nreturn params", params)
     params["list"].append(2)
     assert response.data.params == {"list": [1]}
     assert manager.wait(response.data.side_execution_id).data.result == {"list": [1]}
@@ -630,8 +628,7 @@ def test_the_newest_is_remembered_whatever_it_holds(make_manager, monkeypatch):
 def test_close_stops_everything(make_manager):
     manager = make_manager()
     id = manager.start_with_code(
-        "import os, time\n"
-        "try: print(os.getpid(), 'ready'); time.sleep(600)\nfinally: print('bye')"
+        "import os, time\ntry: print(os.getpid(), 'ready'); time.sleep(600)\nfinally: print('bye')"
     ).data.side_execution_id
     has_printed(manager, id, "ready\n")
     manager.close()
@@ -963,9 +960,9 @@ def test_a_preload_that_fails_is_named(make_manager, tmp_path, body, error):
 
 def test_a_preload_that_ends_the_interpreter(make_manager, tmp_path):
     (tmp_path / "crash.py").write_text("import os; os._exit(7)")
-    response = make_manager(
-        preload=["crash"], env={"PYTHONPATH": str(tmp_path)}
-    ).start_with_code("pass")
+    response = make_manager(preload=["crash"], env={"PYTHONPATH": str(tmp_path)}).start_with_code(
+        "pass"
+    )
     assert not response.success
     assert "exit code 7" in response.error
 

@@ -14,7 +14,6 @@ import textwrap
 import uuid
 
 import pytest
-
 from conftest import eventually, one_in
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -210,12 +209,16 @@ SETUPS = {
 
 @pytest.mark.parametrize("setup", one_in(2, SETUPS))
 def test_every_end_is_as_ever_in_a_host_that_has(host, setup):
-    script = textwrap.dedent(SETUPS[setup]) + ENDS + textwrap.dedent("""
+    script = (
+        textwrap.dedent(SETUPS[setup])
+        + ENDS
+        + textwrap.dedent("""
         with sidexec.ExecutionManager(grace_period=5) as manager:
             ends = every_end(manager)
         assert_nothing_left()
         report(ends)
     """)
+    )
     assert host(script) == EXPECTED_ENDS
 
 
@@ -238,7 +241,9 @@ lines = masks(child)
 """
 
 
-@pytest.mark.parametrize("setup", ["everything_ignored", "everything_blocked", "everything_handled"])
+@pytest.mark.parametrize(
+    "setup", ["everything_ignored", "everything_blocked", "everything_handled"]
+)
 def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_though(host, setup):
     show = "import json; print(json.dumps([own, masked, own_lines, lines]))"
     plain = subprocess.run([sys.executable, "-c", SIGNALS + show], stdout=subprocess.PIPE)
@@ -256,12 +261,15 @@ def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_thou
 @pytest.mark.parametrize("closed", one_in(4, [(0,), (1,), (2,), (0, 2), (0, 1, 2)]), ids=str)
 def test_every_end_is_as_ever_in_a_host_without_the_standard_streams(host, closed):
     close = f"import os\nfor fd in {closed!r}: os.close(fd)\n"
-    script = ENDS + """
+    script = (
+        ENDS
+        + """
 with sidexec.ExecutionManager(grace_period=5) as manager:
     ends = every_end(manager)
 assert_nothing_left()
 report(ends)
 """
+    )
     assert host(script, prelude=close + PRELUDE) == EXPECTED_ENDS
 
 
@@ -290,8 +298,11 @@ def test_a_host_with_a_deadly_sigpipe_survives_calls_that_race_with_the_end(host
 
 # -- forks
 
+
 def test_forked_workers_that_exit_leave_the_parent_alone(host):
-    script = ENDS + """
+    script = (
+        ENDS
+        + """
 manager = sidexec.ExecutionManager(grace_period=5)
 started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)").raise_for_error()
 id = started.data.side_execution_id
@@ -313,6 +324,7 @@ manager.close()
 assert_nothing_left()
 report(ends)
 """
+    )
     assert host(script) == EXPECTED_ENDS
 
 
@@ -373,7 +385,9 @@ def end_workers():
     "place", one_in(2, ["before", "boot_begins", "boot", "boot_ends", "running", "idle"])
 )
 def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, place):
-    took = host(WORKER + textwrap.dedent("""
+    took = host(
+        WORKER
+        + textwrap.dedent("""
         from sidexec.engine.process import Process
         place = sys.argv[2]
         made, spawn = Process.__init__, os.posix_spawn
@@ -409,12 +423,16 @@ def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, pla
         end_workers()
         assert_nothing_left()
         report(took)
-    """), place)
+    """),
+        place,
+    )
     assert took < 10
 
 
 def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
-    host(WORKER + textwrap.dedent("""
+    host(
+        WORKER
+        + textwrap.dedent("""
         over = []
         def fork_on_and_on():
             while not over:
@@ -434,7 +452,8 @@ def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
         end_workers()
         assert_nothing_left()
         report("done")
-    """))
+    """)
+    )
 
 
 # -- signal handlers that call, and that raise

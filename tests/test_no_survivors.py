@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 import programs
-import sidexec
+import pytest
 from conftest import eventually, nothing_left, tree
 from programs import Bystander, Trace
+
+import sidexec
 
 GRACE = 0.3
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -43,8 +43,10 @@ def begin(manager, code, params, **options):
     started = manager.start_with_code(code, params, **options).raise_for_error()
     id = started.data.side_execution_id
     eventually(
-        lambda: "ready\n" in manager.get_status(id).data.output
-        or manager.get_status(id).data.status != "running"
+        lambda: (
+            "ready\n" in manager.get_status(id).data.output
+            or manager.get_status(id).data.status != "running"
+        )
     )
     assert manager.get_status(id).data.status == "running", manager.get_status(id)
     return id
@@ -127,7 +129,9 @@ def test_nothing_is_left_of_all_kinds_at_once(shared, tmp_path, bystander):
 
 def test_children_forked_while_the_sweep_runs_are_gone(shared, trace):
     # Asked, each goes on in one more process, in a session of its own.
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 def body():
     quiet()
     def fork_on(signum, frame):
@@ -140,6 +144,7 @@ daemon(body)
 wait_for_note("descendant")
 return 1
 """
+    )
     started = shared.start_with_code(code, trace.params).raise_for_error()
     data = shared.wait(started.data.side_execution_id, 30).data
     left = trace.left()
@@ -149,7 +154,9 @@ return 1
 
 
 def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace):
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 def body():
     quiet()
     os.setsid()
@@ -161,6 +168,7 @@ def body():
 daemon(body)
 wait_for_note("descendant")
 """
+    )
     started = shared.start_with_code(code, trace.params).raise_for_error()
     assert shared.wait(started.data.side_execution_id, 30).data.status == "completed"
     assert trace.left() == set()
@@ -168,7 +176,9 @@ wait_for_note("descendant")
 
 
 def test_a_stopped_stray_hears_that_it_is_asked(shared, trace):
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 def body():
     quiet()
     os.setsid()
@@ -181,6 +191,7 @@ def body():
     time.sleep(60)
 os.waitpid(in_child(body), os.WUNTRACED)
 """
+    )
     started = shared.start_with_code(code, trace.params).raise_for_error()
     assert shared.wait(started.data.side_execution_id, 30).data.status == "completed"
     assert trace.left() == set()
@@ -188,7 +199,9 @@ os.waitpid(in_child(body), os.WUNTRACED)
 
 
 def test_nothing_is_left_of_what_the_executions_own_cleanup_starts(shared, trace):
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 def body():
     quiet()
     deaf()
@@ -200,6 +213,7 @@ finally:
     daemon(body)
     wait_for_note("descendant")
 """
+    )
     id = begin(shared, code, trace.params)
     stopped = shared.stop(id)
     left = trace.left()
@@ -249,13 +263,18 @@ def until_not_too_late(attempt, directory):
 @needs_pids
 @pytest.mark.parametrize("force", (False, True))
 def test_a_process_with_the_pid_of_an_ended_descendant_is_not_touched(shared, tmp_path, force):
-    code = programs.PRELUDE + programs.DESCENDANTS["deaf"] + """
+    code = (
+        programs.PRELUDE
+        + programs.DESCENDANTS["deaf"]
+        + """
 wait_for_note("descendant")
 os.waitpid(in_child(lambda: note("member")), 0)
 os.waitpid(in_child(lambda: (os.setsid(), note("leader"))), 0)
 daemon(lambda: note("daemon"))
 wait_for_note("daemon")
-""" + programs.WAIT
+"""
+        + programs.WAIT
+    )
 
     def attempt(stack, trace):
         id = begin(shared, code, trace.params)

@@ -100,7 +100,9 @@ def test_what_cleanup_prints_is_captured(manager, start):
 
 
 def test_output_can_be_read_while_it_runs(manager, start):
-    id = start("import sys, time\nsys.stdout.write('no newline ready')\ntime.sleep(600)", ready="ready")
+    id = start(
+        "import sys, time\nsys.stdout.write('no newline ready')\ntime.sleep(600)", ready="ready"
+    )
     assert manager.get_status(id).data.output == "no newline ready"
 
 
@@ -186,7 +188,9 @@ def test_the_newest_bytes_are_kept_and_the_others_counted(make_manager, sizes):
 
 def test_what_both_streams_drop_is_counted_together(make_manager):
     manager = make_manager(max_output=100)
-    id = id_of(manager.start_with_code("import os\nos.write(1, b'o' * 150)\nos.write(2, b'e' * 107)"))
+    id = id_of(
+        manager.start_with_code("import os\nos.write(1, b'o' * 150)\nos.write(2, b'e' * 107)")
+    )
     data = manager.wait(id).data
     assert (data.output, data.error_output) == ("o" * 100, "e" * 100)
     assert data.output_dropped == 57
@@ -306,11 +310,18 @@ def test_two_followers_get_everything_each(manager, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(lambda: list(manager.follow(id))) for _ in range(2)]
         for n in range(20):
-            eventually(lambda n=n: b"%d\n" % n in b"".join(
-                text.encode() for text in (
-                    manager.get_status(id).data.output, manager.get_status(id).data.error_output
+            eventually(
+                lambda n=n: (
+                    b"%d\n" % n
+                    in b"".join(
+                        text.encode()
+                        for text in (
+                            manager.get_status(id).data.output,
+                            manager.get_status(id).data.error_output,
+                        )
+                    )
                 )
-            ))
+            )
             (tmp_path / str(n)).touch()
         got = [texts(future.result(20)) for future in futures]
     data = manager.wait(id).data
@@ -613,9 +624,7 @@ def test_callbacks_that_hang_are_waited_for_together(make_manager):
         over.set()
 
 
-def test_on_output_is_called_also_where_a_handler_has_interrupted_the_start(
-    make_manager, tmp_path
-):
+def test_on_output_is_called_also_where_a_handler_has_interrupted_the_start(make_manager, tmp_path):
     class Interrupt(Exception):
         pass
 
@@ -623,7 +632,7 @@ def test_on_output_is_called_also_where_a_handler_has_interrupted_the_start(
         raise Interrupt
 
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho > {tmp_path}/up\nsleep 0.2\nexec {sys.executable} \"$@\"\n")
+    python.write_text(f'#!/bin/sh\necho > {tmp_path}/up\nsleep 0.2\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     got = []
     manager = make_manager(grace_period=1, python=python)

@@ -39,6 +39,7 @@ NAMES = [
     "StatusData",
     "StopData",
     "StopSideExecutionResponse",
+    "run",
 ]
 
 # Takes a package's name, runs all there is, and says what came of it.
@@ -425,7 +426,17 @@ def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path
 
 @pytest.mark.parametrize(
     "options",
-    one_in(2, [["-I"], ["-O"], ["-X", "dev"], ["-OO"], ["-W", "error"], ["-bb", "-X", "dev", "-W", "error"]]),
+    one_in(
+        2,
+        [
+            ["-I"],
+            ["-O"],
+            ["-X", "dev"],
+            ["-OO"],
+            ["-W", "error"],
+            ["-bb", "-X", "dev", "-W", "error"],
+        ],
+    ),
     ids=" ".join,
 )
 def test_it_runs_clean_under_the_options_of_the_interpreter(options):
@@ -436,7 +447,12 @@ def test_it_runs_clean_under_the_options_of_the_interpreter(options):
     "environment",
     [
         {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
-        {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {
+            "PYTHONIOENCODING": "latin-1",
+            "LC_ALL": "C",
+            "PYTHONCOERCECLOCALE": "0",
+            "PYTHONUTF8": "0",
+        },
         {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"},
     ],
     ids=lambda environment: next(iter(environment)),
@@ -533,7 +549,8 @@ def test_a_vendored_copy_is_no_action_block(vendored):
 response = {}.ExecutionManager().list_action_blocks(sys.argv[1])
 print([block.name for block in response.data.action_blocks])
 """
-    code = f"import sys\nsys.path.insert(0, {str(vendored)!r})\nimport app._vendor.sidexec\n" + code.format(
-        "app._vendor.sidexec"
-    ).replace("sys.argv[1]", repr(str(vendored)))
+    code = (
+        f"import sys\nsys.path.insert(0, {str(vendored)!r})\nimport app._vendor.sidexec\n"
+        + code.format("app._vendor.sidexec").replace("sys.argv[1]", repr(str(vendored)))
+    )
     assert python(code=code) == "['block']\n"

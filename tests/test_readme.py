@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-EXAMPLES = blocks("python")
+FIRST = re.search(r"^    import sidexec\n(?:    .*\n|\n(?=    ))+", README, re.MULTILINE)
+EXAMPLES = [textwrap.dedent(FIRST[0]), *blocks("python")]
 
 # What a user adds to an example that does not run by itself.
 ADDED = {

@@ -14,7 +14,6 @@ import pytest
 from conftest import eventually
 
 import sidexec
-from conftest import eventually
 from sidexec import SideExecutionError
 from sidexec.engine.waiting import Bell
 
@@ -259,7 +258,11 @@ assert threading.active_count() == 1
     data = pickle.dumps([responses["stopped"], responses["running"]])
     environment = {"PYTHONPATH": sidexec.__file__.rpartition("/sidexec/")[0]}
     done = subprocess.run(
-        [sys.executable, "-c", code], input=data, stdout=subprocess.PIPE, env=environment, check=True
+        [sys.executable, "-c", code],
+        input=data,
+        stdout=subprocess.PIPE,
+        env=environment,
+        check=True,
     )
     assert done.stdout.split() == [b"stopped", b"running"]
 

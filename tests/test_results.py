@@ -50,10 +50,27 @@ WAITS = pytest.mark.parametrize("wait", [WAIT, ASYNC_WAIT], ids=["plain", "async
 
 @pytest.mark.parametrize(
     "value",
-    [1, 0, -1, 1.5, 2**70, True, False, "", "ü\0\n\U0001f40d", [], {}, [None], {"a": [1, {"b": None}]}, 1e300],
+    [
+        1,
+        0,
+        -1,
+        1.5,
+        2**70,
+        True,
+        False,
+        "",
+        "ü\0\n\U0001f40d",
+        [],
+        {},
+        [None],
+        {"a": [1, {"b": None}]},
+        1e300,
+    ],
     ids=repr,
 )
-@pytest.mark.parametrize("prefix", ["", "import asyncio\nawait asyncio.sleep(0)\n"], ids=["plain", "async"])
+@pytest.mark.parametrize(
+    "prefix", ["", "import asyncio\nawait asyncio.sleep(0)\n"], ids=["plain", "async"]
+)
 def test_the_result_is_what_was_returned(run, value, prefix):
     data = run(f"{prefix}return {value!r}")
     assert data.status == "completed"
@@ -62,11 +79,15 @@ def test_the_result_is_what_was_returned(run, value, prefix):
 
 
 def test_a_result_is_what_json_makes_of_it(run):
-    data = run("import enum\nclass E(enum.IntEnum): A = 1\nreturn {'t': (1, 2), 3: E.A, None: 'n', True: 0}")
+    data = run(
+        "import enum\nclass E(enum.IntEnum): A = 1\nreturn {'t': (1, 2), 3: E.A, None: 'n', True: 0}"
+    )
     assert data.result == {"t": [1, 2], "3": 1, "null": "n", "true": 0}
 
 
-@pytest.mark.parametrize("code", ["", "x = 1", "return", "return None", "await f()", "await f()\nreturn"])
+@pytest.mark.parametrize(
+    "code", ["", "x = 1", "return", "return None", "await f()", "await f()\nreturn"]
+)
 def test_there_is_no_result_where_nothing_is_returned(run, code):
     data = run("async def f(): pass\n" + code)
     assert (data.status, data.result, data.error) == ("completed", None, None)
@@ -106,27 +127,69 @@ def test_a_returned_value_that_is_not_json_fails_with_a_type_error(run, name):
 
 NUMPY = "import sys, types\nclass {0}:\n    __module__ = 'numpy'\n    {1}\n"
 PLACES = {
-    "of a module": (NUMPY.format("int64", "__index__ = 0") + "return {'sum': int64()}", "result['sum'] is a numpy.int64: convert it with int()"),
-    "float": (NUMPY.format("float32", "__float__ = 0") + "return [1, float32()]", "result[1] is a numpy.float32: convert it with float()"),
-    "bool": (NUMPY.format("bool_", "__index__ = 0") + "return bool_()", "result is a numpy.bool_: convert it with bool()"),
-    "array": (NUMPY.format("ndarray", "__index__ = __len__ = tolist = 0") + "return {1: ndarray()}", "result[1] is a numpy.ndarray: convert it with .tolist()"),
+    "of a module": (
+        NUMPY.format("int64", "__index__ = 0") + "return {'sum': int64()}",
+        "result['sum'] is a numpy.int64: convert it with int()",
+    ),
+    "float": (
+        NUMPY.format("float32", "__float__ = 0") + "return [1, float32()]",
+        "result[1] is a numpy.float32: convert it with float()",
+    ),
+    "bool": (
+        NUMPY.format("bool_", "__index__ = 0") + "return bool_()",
+        "result is a numpy.bool_: convert it with bool()",
+    ),
+    "array": (
+        NUMPY.format("ndarray", "__index__ = __len__ = tolist = 0") + "return {1: ndarray()}",
+        "result[1] is a numpy.ndarray: convert it with .tolist()",
+    ),
     "set": ("return {'a': [0, {1}]}", "result['a'][1] is a set: convert it with list()"),
     "tuple": ("return (0, (1, b'x'))", "result[1][1] is a bytes: convert it with .decode()"),
-    "date": ("import datetime\nreturn {'at': datetime.datetime.now()}", "result['at'] is a datetime.datetime: convert it with .isoformat()"),
-    "decimal": ("import decimal\nreturn decimal.Decimal(1)", "result is a decimal.Decimal: convert it with float()"),
+    "date": (
+        "import datetime\nreturn {'at': datetime.datetime.now()}",
+        "result['at'] is a datetime.datetime: convert it with .isoformat()",
+    ),
+    "decimal": (
+        "import decimal\nreturn decimal.Decimal(1)",
+        "result is a decimal.Decimal: convert it with float()",
+    ),
     "path": ("class P: __fspath__ = 0\nreturn [P()]", "result[0] is a P: convert it with str()"),
-    "enum": ("import enum\nclass E(enum.Enum): A = 1\nreturn E.A", "result is an E: use its .value"),
-    "dataclass": ("import dataclasses\n@dataclasses.dataclass\nclass D: x: int\nreturn D(1)", "result is a D: convert it with dataclasses.asdict()"),
-    "coroutine": ("async def f(): pass\nx = f()\nx.close()\nreturn {'x': x}", "result['x'] is a coroutine: await it"),
+    "enum": (
+        "import enum\nclass E(enum.Enum): A = 1\nreturn E.A",
+        "result is an E: use its .value",
+    ),
+    "dataclass": (
+        "import dataclasses\n@dataclasses.dataclass\nclass D: x: int\nreturn D(1)",
+        "result is a D: convert it with dataclasses.asdict()",
+    ),
+    "coroutine": (
+        "async def f(): pass\nx = f()\nx.close()\nreturn {'x': x}",
+        "result['x'] is a coroutine: await it",
+    ),
     "generator": ("return (x for x in 'a')", "result is a generator: convert it with list()"),
-    "object": ("class C: pass\nreturn C()", "result is a C: use dict, list, str, int, float, bool or None"),
+    "object": (
+        "class C: pass\nreturn C()",
+        "result is a C: use dict, list, str, int, float, bool or None",
+    ),
     "NaN": ("return {'loss': [0.5, float('nan')]}", "result['loss'][1] is nan: use None or a str"),
     "infinity": ("return -float('inf')", "result is -inf: use None or a str"),
     "key": ("return {'a': {(1, 2): 3}}", "result['a'] has a tuple as a key, (1, 2): use str keys"),
-    "circle": ("x = {}\nx['self'] = [x]\nreturn x", "result['self'][0] contains itself: leave it out there"),
-    "depth": ("x = []\nfor _ in range(101): x = [x]\nreturn x", "result is nested more than 100 deep: flatten it"),
-    "long key": ("return {'k' * 100_000: {1}}", "result['" + "k" * 56 + "...] is a set: convert it with list()"),
-    "the first": ("return {'a': 1, 'b': {2}, 'c': b'3'}", "result['b'] is a set: convert it with list()"),
+    "circle": (
+        "x = {}\nx['self'] = [x]\nreturn x",
+        "result['self'][0] contains itself: leave it out there",
+    ),
+    "depth": (
+        "x = []\nfor _ in range(101): x = [x]\nreturn x",
+        "result is nested more than 100 deep: flatten it",
+    ),
+    "long key": (
+        "return {'k' * 100_000: {1}}",
+        "result['" + "k" * 56 + "...] is a set: convert it with list()",
+    ),
+    "the first": (
+        "return {'a': 1, 'b': {2}, 'c': b'3'}",
+        "result['b'] is a set: convert it with list()",
+    ),
 }
 
 
@@ -186,7 +249,15 @@ def test_the_result_comes_with_an_exit_that_follows(run):
     assert (data.status, data.exit_code, data.error) == ("failed", 3, "exit code 3")
 
 
-@pytest.mark.parametrize("end", ["1 / 0", "import sys; sys.exit(3)", "import os; os._exit(3)", "import os; os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "1 / 0",
+        "import sys; sys.exit(3)",
+        "import os; os._exit(3)",
+        "import os; os.kill(os.getpid(), 9)",
+    ],
+)
 def test_what_was_reported_stays_when_the_execution_fails(run, end):
     data = run(f"report_result({{'n': 1}})\nreport_progress(40)\n{end}")
     assert data.status == "failed"
@@ -232,10 +303,14 @@ def test_stopped_the_value_returned_after_the_ask_counts(stopped):
 
 @WAITS
 def test_stopped_what_was_last_reported_counts_as_it_is_then(stopped, wait):
-    data = stopped(f"x = [1]\nreport_result(['old'])\nreport_result(x)\nx.append(2)\n{wait}\nreturn 'end'")
+    data = stopped(
+        f"x = [1]\nreport_result(['old'])\nreport_result(x)\nx.append(2)\n{wait}\nreturn 'end'"
+    )
     assert data.result == [1, 2]
     body = wait.replace("\n", "\n    ")
-    data = stopped(f"x = [1]\nreport_result(x)\ntry:\n    {body}\nfinally:\n    x.append('cleanup')")
+    data = stopped(
+        f"x = [1]\nreport_result(x)\ntry:\n    {body}\nfinally:\n    x.append('cleanup')"
+    )
     assert data.result == [1, "cleanup"]
 
 
@@ -251,9 +326,15 @@ def test_stopped_what_was_reported_comes_before_the_return_expression(stopped):
 DISPLAYS = {
     "name": ("return results", [1, 2]),
     "dict": ("return {'results': results}", {"results": [1, 2]}),
-    "nested": ("return [results, {'a': (results, -1, 'c', None)}, []]", [[1, 2], {"a": [[1, 2], -1, "c", None]}, []]),
+    "nested": (
+        "return [results, {'a': (results, -1, 'c', None)}, []]",
+        [[1, 2], {"a": [[1, 2], -1, "c", None]}, []],
+    ),
     "constant": ("return 'c'", "c"),
-    "last of two": ("if not results:\n    return 'first'\nreturn ['last', results]", ["last", [1, 2]]),
+    "last of two": (
+        "if not results:\n    return 'first'\nreturn ['last', results]",
+        ["last", [1, 2]],
+    ),
     "in a block": ("for _ in 'ab':\n    if _:\n        return [results]", [[1, 2]]),
 }
 
@@ -320,7 +401,10 @@ def test_a_kill_keeps_what_was_last_reported_as_it_was(stopped, options):
 
 
 def test_a_kill_after_the_grace_keeps_what_was_last_reported(stopped):
-    code = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nreport_result({'n': 1})\n" + WAIT
+    code = (
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nreport_result({'n': 1})\n"
+        + WAIT
+    )
     data = stopped(code, grace=0.2)
     assert data.forced
     assert data.result == {"n": 1}
@@ -421,7 +505,9 @@ def test_a_report_that_was_sent_is_not_followed_by_an_older_one(manager, start):
 
 
 def test_a_reported_result_is_there_at_once_and_the_last_one_counts(manager, start):
-    id = start(f"report_result(1)\nreport_result([2])\nx = {{}}\nreport_result(x)\nx['late'] = 1\n{WAIT}")
+    id = start(
+        f"report_result(1)\nreport_result([2])\nx = {{}}\nreport_result(x)\nx['late'] = 1\n{WAIT}"
+    )
     assert manager.get_status(id).data.result == {}
     assert manager.stop(id).data.result == {"late": 1}
 
@@ -621,9 +707,21 @@ def test_the_progress_of_one_that_runs_is_there_and_may_go_back(manager, start):
 
 @pytest.mark.parametrize(
     ("percent", "kind"),
-    [("-1", "ValueError"), ("-0.001", "ValueError"), ("100.001", "ValueError"), ("1e400", "ValueError"),
-     ("float('nan')", "ValueError"), ("10 ** 400", "ValueError"), ("'50'", "TypeError"), ("None", "TypeError"),
-     ("True", "TypeError"), ("[50]", "TypeError"), ("5j", "TypeError"), ("", "TypeError"), ("1, 2", "TypeError")],
+    [
+        ("-1", "ValueError"),
+        ("-0.001", "ValueError"),
+        ("100.001", "ValueError"),
+        ("1e400", "ValueError"),
+        ("float('nan')", "ValueError"),
+        ("10 ** 400", "ValueError"),
+        ("'50'", "TypeError"),
+        ("None", "TypeError"),
+        ("True", "TypeError"),
+        ("[50]", "TypeError"),
+        ("5j", "TypeError"),
+        ("", "TypeError"),
+        ("1, 2", "TypeError"),
+    ],
 )
 def test_an_impossible_progress_raises_and_leaves_the_last_one(run, percent, kind):
     data = run(
@@ -635,9 +733,14 @@ def test_an_impossible_progress_raises_and_leaves_the_last_one(run, percent, kin
 
 
 def test_an_odd_kind_of_number_is_sent_as_a_number_or_refused(run):
-    for value in ("import fractions; x = fractions.Fraction(1, 2)", "class F(float):\n    def __repr__(self): return 'odd'\nx = F(50)",
-                  "import enum\nclass E(enum.IntEnum): A = 7\nx = E.A"):
-        data = run(f"{value}\ntry:\n    report_progress(x)\nexcept TypeError:\n    print('refused')\nprint('on')")
+    for value in (
+        "import fractions; x = fractions.Fraction(1, 2)",
+        "class F(float):\n    def __repr__(self): return 'odd'\nx = F(50)",
+        "import enum\nclass E(enum.IntEnum): A = 7\nx = E.A",
+    ):
+        data = run(
+            f"{value}\ntry:\n    report_progress(x)\nexcept TypeError:\n    print('refused')\nprint('on')"
+        )
         assert data.status == "completed", data.error
         assert data.output.endswith("on\n")
         assert data.output.startswith("refused") == (data.progress is None)

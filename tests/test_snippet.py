@@ -110,9 +110,13 @@ RETURNS = {
     "one line": "if True: return 7",
 }
 if NEW >= (3, 10):
-    RETURNS["match"] = "match [1, 7]:\n    case [1, x] if x:\n        return x\n    case _:\n        return 0"
+    RETURNS["match"] = (
+        "match [1, 7]:\n    case [1, x] if x:\n        return x\n    case _:\n        return 0"
+    )
 if NEW >= (3, 11):
-    RETURNS["try in except*"] = "try:\n    try:\n        1 / 0\n    except* ZeroDivisionError:\n        pass\nfinally:\n    return 7"
+    RETURNS["try in except*"] = (
+        "try:\n    try:\n        1 / 0\n    except* ZeroDivisionError:\n        pass\nfinally:\n    return 7"
+    )
 
 
 # What the compiler says of it from Python 3.14 on, once, with its line.
@@ -351,7 +355,10 @@ SAME = {
     "names like ours": "self = code = value = json = source = ast = os = text = main = 1\nprint(self, os, main)",
     "attributes named like globals": "class C: pass\nc = C()\nc.print = 1\nc.c = 2\nprint(c.print, c.c)",
     "many constants": "x = [" + ", ".join(str(n) for n in range(2000)) + "]\nprint(sum(x))",
-    "deep nesting": "\n".join("    " * n + "if 1:" for n in range(15)) + "\n" + "    " * 15 + "print('deep')",
+    "deep nesting": "\n".join("    " * n + "if 1:" for n in range(15))
+    + "\n"
+    + "    " * 15
+    + "print('deep')",
     "line numbers": "import sys\n\n\nprint(sys._getframe().f_lineno)\ndef f():\n\n    return sys._getframe().f_lineno\n"
     "print(f(), f.__code__.co_firstlineno,\n      sys._getframe().f_lineno)",
     "type hints": "import typing\nclass C:\n    x: 'C'\ndef f(a: 'C') -> 'int': pass\n"
@@ -469,7 +476,9 @@ def essence(text):
     text = re.sub(r"\n[ |]+[~^]+(?=\n|$)", "", text)
     text = re.sub(r"repeated \d+ more", "repeated N more", text)
     if NEW < (3, 11):  # where the traceback module and the interpreter had words of their own
-        text = re.sub(r"<unprintable .*>", "<exception str() failed>", text.replace("__main__.", ""))
+        text = re.sub(
+            r"<unprintable .*>", "<exception str() failed>", text.replace("__main__.", "")
+        )
     return text if NEW >= (3, 12) else re.sub(r"\. Did you mean: .*", "", text)
 
 
@@ -538,7 +547,9 @@ def test_a_failure_reads_as_that_of_a_file(run, name, mode):
     kind = re.findall(r"^(?:  [+|] )?([A-Za-z_.]+)(?=:|\n| \()", errors, re.MULTILINE)
     kind = [each for each in kind if not each.startswith("Traceback")]
     kind = [each.replace("__main__.", "") for each in kind]
-    assert re.split(r"[: ]", headline)[0] == (kind[0] if "roup" in name or "lines" in name else kind[-1])
+    assert re.split(r"[: ]", headline)[0] == (
+        kind[0] if "roup" in name or "lines" in name else kind[-1]
+    )
 
 
 PRINTED = {
@@ -574,8 +585,7 @@ def test_what_shows_source_lines_shows_those_of_the_snippet(run, name, mode):
     data = completed(run(code + "return\n" * (mode == "return")))
     theirs, ours = (
         [re.sub(r"0x\w+", "0x", line) for line in text.splitlines()]
-        for text in (output + errors,
-                     data.output + data.error_output)
+        for text in (output + errors, data.output + data.error_output)
     )
     if name in LINES_LEFT_OUT:
         theirs, ours = (
@@ -773,7 +783,9 @@ def test_other_line_ends_are_understood(run, end, suffix):
 BOM = "\ufeff"
 
 
-@pytest.mark.parametrize("code", ["x = 1\nprint(x)", "    x = 1\n    print(x)", "x = 1\nprint(x)\nreturn"])
+@pytest.mark.parametrize(
+    "code", ["x = 1\nprint(x)", "    x = 1\n    print(x)", "x = 1\nprint(x)\nreturn"]
+)
 def test_a_byte_order_mark_is_passed_over(run, code):
     assert completed(run(BOM + code)).output == "1\n"
 
@@ -879,9 +891,15 @@ token = os.getpid()
 
 @pytest.mark.parametrize(
     "code",
-    ["pass", "return 1", "1 / 0", "import sys; sys.exit(3)", "import threading\n"
-     "threading.Thread(target=print, daemon=True).start()", "import os\nif os.fork() == 0: pass\nelse: os.wait()",
-     "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"],
+    [
+        "pass",
+        "return 1",
+        "1 / 0",
+        "import sys; sys.exit(3)",
+        "import threading\nthreading.Thread(target=print, daemon=True).start()",
+        "import os\nif os.fork() == 0: pass\nelse: os.wait()",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+    ],
 )
 def test_exit_handlers_of_preloaded_modules_do_not_run_in_snippets(tmp_path, code):
     (tmp_path / "mine.py").write_text(PRELOADED)
@@ -964,8 +982,24 @@ def test_an_execution_starts_clean(run):
     assert before == plain(textwrap.dedent(clean)).stdout
 
 
-SHADOWS = ["json", "socket", "traceback", "ast", "os", "signal", "threading", "io",
-           "asyncio", "warnings", "_signal", "marshal", "select", "ctypes", "protocol", "resource"]
+SHADOWS = [
+    "json",
+    "socket",
+    "traceback",
+    "ast",
+    "os",
+    "signal",
+    "threading",
+    "io",
+    "asyncio",
+    "warnings",
+    "_signal",
+    "marshal",
+    "select",
+    "ctypes",
+    "protocol",
+    "resource",
+]
 
 
 def test_files_named_like_modules_do_not_break_the_library(tmp_path):
@@ -973,6 +1007,7 @@ def test_files_named_like_modules_do_not_break_the_library(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"print('shadow {name}')\nraise ImportError('shadow')")
     limits = sidexec.Limits(open_files=64)
     with sidexec.ExecutionManager(cwd=tmp_path, env=ENVIRONMENT) as manager:
+
         def run(code, **options):
             id = manager.start_with_code(code, **options).raise_for_error().data.side_execution_id
             return manager.wait(id).data
@@ -1116,7 +1151,13 @@ def test_a_forked_child_that_runs_to_the_end_reports_nothing(run):
 
 @pytest.mark.parametrize(
     ("end", "expected"),
-    [("1 / 0", 1), ("sys.exit(3)", 3), ("os._exit(4)", 4), ("pass", 0), ("raise KeyboardInterrupt", -2)],
+    [
+        ("1 / 0", 1),
+        ("sys.exit(3)", 3),
+        ("os._exit(4)", 4),
+        ("pass", 0),
+        ("raise KeyboardInterrupt", -2),
+    ],
 )
 def test_a_forked_child_ends_by_its_own_exit_code(run, end, expected):
     code = f"""

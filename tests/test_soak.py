@@ -5,7 +5,6 @@ import os
 import random
 
 import pytest
-
 from conftest import children, descriptors, eventually, tree
 
 # How an execution ends: its code, how it is stopped, and its status and exit codes.
@@ -13,14 +12,39 @@ ENDS = {
     "completes": ("print('x' * 1000); return list(range(100))", None, "completed", [0]),
     "reports": ("for n in range(50): report_progress(n); report_result(n)", None, "completed", [0]),
     "raises": ("def f(n): return 1 / n\nf(0)", None, "failed", [1]),
-    "imports": ("import json, asyncio\nasync def f(): return 3\nreturn await f()", None, "completed", [0]),
+    "imports": (
+        "import json, asyncio\nasync def f(): return 3\nreturn await f()",
+        None,
+        "completed",
+        [0],
+    ),
     "exits": ("raise SystemExit(4)", None, "failed", [4]),
     "dies": ("import os; os.kill(os.getpid(), 11)", None, "failed", [-11]),
-    "violates": ("import os\nfor fd in range(3, 2000):\n    try: os.write(fd, b'?' * 99)\n    except OSError: pass\n__import__('time').sleep(600)", None, "failed", [-9, 143]),
-    "spawns": ("import os\nif os.fork() == 0:\n    os.setsid()\n    __import__('time').sleep(600)\nos._exit(0)", None, "completed", [0]),
-    "prints": ("import sys\nfor n in range(20): print('x' * 50000); print('y' * 5000, file=sys.stderr)", None, "completed", [0]),
+    "violates": (
+        "import os\nfor fd in range(3, 2000):\n    try: os.write(fd, b'?' * 99)\n    except OSError: pass\n__import__('time').sleep(600)",
+        None,
+        "failed",
+        [-9, 143],
+    ),
+    "spawns": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    __import__('time').sleep(600)\nos._exit(0)",
+        None,
+        "completed",
+        [0],
+    ),
+    "prints": (
+        "import sys\nfor n in range(20): print('x' * 50000); print('y' * 5000, file=sys.stderr)",
+        None,
+        "completed",
+        [0],
+    ),
     "times_out": ("import time\ntime.sleep(600)", "timeout", "stopped", [143]),
-    "stops": ("import time\ntry: time.sleep(600)\nfinally: print('clean')", "stop", "stopped", [143]),
+    "stops": (
+        "import time\ntry: time.sleep(600)\nfinally: print('clean')",
+        "stop",
+        "stopped",
+        [143],
+    ),
     "is_killed": ("while True: pass", "force", "stopped", [143, -9]),
     "calls_back": ("print('hello')", "on_output", "completed", [0]),
     "gets_its_own_environment": ("return 1", "env", "completed", [0]),
@@ -52,8 +76,10 @@ def soak(manager, count, rng):
     while sum(done.values()) < count:
         kinds = [rng.choice(list(ENDS)) for _ in range(rng.choice([1, 1, 2, 5]))]
         # An own environment costs an interpreter start, so fewer of these.
-        kinds = [kind if kind != "gets_its_own_environment" or rng.random() < 0.2 else "completes"
-                 for kind in kinds]
+        kinds = [
+            kind if kind != "gets_its_own_environment" or rng.random() < 0.2 else "completes"
+            for kind in kinds
+        ]
         for kind, id in [(kind, begin(manager, kind)) for kind in kinds]:
             end(manager, kind, id)
             done[kind] += 1

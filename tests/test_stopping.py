@@ -167,7 +167,9 @@ def test_the_exception_is_a_system_exit_seen_once(manager, start):
 
 
 def test_code_that_catches_the_exception_goes_on_to_its_end(manager, start):
-    id = start("import time\ntry:\n    print('ready')\n    time.sleep(60)\nexcept SystemExit: pass\nprint('end')")
+    id = start(
+        "import time\ntry:\n    print('ready')\n    time.sleep(60)\nexcept SystemExit: pass\nprint('end')"
+    )
     data = manager.stop(id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, 0)
     assert data.output == "ready\nend\n"
@@ -271,7 +273,9 @@ def test_a_second_stop_does_not_abort_the_cleanup(manager, start, tmp_path):
     """
     id = start(code, {"go": str(tmp_path / "go")})
     responses = []
-    threads = [threading.Thread(target=lambda: responses.append(manager.stop(id))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: responses.append(manager.stop(id))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     eventually(lambda: "cleaning" in manager.get_status(id).data.output)
@@ -415,7 +419,9 @@ def test_asked_in_an_exit_handler_its_cleanup_and_the_others_run(manager, start)
 
 
 def test_asked_in_a_finalizer_at_the_end_it_ends_within_the_grace(manager, start):
-    id = start("import time\nclass C:\n    def __del__(self, sleep=time.sleep):\n        print('ready')\n        sleep(60)\nc = C()")
+    id = start(
+        "import time\nclass C:\n    def __del__(self, sleep=time.sleep):\n        print('ready')\n        sleep(60)\nc = C()"
+    )
     before = time.monotonic()
     data = manager.stop(id, grace=0.5).data
     assert data.status == "stopped"
@@ -474,7 +480,9 @@ EARLY = "try:\n    print('in\\n', end='')\n    import time\n    time.sleep(60)\n
 EARLY_ASYNC = "import asyncio\ntry:\n    print('in\\n', end='')\n    await asyncio.sleep(60)\nfinally:\n    await asyncio.sleep(0)\n    print('out')"
 
 
-@pytest.mark.parametrize("code", [EARLY, EARLY + "\nreturn", EARLY_ASYNC], ids=["plain", "return", "async"])
+@pytest.mark.parametrize(
+    "code", [EARLY, EARLY + "\nreturn", EARLY_ASYNC], ids=["plain", "return", "async"]
+)
 def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up(manager, code):
     def check(output):
         assert ("in" in output) <= ("out" in output), output
@@ -484,7 +492,9 @@ def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up(manager, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [EARLY, EARLY + "\nreturn", EARLY_ASYNC], ids=["plain", "return", "async"])
+@pytest.mark.parametrize(
+    "code", [EARLY, EARLY + "\nreturn", EARLY_ASYNC], ids=["plain", "return", "async"]
+)
 def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up_soak(manager, code):
     def check(output):
         assert ("in" in output) <= ("out" in output), output
@@ -537,7 +547,9 @@ ASYNC = {
     "blocked task": "import time\nasync def f():\n    ready()\n    time.sleep(60)\nt = asyncio.create_task(f())\nawait asyncio.sleep(60)",
 }
 if NEW >= (3, 11):
-    ASYNC["task group"] = "async with asyncio.TaskGroup() as g:\n    g.create_task(asyncio.sleep(60))\n    ready()"
+    ASYNC["task group"] = (
+        "async with asyncio.TaskGroup() as g:\n    g.create_task(asyncio.sleep(60))\n    ready()"
+    )
     ASYNC["blocked task in a group"] = (
         "import time\nasync def f():\n    ready()\n    time.sleep(60)\n"
         "async with asyncio.TaskGroup() as g:\n    g.create_task(f())\n    g.create_task(asyncio.sleep(60))"
@@ -614,7 +626,9 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_of_one_s_own_is_left(manager, start, name):
-    id = start(f"import asyncio\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n{LOOPS[name]}\nloop.close()")
+    id = start(
+        f"import asyncio\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n{LOOPS[name]}\nloop.close()"
+    )
     data = manager.stop(id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, 143)
     assert data.output == "ready\nout\n"
@@ -740,7 +754,9 @@ def ask_at_random_moments(manager, work, rounds, missed):
     """
     bad = []
     for _ in range(rounds):
-        id = manager.start_with_code(RANDOM, {"work": work}).raise_for_error().data.side_execution_id
+        id = (
+            manager.start_with_code(RANDOM, {"work": work}).raise_for_error().data.side_execution_id
+        )
         time.sleep(random.uniform(0, 0.03))
         data = manager.stop(id).raise_for_error().data
         assert data.status == "stopped"
@@ -881,9 +897,14 @@ def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, name):
     assert manager.get_status(id).data.status == "stopped"
 
 
-@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGSTOP)", "os.kill(0, signal.SIGSTOP)"])
+@pytest.mark.parametrize(
+    "how", ["os.kill(os.getpid(), signal.SIGSTOP)", "os.kill(0, signal.SIGSTOP)"]
+)
 def test_a_stopped_process_is_continued_and_cleans_up(manager, start, how):
-    id = start(f"import os, signal, time\ntry:\n    print(f'ready {{os.getpid()}}.')\n    {how}\n    time.sleep(60)\nfinally:\n    print('out')", ready="ready")
+    id = start(
+        f"import os, signal, time\ntry:\n    print(f'ready {{os.getpid()}}.')\n    {how}\n    time.sleep(60)\nfinally:\n    print('out')",
+        ready="ready",
+    )
     pid = int(eventually(lambda: manager.get_status(id).data.output.rpartition(".")[0]).split()[1])
 
     def is_stopped():
@@ -896,9 +917,13 @@ def test_a_stopped_process_is_continued_and_cleans_up(manager, start, how):
     assert data.output.endswith("out\n")
 
 
-@pytest.mark.parametrize("options", [{"force": True}, {"grace": 0}, {"grace": 0, "force": True}], ids=repr)
+@pytest.mark.parametrize(
+    "options", [{"force": True}, {"grace": 0}, {"grace": 0, "force": True}], ids=repr
+)
 def test_force_skips_the_grace(manager, start, options):
-    id = start("import time\ntry:\n    print('ready')\n    time.sleep(60)\nfinally:\n    time.sleep(60)\n    print('out')")
+    id = start(
+        "import time\ntry:\n    print('ready')\n    time.sleep(60)\nfinally:\n    time.sleep(60)\n    print('out')"
+    )
     data = manager.stop(id, **options).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", True, -9)
     assert data.output == "ready\n"
@@ -959,8 +984,10 @@ def test_stop_returns_when_the_cleanup_is_over_and_no_sooner(manager, start, tmp
 
 @pytest.mark.parametrize(
     "code",
-    ["import time\ntry:\n    time.sleep(60)\nfinally:\n    print('out')",
-     "import asyncio\ntry:\n    await asyncio.sleep(60)\nfinally:\n    await asyncio.sleep(0)\n    print('out')"],
+    [
+        "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('out')",
+        "import asyncio\ntry:\n    await asyncio.sleep(60)\nfinally:\n    await asyncio.sleep(0)\n    print('out')",
+    ],
     ids=["plain", "async"],
 )
 def test_a_timeout_takes_the_same_road(manager, code):
@@ -987,7 +1014,9 @@ def test_a_timeout_that_meets_a_deaf_one_kills_it_when_the_grace_is_over():
 
 
 def test_a_stop_during_a_timeout_s_grace_is_not_the_one_that_stopped_it(manager):
-    code = "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('cleaning')\n    time.sleep(60)"
+    code = (
+        "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('cleaning')\n    time.sleep(60)"
+    )
     id = manager.start_with_code(code, timeout=0.2).raise_for_error().data.side_execution_id
     eventually(lambda: "cleaning" in manager.get_status(id).data.output)
     data = manager.stop(id, force=True).data
@@ -998,7 +1027,11 @@ def test_a_stop_during_a_timeout_s_grace_is_not_the_one_that_stopped_it(manager)
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "exit_code"), [("print('o')\nreturn 1", "completed", 0), ("print('o')\nreport_result(1)\n1 / 0", "failed", 1)]
+    ("code", "status", "exit_code"),
+    [
+        ("print('o')\nreturn 1", "completed", 0),
+        ("print('o')\nreport_result(1)\n1 / 0", "failed", 1),
+    ],
 )
 def test_what_has_ended_cannot_be_stopped(manager, run, code, status, exit_code):
     id = run(code).side_execution_id
@@ -1015,19 +1048,26 @@ def test_what_has_ended_cannot_be_stopped(manager, run, code, status, exit_code)
 
 
 def test_an_exit_code_of_the_snippet_s_own_is_kept(manager, start):
-    id = start("import sys, time\ntry:\n    print('ready')\n    time.sleep(60)\nexcept SystemExit:\n    sys.exit(7)")
+    id = start(
+        "import sys, time\ntry:\n    print('ready')\n    time.sleep(60)\nexcept SystemExit:\n    sys.exit(7)"
+    )
     data = manager.stop(id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, 7)
 
 
 def test_a_crash_in_the_cleanup_is_no_force(manager, start):
-    id = start("import os, time\ntry:\n    print('ready')\n    time.sleep(60)\nfinally:\n    os.kill(os.getpid(), 11)")
+    id = start(
+        "import os, time\ntry:\n    print('ready')\n    time.sleep(60)\nfinally:\n    os.kill(os.getpid(), 11)"
+    )
     data = manager.stop(id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, -11)
 
 
 def test_a_sigterm_from_elsewhere_runs_the_cleanup_too(manager, start):
-    id = start("import os, time\ntry:\n    print(f'ready {os.getpid()}.')\n    time.sleep(60)\nfinally:\n    print('out')", ready="ready")
+    id = start(
+        "import os, time\ntry:\n    print(f'ready {os.getpid()}.')\n    time.sleep(60)\nfinally:\n    print('out')",
+        ready="ready",
+    )
     pid = int(eventually(lambda: manager.get_status(id).data.output.rpartition(".")[0]).split()[1])
     os.kill(pid, signal.SIGTERM)
     data = manager.wait(id).data
@@ -1098,15 +1138,19 @@ def test_a_host_whose_parent_ignored_sigterm():
     ids=["process", "daemon", "pool"],
 )
 def test_code_that_waits_for_workers_of_its_own_is_stopped_gracefully(manager, start, work):
-    code = """
+    code = (
+        """
 import multiprocessing as mp, time
 def work(): time.sleep(100)
 def ready(): time.sleep(0.05); print("ready")
 try:
-""" + "".join(f"    {line}\n" for line in work.splitlines()) + """
+"""
+        + "".join(f"    {line}\n" for line in work.splitlines())
+        + """
 finally:
     print("clean")
 """
+    )
     id = start(code)
     data = manager.stop(id, grace=10).data
     assert (data.status, data.forced) == ("stopped", False), data

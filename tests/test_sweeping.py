@@ -6,14 +6,14 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 import programs
+import pytest
 from conftest import children, eventually, is_alive
+from test_misbehaving_hosts import ROOT
+
 from sidexec import procfs
 from sidexec.child import kernel, sweeping
 from sidexec.child.launcher import Launcher
-from test_misbehaving_hosts import ROOT
 
 # Works in surroundings in which the processes can't note who they are.
 DAEMONS = """
@@ -134,7 +134,9 @@ def test_a_snippet_that_asks_to_be_traced_executes_a_program(run):
     assert (data.status, data.output) == ("completed", "done\n")
 
 
-NESTED = programs.PRELUDE + """
+NESTED = (
+    programs.PRELUDE
+    + """
 deaf()
 depth = 0
 while depth < params["levels"] and os.fork() == 0:
@@ -144,6 +146,7 @@ if depth == params["levels"]:
     os.write(1, b"ready\\n")
 time.sleep(600)
 """
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import select
 import subprocess
 
 import pytest
-
 from commands import (
     ENDLESS,
     IN_SHELL,

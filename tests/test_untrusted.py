@@ -7,7 +7,6 @@ import pickle
 import time
 
 import pytest
-
 from conftest import eventually, one_in
 from test_misbehaving_hosts import run_host
 

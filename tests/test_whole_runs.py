@@ -76,7 +76,9 @@ def test_a_run_of_its_own_leaves_nothing():
     with nothing_left():
         status = sidexec.run("import json; return [json.__name__, params]", {"a": 1}, timeout=30)
         assert status.check().data.result == ["json", {"a": 1}]
-        assert sidexec.run("import os; return os.getcwd()", cwd="/", grace_period=1).data.result == "/"
+        assert (
+            sidexec.run("import os; return os.getcwd()", cwd="/", grace_period=1).data.result == "/"
+        )
 
 
 # -- futures
@@ -85,7 +87,9 @@ def test_a_run_of_its_own_leaves_nothing():
 def test_futures_come_as_they_complete(manager):
     pauses = {0.4: None, 0.0: None, 0.2: None}
     for pause in pauses:
-        pauses[pause] = manager.start_with_code(f"import time; time.sleep({pause}); return {pause}").id
+        pauses[pause] = manager.start_with_code(
+            f"import time; time.sleep({pause}); return {pause}"
+        ).id
     futures = [manager.future(id) for id in pauses.values()]
     assert all(future.running() for future in futures)
     done = [each.result().data.result for each in concurrent.futures.as_completed(futures, 60)]
@@ -151,7 +155,10 @@ def test_following_by_lines(manager):
         time.sleep(0.01)
     """
     chunks = list(manager.follow(manager.start_with_code(code).id, lines=True))
-    for stream, lines in (("stdout", ["ab\n", "c\n", "\n", "de"]), ("stderr", ["AB\n", "C\n", "\n", "DE"])):
+    for stream, lines in (
+        ("stdout", ["ab\n", "c\n", "\n", "de"]),
+        ("stderr", ["AB\n", "C\n", "\n", "DE"]),
+    ):
         assert [each.text for each in chunks if each.stream == stream] == lines
 
 

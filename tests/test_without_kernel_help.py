@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 import programs
-import sidexec
+import pytest
 from conftest import children, eventually, nothing_left, tree
 from programs import Process, Trace
+
+import sidexec
 from sidexec.engine import payload
 
 GRACE = 0.5
@@ -93,8 +93,10 @@ def begin(manager, trace, code):
     started = manager.start_with_code(code, trace.params).raise_for_error()
     id = started.data.side_execution_id
     eventually(
-        lambda: "ready\n" in manager.get_status(id).data.output
-        or manager.get_status(id).data.status != "running"
+        lambda: (
+            "ready\n" in manager.get_status(id).data.output
+            or manager.get_status(id).data.status != "running"
+        )
     )
     assert manager.get_status(id).data.status == "running", manager.get_status(id)
     return id
@@ -203,7 +205,9 @@ def test_a_stray_that_leaves_when_asked_ends_the_sweep(trace):
 @pytest.mark.slow
 def test_a_zombie_in_the_group_is_not_taken_for_a_process_that_cannot_be_killed(manager, trace):
     """Its parent, in a session of its own, never reaps it: signal 0 still finds the group."""
-    code = programs.PRELUDE + """
+    code = (
+        programs.PRELUDE
+        + """
 def body():
     quiet()
     in_child(lambda: note("zombie"))
@@ -214,6 +218,7 @@ wait_for_note("descendant")
 wait_for_note("zombie")
 return 1
 """
+    )
     started = manager.start_with_code(code, trace.params).raise_for_error()
     answer = manager.wait(started.data.side_execution_id, 30)
     (zombie,) = trace.noted("zombie")
@@ -236,7 +241,9 @@ def test_a_killed_keeper(manager, trace):
 
 # -- the host's death: the control sockets, and the launcher's look at its parent
 
-HOST = REPLACE + """
+HOST = (
+    REPLACE
+    + """
 import json, os, time
 without, code, params, grace, has_worker = json.loads(sys.argv[1])
 take_away(without)
@@ -254,6 +261,7 @@ if has_worker:
 print(worker, flush=True)
 time.sleep(60)
 """
+)
 
 
 @pytest.mark.parametrize(

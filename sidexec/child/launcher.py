@@ -236,9 +236,7 @@ class Launcher:
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
             # The first one is waited for as it is.
-            keeper.run(
-                lambda: self._run_snippet(*for_snippet), for_snippet, rehearse=self._is_warm
-            )
+            keeper.run(lambda: self._run_snippet(*for_snippet), for_snippet, rehearse=self._is_warm)
         self._keepers.add(pid)
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
         try:

@@ -212,9 +212,7 @@ class _Statements:
         )
 
 
-def _rewrite(
-    tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | None]
-) -> ast.Module:
+def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | None]) -> ast.Module:
     """Replace statements of the module's own scope, however deep they stand in it."""
     pending: list[Any] = [tree]
     while pending:

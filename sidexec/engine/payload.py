@@ -48,7 +48,8 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # library would be imported instead. The modules get the built-in names in a copy of their
 # own, since a snippet may change them. In a snippet's process `main` returns, and its code
 # is called from here, so that this frame is the only one below it. 3 is `asking.SETTLING`.
-BOOT = """\
+BOOT = (
+    """\
 import sys
 if sys.version_info<(3,10):sys.exit("Python 3.10 or newer is needed, this is "+sys.version)
 import os,marshal,_frozen_importlib_external as e
@@ -89,7 +90,9 @@ if t:
   finally:t.ask.phase=3
  except b["BaseException"]as e:t.failure=e
  t.end()
-""" % MARK
+"""
+    % MARK
+)
 GREETING = len(importlib.util.MAGIC_NUMBER)
 
 

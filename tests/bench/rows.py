@@ -371,9 +371,7 @@ def idle(quick):
     yield result(
         "host memory for each idle execution", own, None, "B", 60 * KIB, 20 * KIB, **absolute
     )
-    yield result(
-        f"host processor time with {MANY} idle", cpu, None, "%", 0.5, 0.05, **absolute
-    )
+    yield result(f"host processor time with {MANY} idle", cpu, None, "%", 0.5, 0.05, **absolute)
     yield result(f"that of launcher and keepers with {MANY} idle", helpers_cpu, None, "%")
     yield result(f"{MANY} stopped at once by `stop_all`", stops, None, "s", 2.0, 0.3, **absolute)
 
