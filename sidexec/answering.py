@@ -6,6 +6,7 @@ of it but the last sample of what a tree uses.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,12 @@ def status_of_none(started: StartSideExecutionResponse) -> GetSideExecutionStatu
         started.error,
         thread_id=started.thread_id,
     )
+
+
+def not_sent(response: GetSideExecutionStatusResponse) -> GetSideExecutionStatusResponse:
+    """What `send_input` answers where nothing could be sent."""
+    problem = "its standard input is not open: start it with stdin=subprocess.PIPE"
+    return dataclasses.replace(response, success=False, error=response.error or problem)
 
 
 def future_of(execution: Execution, grace: float) -> Future[GetSideExecutionStatusResponse]:

@@ -10,12 +10,12 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import answering, checks
 from .engine.output import Output, OutputChunk, Stream, by_lines
+from .lifetime import Lifetime
 from .limits import Limits
 from .responses import (
     GetSideExecutionStatusResponse,
@@ -42,7 +42,7 @@ SHUTTING_DOWN = "the interpreter is shutting down: its executions are stopped wh
 STATUSES = ("running", "completed", "failed", "stopped")
 
 
-class ExecutionManager:
+class ExecutionManager(Lifetime):
     """Runs Python snippets in processes of their own, and stops them.
 
     python: the interpreter to run them with, by default `sys.executable`. A program
@@ -59,12 +59,10 @@ class ExecutionManager:
 
     Making a manager starts nothing; its first start does. Every method may be called
     from any thread, from `on_output`, and from a signal handler. Leaving a `with`
-    block closes it. A manager that is let go of without `close` closes itself, and
-    when the host ends, however it does, its executions are stopped.
-
-    Here and in every method, arguments that can't be raise `TypeError` or `ValueError`;
-    what goes wrong at run time is in the response. Where the platform is not POSIX,
-    this raises `NotImplementedError`.
+    block closes it. A manager that is garbage-collected unclosed closes itself, and when
+    the host ends, however it does, its executions are stopped. Invalid arguments raise
+    `TypeError` or `ValueError`; what goes wrong at run time is in the response. Where
+    the platform is not POSIX, this raises `NotImplementedError`.
     """
 
     def __init__(
@@ -100,33 +98,6 @@ class ExecutionManager:
         self._engine = Engine(settings, checks.count("max_history", max_history, 0))
         self._texts: dict[Stream, tuple[object, int, str]] = {}
 
-    def __enter__(self) -> ExecutionManager:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        running = len(self._engine.running())
-        state = "closed" if self._engine.is_closing else f"{running} running"
-        return f"<{type(self).__name__}, {state}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} can't be copied or pickled: it belongs to the process"
-            " that has made it; make one where it is used"
-        )
-
-    def __del__(self) -> None:
-        engine = self.__dict__.get("_engine")
-        if engine is None or engine.is_closing or sys.is_finalizing() or engine.foreign:
-            return  # the launcher sees to it when the host has ended
-        runs = bool(engine.running())
-        text = f"unclosed {self!r}: call close(), or use it in a `with` block"
-        engine.close(self._grace, wait=False)
-        if runs:  # last, as a warning may be an error
-            warnings.warn(text, ResourceWarning, source=self)
-
     def start_with_code(
         self,
         code: str,
@@ -138,6 +109,9 @@ class ExecutionManager:
         env: Mapping[str, str] | None = None,
         limits: Limits | None = None,
         on_output: Callable[[OutputChunk], object] | None = None,
+        input: str | bytes | None = None,
+        stdin: int | None = None,
+        stderr: int | None = None,
     ) -> StartSideExecutionResponse:
         """Start Python source; returns as soon as it is on its way.
 
@@ -145,14 +119,16 @@ class ExecutionManager:
         `return` and `await` work at its top level. `timeout` is in seconds, None for
         no limit. `cwd`, `env` and `limits` replace the manager's. `on_output` is
         called with each `OutputChunk`, in order, in a thread of its own; what it
-        raises is logged.
+        raises is logged. `input` is all of standard input, else empty;
+        `stdin=subprocess.PIPE` leaves it open for `send_input`. `stderr=subprocess.STDOUT`
+        puts standard error into standard output.
 
         A start that fails has a response whose `success` is false and whose `error`
         says what to do; there is no `side_execution_id` then. The first start also
         brings up an interpreter, which may take 60 seconds at the very most.
         """
         code = checks.text("code", code)
-        options = (thread_id, cwd, env, limits, on_output)
+        options = (thread_id, cwd, env, limits, on_output, input, stdin, stderr)
         return self._start(Request(code, None, (), params, timeout, *options))
 
     def start_with_action_block(
@@ -167,6 +143,9 @@ class ExecutionManager:
         env: Mapping[str, str] | None = None,
         limits: Limits | None = None,
         on_output: Callable[[OutputChunk], object] | None = None,
+        input: str | bytes | None = None,
+        stdin: int | None = None,
+        stderr: int | None = None,
     ) -> StartSideExecutionResponse:
         """Start a `.py` file, or a directory that has a `__main__.py`.
 
@@ -174,7 +153,7 @@ class ExecutionManager:
         `sys.argv[1:]`. All else is as for `start_with_code`.
         """
         block = checks.path("path", path)
-        options = (thread_id, cwd, env, limits, on_output)
+        options = (thread_id, cwd, env, limits, on_output, input, stdin, stderr)
         return self._start(Request(None, block, args, params, timeout, *options))
 
     def run(
@@ -221,7 +200,11 @@ class ExecutionManager:
             return request.answer(None, error)
         engine = self._engine
         id = os.urandom(16).hex()
-        execution = request.execution(id, Output(self._max_output, self._texts), engine.on_end)
+        try:
+            output = Output(self._max_output, self._texts)
+            execution = request.execution(id, output, engine.know, engine.on_end)
+        except OSError as problem:
+            return request.answer(None, f"could not make a pipe for its input: {problem}")
         environment = self._environment if request.env is None else request.env
         if environment is None:
             environment = current_environment()
@@ -282,6 +265,23 @@ class ExecutionManager:
         deadline = None if limit is None else time.monotonic() + limit
         chunks = execution.output.follow(self._engine.is_over(execution), deadline)
         return by_lines(chunks) if checks.flag("lines", lines) else chunks
+
+    def send_input(
+        self, side_execution_id: str, text: str | bytes, *, close: bool = False
+    ) -> GetSideExecutionStatusResponse:
+        """Add to the standard input of an execution that was started with `stdin=PIPE`.
+
+        Blocks while more than a mebibyte waits to be read, until the execution ends. With
+        `close`, this is the last of it. `success` is false where the execution has ended,
+        or its standard input is not open.
+        """
+        id = checks.text("side_execution_id", side_execution_id)
+        data = text if isinstance(text, bytes) else checks.utf8("text", text).encode()
+        is_last = checks.flag("close", close)
+        execution = self._engine.executions.get(id)
+        sent = execution is not None and self._engine.send_input(execution, data, is_last)
+        response = answering.status_of(id, execution, self._engine.foreign)
+        return response if sent or execution is None else answering.not_sent(response)
 
     def _known(self, side_execution_id: str) -> Execution:
         id = checks.text("side_execution_id", side_execution_id)

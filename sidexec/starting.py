@@ -18,9 +18,13 @@ from . import checks
 from .engine import payload
 from .engine.delivery import Delivery
 from .engine.execution import Execution
+from .engine.input import Input
 from .engine.output import Output, OutputChunk
 from .limits import Limits
 from .responses import StartData, StartSideExecutionResponse
+
+# As `subprocess` has them, which is not needed here for anything else.
+PIPE, STDOUT = -1, -2
 
 Path = Union[str, "os.PathLike[str]"]
 
@@ -47,6 +51,9 @@ class Request:
     env: Any = None
     limits: Any = None
     on_output: Callable[[OutputChunk], object] | None = None
+    input: Any = None
+    stdin: Any = None
+    stderr: Any = None
 
     def check(self) -> None:
         """Raises `TypeError` or `ValueError`, which name the argument."""
@@ -65,6 +72,17 @@ class Request:
             kind = type(self.on_output).__name__
             raise TypeError(f"on_output must be callable, not {kind}")
 
+        if isinstance(self.input, str):
+            self.input = checks.utf8("input", self.input).encode()
+        if not isinstance(self.input, (bytes, type(None))):
+            raise TypeError(f"input must be a str or bytes, not {type(self.input).__name__}")
+        if self.stdin not in (None, PIPE):
+            raise ValueError(f"stdin must be None or subprocess.PIPE, not {self.stdin!r}")
+        if self.stdin is not None and self.input is not None:
+            raise ValueError("input is all of standard input: stdin can't be given with it")
+        if self.stderr not in (None, STDOUT):
+            raise ValueError(f"stderr must be None or subprocess.STDOUT, not {self.stderr!r}")
+
     def why_not(self) -> str | None:
         """What can be seen to be wrong before anything is started."""
         patcher = sys.modules.get("eventlet.patcher")
@@ -81,13 +99,21 @@ class Request:
             return why_not_runnable(self.block)
         return None
 
-    def execution(self, id: str, output: Output, on_end: Callable[[Execution], None]) -> Execution:
+    def execution(
+        self,
+        id: str,
+        output: Output,
+        on_begin: Callable[[Execution], None],
+        on_end: Callable[[Execution], None],
+    ) -> Execution:
         frame = {
             "code": None if self.code is None else _dedent(self.code),
             "block": None if self.block is None else checks.absolute(self.block),
             "args": self.args,
             "params": self.params,
             "cwd": self.cwd or _current_directory(),
+            "has_input": self.input is not None or self.stdin is not None,
+            "joins_stderr": self.stderr is not None,
             "limits": self.limits._to_request(),
         }
         return Execution(
@@ -95,9 +121,13 @@ class Request:
             marshal.dumps(frame, 2),
             output,
             None if self.on_output is None else Delivery(id, self.on_output),
+            Input(self.input or b"", is_open=self.stdin is not None)
+            if frame["has_input"]
+            else None,
             thread_id=self.thread_id,
             action_block=self.block,
             timeout=self.timeout,
+            on_begin=on_begin,
             on_end=on_end,
         )
 

@@ -6,9 +6,11 @@ another file that has been given its number. It never looks into what it sends.
 
 from __future__ import annotations
 
+import _socket
 import _thread
 import errno
 import os
+import sys
 
 from ..protocol import PROGRESS, pack
 from .asking import Ask
@@ -47,6 +49,16 @@ class Channel:
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
+
+    def receive(self, size: int) -> tuple[bytes, list[int]]:
+        """The first bytes of the request, and the descriptors that come with it."""
+        socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, self._fd)
+        try:
+            data, rights, _, _ = socket.recvmsg(size, _socket.CMSG_SPACE(4))
+        finally:
+            socket.detach()
+        fds = [int.from_bytes(each[:4], sys.byteorder) for _, _, each in rights]
+        return data + self.read(size - len(data)) if data else self.read(size), fds
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame, or leave it to the call that this one has interrupted."""

@@ -89,11 +89,17 @@ class Snippet:
             kernel.flush_c()
             self._failures.hide_source()
             sys.path[:] = path
-        length = int.from_bytes(self._channel.read(HEADER)[1:], "big")
+        header, files = self._channel.receive(HEADER)
+        length = int.from_bytes(header[1:], "big")
         umask, request = marshal.loads(self._channel.read(length))
         if umask is not None:
             os.umask(umask)
         self._request = marshal.loads(request)
+        for fd in files:
+            os.dup2(fd, 0)
+            os.close(fd)
+        if self._request["joins_stderr"]:
+            os.dup2(1, 2)
 
     def begin(self) -> None:
         """Have the user's code called by the first look at what it has returned."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import sys
 from collections.abc import Iterable
 
 
@@ -50,6 +51,14 @@ class Sender:
         """As much as there is room for; raises what `send` of a socket raises."""
         # The host may have SIGPIPE end it.
         return self.socket.send(data, getattr(_socket, "MSG_NOSIGNAL", 0))
+
+    def send_with(self, data: bytes, fd: int) -> int:
+        """Send the beginning of `data` along with a descriptor; how much that was."""
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
+        try:
+            return self.socket.sendmsg([data], rights, getattr(_socket, "MSG_NOSIGNAL", 0))
+        except OSError:
+            return 0  # it has ended, as the next write will say
 
     def shut(self) -> None:
         """End the connection in both directions, which wakes the thread that reads from it."""

@@ -53,30 +53,29 @@ class Engine:
         """
         self.process = self.process or os.getpid()
         try:
-            self._running[execution.id] = execution
-            self.executions[execution.id] = execution
             if execution.delivery is not None:
                 execution.delivery.start()
-            if self.is_closing:
-                self._refuse(execution, CLOSED)
             until = time.monotonic() + START_LIMIT
             while not execution.is_decided():
-                if self._begin(execution, self._launcher(environment, is_default), until):
-                    return
+                self._begin(execution, self._launcher(environment, is_default), until)
         except RuntimeError as problem:
             self._refuse(execution, f"could not start a thread: {problem}")
         finally:
             if not execution.is_queued:  # a signal handler raised, and nobody may take it
                 execution.refuse("its start was interrupted")
 
-    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> bool:
-        """Have it begin on `launcher`; false where that is not up any more."""
+    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> None:
+        """Have it begin on `launcher`, unless that is not up any more."""
         launcher.boot()
-        if launcher.submit(execution):
-            return True
+        launcher.submit(execution)
+        # Known only now: a signal handler that came before, and waited for it, would wait
+        # for the very call that it has interrupted.
+        self.know(execution)
+        if self.is_closing:
+            self._refuse(execution, CLOSED)
         while not execution.is_decided() and launcher.is_up:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
-                return True
+                return
             if launcher.is_stopped():
                 launcher.abandon("was stopped by a signal: start anew")
             elif time.monotonic() >= until:
@@ -84,7 +83,13 @@ class Engine:
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
         if not execution.is_decided():
             launcher.withdraw(execution)
-        return execution.is_decided()
+
+    def know(self, execution: Execution) -> None:
+        """Let it be listed, by its start and by the thread that begins it."""
+        self.executions[execution.id] = execution
+        self._running[execution.id] = execution
+        if execution.state in (State.ENDED, State.REFUSED):
+            self.on_end(execution)  # which may have come before
 
     @property
     def foreign(self) -> str | None:
@@ -107,6 +112,17 @@ class Engine:
             if execution.delivery is not None:
                 left = None if until is None else max(0.0, until - time.monotonic())
                 execution.delivery.wait(left)
+
+    def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
+        """Whether it takes any; waits while too much of it waits to be read."""
+        input, owner = execution.input, execution.owner
+        if input is None or self.foreign is not None or not input.add(data, close=close):
+            return False
+        if owner is not None:
+            owner.wake()
+        is_over = self.is_over(execution)
+        input.changed.wait_for(lambda: input.has_room() or is_over())
+        return True
 
     def stop(self, executions: list[Execution], grace: float, caller: object) -> None:
         """Stop them side by side, and wait until they have ended."""
@@ -189,15 +205,14 @@ class Engine:
     # -- what is remembered
 
     def on_end(self, execution: Execution) -> None:
-        """It has ended, or was refused; the first call counts."""
-        if self._running.pop(execution.id, None) is None:
-            return
+        """It has ended, or was refused."""
+        self._running.pop(execution.id, None)
         for launcher in list(self._launchers):
             launcher.withdraw(execution)
-        if execution.state is State.REFUSED:
+        if execution.state is State.REFUSED or execution.is_forgotten:
             self.executions.pop(execution.id, None)
-            return
-        self._ended.append(execution)
+        elif execution.is_first_to_count():
+            self._ended.append(execution)
         # Who does not get the lock leaves its own to who has it, and looks again after.
         while self._ended and self._counting.acquire(False):
             try:
@@ -216,4 +231,5 @@ class Engine:
         ):
             oldest = self._counted.popleft()
             self._bytes_held -= oldest.bytes_held
+            oldest.is_forgotten = True
             self.executions.pop(oldest.id, None)

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, cast
 from ..protocol import is_too_deep
 from ..responses import Status, StopReason
 from .delivery import Delivery
+from .input import Input
 from .output import Output
 from .waiting import Bell
 
@@ -71,12 +72,16 @@ class Owner(Protocol):
     keeper_pid: int
 
     def ask(self, grace: float) -> None: ...
+    def wake(self) -> None: ...
 
 
 class _Nobody:
     keeper_pid = 0
 
     def ask(self, grace: float) -> None:
+        pass
+
+    def wake(self) -> None:
         pass
 
 
@@ -91,16 +96,19 @@ class Execution:
         request: bytes,
         output: Output,
         delivery: Delivery | None,
+        input: Input | None,
         *,
         thread_id: str | None,
         action_block: str | None,
         timeout: float | None,
+        on_begin: Callable[[Execution], None],
         on_end: Callable[[Execution], None],
     ) -> None:
         self.id = id
         self.request = request
         self.output = output
         self.delivery = delivery
+        self.input = input
         self.thread_id = thread_id
         self.action_block = action_block
         self.timeout = timeout
@@ -108,11 +116,13 @@ class Execution:
         self.started_at = time.monotonic()
         self.state = State.WAITING
         self.is_queued = False  # and so will begin, or be refused
+        self.is_forgotten = False
         self.refusal: str | None = None  # why it could not be started
         self.progress: float | None = None
         self.reported: bytes | None = None  # JSON
         self.usage: Sample | None = None  # readers keep it here, as it serves them alone
         self.changed = Bell()  # when the state has changed
+        self._on_begin = on_begin
         self._on_end = on_end
         self._calls: list[Callable[[], object]] = []
         # Filled by `setdefault`, which is atomic: the first one is the one that counts.
@@ -153,6 +163,11 @@ class Execution:
     def claim(self, owner: Owner) -> bool:
         """Make `owner` the one that says what becomes of it; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner
+
+    def is_first_to_count(self) -> bool:
+        """True once: for whoever is to count it among those that have ended."""
+        token = object()
+        return self._claims.setdefault("counted", token) is token
 
     def is_stopped(self) -> bool:
         """Whether it is to end as stopped; one that is not can't be stopped from here on."""
@@ -196,6 +211,7 @@ class Execution:
         if self._claims.setdefault("fate", self) is not self:
             return False
         self.request = b""
+        self._on_begin(self)
         self.state = State.RUNNING
         self.changed.ring()
         return True
@@ -229,6 +245,8 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
+        if self.input is not None:
+            self.input.end()
         self._on_end(self)
         self.changed.ring()
         self.output.changed.ring()

@@ -57,7 +57,7 @@ class Launcher:
         self._settings = settings
         self._on_gone = on_gone
         self._unstarted = [None]
-        self._requests = Requests(self._ask, self._umask)
+        self._requests = Requests(self._ask)
         self._is_open = False  # it takes requests to fork
         self._is_loaded = False
         self._running: dict[str, Execution] = {}
@@ -81,15 +81,11 @@ class Launcher:
         if self._unstarted:
             native("_thread", "start_new_thread")(self._run, ())
 
-    def submit(self, execution: Execution) -> bool:
-        """Have it begin, or wait for a pair; whether it has begun.
-
-        One that waits is begun or refused, or nobody's if this launcher is not up.
-        """
+    def submit(self, execution: Execution) -> None:
+        """Queue it. It is begun or refused, or nobody's if this launcher is not up."""
         self._running[execution.id] = execution
-        has_begun = self._requests.put(execution)
+        self._requests.put(execution)
         execution.is_queued = True
-        return has_begun
 
     def withdraw(self, execution: Execution) -> None:
         """It has ended, or will not begin here."""
@@ -152,7 +148,7 @@ class Launcher:
 
     # -- asking the process
 
-    def _umask(self) -> int | None:
+    def umask(self) -> int | None:
         return None if self._process is None else self._process.umask()
 
     def _ask(self, kind: bytes) -> None:

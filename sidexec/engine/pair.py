@@ -21,6 +21,7 @@ from typing import Any
 from .. import procfs, protocol
 from .descriptors import Sender, Wake, close_all, read
 from .execution import Execution
+from .input import Input
 from .output import STREAMS, Stream
 from .waiting import native
 
@@ -69,6 +70,7 @@ class Pair:
         self._inbox: Any = native("queue", "SimpleQueue")()
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
+        self.input_fd = -1  # while it is waited for room there
         self._has_ended = False  # before it had a request
         self._deadlines: list[float] = []
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
@@ -98,20 +100,9 @@ class Pair:
             control.send(protocol.pack(protocol.STOP, f"{grace!r} 0".encode()))
         self.wake()
 
-    def hand_over(self, execution: Execution, umask: int | None) -> bool:
-        """Have a spare pair begin `execution`; false where nothing can begin on it any more.
-
-        From a start's own thread, so that the snippet need not wait for the pair's. Where a
-        signal handler raises meanwhile, the pair is let go of, and so ended.
-        """
-        is_sent = False
-        try:
-            if not self.is_gone() and execution.claim(self):
-                self.send(execution, umask)
-                is_sent = True
-        finally:
-            self._inbox.put(execution if is_sent else None)
-        return is_sent
+    def hand_over(self, execution: Execution) -> None:
+        """Have a spare pair begin `execution`: in one step, that nothing cuts in two."""
+        self._inbox.put(execution)
 
     def release(self) -> None:
         """Let go of a pair that waits for a request."""
@@ -175,6 +166,17 @@ class Pair:
         if self._unsent:
             self._everything.modify(self.channel, select.POLLIN | select.POLLOUT)
 
+    def feed(self, input: Input) -> None:
+        """Write what waits for the snippet's standard input, and wait for room for the rest."""
+        fd = -1 if input.writer is None else input.writer.fd
+        input.write()
+        if input.wants_to_write():
+            self.input_fd = fd
+            self._everything.register(fd, select.POLLOUT)
+        elif self.input_fd >= 0:
+            _unregister(self.input_fd, self._everything)
+            self.input_fd = -1
+
     def wait(self, until: float | None, *, only_urgent: bool) -> list[int]:
         """The descriptors that can be read, once there are any; none when it is `until`."""
         seconds = MAX_WAIT if until is None else until - time.monotonic()
@@ -212,6 +214,9 @@ class Pair:
                 self._everything.modify(self.channel, select.POLLIN)
         data = self._read_some(self.channel, size)
         return self._snippet_inbox.feed(data) if data else []
+
+    def reads(self, fd: int) -> bool:
+        return fd in self._open
 
     def read_stream(self, fd: int, size: int = READ_SIZE) -> tuple[Stream, bytes]:
         return self._streams[fd], self._read_some(fd, size)
@@ -257,6 +262,10 @@ class Pair:
         """Send its request to the snippet that waits for it, as far as there is room."""
         frame = protocol.pack(protocol.RUN, marshal.dumps((umask, execution.request), 2))
         self._unsent = memoryview(frame)
+        input = execution.input
+        if input is not None and input.reader is not None and self._channel is not None:
+            self._unsent = self._unsent[self._channel.send_with(frame, input.reader.fd) :]
+            input.reader = None
         self._send_rest()
 
     def _send_rest(self) -> None:

@@ -8,6 +8,7 @@ signal handler that has interrupted the same step.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -17,11 +18,10 @@ from .pair import Pair
 
 
 class Requests:
-    def __init__(self, ask: Callable[[bytes], object], umask: Callable[[], int | None]) -> None:
-        """`ask` sends FORK and FORK_AHEAD to the launcher; `umask` is the host's."""
+    def __init__(self, ask: Callable[[bytes], object]) -> None:
+        """`ask` sends FORK and FORK_AHEAD to the launcher."""
         self.keeps_spare = False
         self._ask = ask
-        self._umask = umask
         self._spares: deque[Pair] = deque()
         self._waiting: deque[Execution] = deque()
         self._wanted: deque[None] = deque()  # one for each pair that is still to be asked for
@@ -31,19 +31,16 @@ class Requests:
 
     # -- from any thread
 
-    def put(self, execution: Execution) -> bool:
-        """Have a spare pair begin it, or let it wait for a pair; whether it has begun."""
-        while True:
-            try:
-                pair = self._spares.popleft()
-            except IndexError:
-                break
-            if pair.hand_over(execution, self._umask()):
-                return True
-        self._waiting.append(execution)
-        self._wanted.append(None)
-        self._ask_for_pairs()
-        return False
+    def put(self, execution: Execution) -> None:
+        """Hand it to a spare pair, or let it wait for a pair."""
+        try:
+            pair = self._spares.popleft()
+        except IndexError:
+            self._waiting.append(execution)
+            self._wanted.append(None)
+            self._ask_for_pairs()
+        else:
+            pair.hand_over(execution)
 
     def refuse_all(self, reason: str) -> None:
         while self._refuse_one(reason):
@@ -71,23 +68,31 @@ class Requests:
     # -- from the thread of a pair
 
     def take(self, pair: Pair) -> Execution | None:
-        """A request for `pair`, which is ready; None where none needs it."""
-        execution = self._take_waiting(pair)
+        """Claim a request for `pair`, which is ready; None where none needs it."""
         if pair.is_ahead:
             self._may_fork_ahead.append(None)
-        if execution is not None or self._spares or not self.keeps_spare:
-            return execution
-        self._spares.append(pair)
-        # Looked at again: what has come meanwhile has seen no spare, or a closed launcher.
-        while self._waiting or self._is_closed:
-            try:
-                self._spares.remove(pair)
-            except ValueError:
-                break  # a call has taken it
-            execution = self._take_waiting(pair)
-            if execution is not None or self._is_closed:
+        while True:
+            execution = self._next_for(pair)
+            if execution is None:
+                return None
+            if pair.is_gone():
+                self.put(execution)
+                return None
+            if execution.claim(pair):  # else it was withdrawn
                 return execution
-            self._spares.append(pair)
+
+    def _next_for(self, pair: Pair) -> Execution | None:
+        if self._waiting:
+            with contextlib.suppress(IndexError):
+                return self._waiting.popleft()
+        if self._spares or not self.keeps_spare:
+            return None
+        self._spares.append(pair)
+        # Looked at again: what has come meanwhile has seen no spare, or an open launcher.
+        if self._waiting or self._is_closed:
+            with contextlib.suppress(ValueError):  # a call has taken it just now
+                self._spares.remove(pair)
+                return None if self._is_closed else self._next_for(pair)
         return pair.wait_for_request()
 
     def fork_ahead(self) -> None:
@@ -102,16 +107,6 @@ class Requests:
             self._may_fork_ahead.append(None)
 
     # -- what these share
-
-    def _take_waiting(self, pair: Pair) -> Execution | None:
-        while True:
-            try:
-                execution = self._waiting.popleft()
-            except IndexError:
-                return None
-            if execution.claim(pair):  # else it was withdrawn
-                pair.send(execution, self._umask())
-                return execution
 
     def _refuse_one(self, reason: str) -> bool:
         """Refuse the request that has waited longest; whether there was one."""

@@ -35,6 +35,7 @@ class Launcher(Protocol):
 
     def next_request(self, pair: Pair) -> Execution | None: ...
     def fork_ahead(self) -> None: ...
+    def umask(self) -> int | None: ...
     def miss_pair(self, is_ahead: bool, reason: str) -> None: ...
     def kill_keeper(self, pid: int) -> None: ...
     def release(self, pair: Pair) -> None: ...
@@ -88,9 +89,13 @@ class _Run:
     def run(self) -> None:
         execution, pair = self._execution, self._pair
         delivery = execution.delivery
+        # The host's umask is read here, where no signal handler comes in between.
+        pair.send(execution, self._launcher.umask())
         if not execution.begin():
             return
         pair.watch()
+        if execution.input is not None:
+            pair.feed(execution.input)
         self._launcher.fork_ahead()
         began = time.monotonic()
         times_out = None if execution.timeout is None else began + execution.timeout
@@ -99,11 +104,14 @@ class _Run:
             waits = delivery is not None and not is_asked and delivery.is_full(pair.wake)
             until = times_out if not is_asked and self._patience is None else self._patience
             for fd in pair.wait(until, only_urgent=waits):
-                if fd == pair.wake_fd:
-                    pair.clear_wake()
+                if fd in (pair.wake_fd, pair.input_fd):
+                    if fd == pair.wake_fd:
+                        pair.clear_wake()
+                    if execution.input is not None:
+                        pair.feed(execution.input)
                 elif fd == pair.control_fd:
                     self._hear_keeper()
-                else:
+                elif pair.reads(fd):  # or it was closed by an earlier event of this round
                     self._hear_snippet(fd)
             if times_out is not None and time.monotonic() >= times_out:
                 times_out = None

@@ -1,0 +1,47 @@
+"""What becomes of a manager that is left, let go of, or copied."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+
+_Self = TypeVar("_Self", bound="Lifetime")
+
+
+class Lifetime:
+    _engine: Engine
+    _grace: float
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        running = len(self._engine.running())
+        state = "closed" if self._engine.is_closing else f"{running} running"
+        return f"<{type(self).__name__}, {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} can't be copied or pickled: it belongs to the process"
+            " that has made it; make one where it is used"
+        )
+
+    def __del__(self) -> None:
+        engine = self.__dict__.get("_engine")
+        if engine is None or engine.is_closing or sys.is_finalizing() or engine.foreign:
+            return  # the launcher sees to it when the host has ended
+        runs = bool(engine.running())
+        text = f"unclosed {self!r}: call close(), or use it in a `with` block"
+        engine.close(self._grace, wait=False)
+        if runs:  # last, as a warning may be an error
+            warnings.warn(text, ResourceWarning, source=self)

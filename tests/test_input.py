@@ -1,0 +1,105 @@
+"""Standard input, and standard error that goes where standard output goes."""
+
+import subprocess
+import threading
+
+import pytest
+from conftest import eventually
+
+import sidexec
+
+ECHO = """
+import sys
+for line in sys.stdin:
+    print("got", line, end="", flush=True)
+print("end")
+"""
+
+
+@pytest.mark.parametrize("text", ["", "one\ntwo\n", b"one\n", "ß" * 10, "x" * 3_000_000])
+def test_input_is_all_of_standard_input(manager, text):
+    code = "import sys; data = sys.stdin.buffer.read(); return [len(data), data[:20].decode()]"
+    data = text if isinstance(text, bytes) else text.encode()
+    for _ in range(2):  # the second one in a pair that was forked ahead
+        result = manager.run(code, input=text).check().data.result
+        assert result == [len(data), data[:20].decode()]
+
+
+def test_standard_input_is_empty_unless_given(manager):
+    assert manager.run("import sys; return sys.stdin.read()").data.result == ""
+
+
+def test_input_that_nobody_reads_holds_nothing_up(manager):
+    assert manager.run("pass", input="x" * 3_000_000).data.status == "completed"
+    id = manager.start_with_code(
+        "import time; print('up'); time.sleep(60)", input="x" * 3_000_000
+    ).id
+    assert manager.stop(id).data.status == "stopped"
+
+
+def test_input_is_sent_as_it_comes(manager):
+    id = manager.start_with_code(ECHO, stdin=subprocess.PIPE).id
+    assert manager.send_input(id, "one\n").success
+    eventually(lambda: manager.get_status(id).data.output == "got one\n")
+    assert manager.send_input(id, b"two\nthr").success
+    assert manager.send_input(id, "ee\n", close=True).success
+    assert manager.wait(id).data.output == "got one\ngot two\ngot three\nend\n"
+    answer = manager.send_input(id, "more")
+    assert not answer.success and "standard input is not open" in answer.error
+
+
+def test_a_prompt_is_seen_before_its_answer_is_sent(manager):
+    id = manager.start_with_code("return input('name? ')", stdin=subprocess.PIPE).id
+    eventually(lambda: manager.get_status(id).data.output == "name? ")
+    manager.send_input(id, "Ada\n")
+    assert manager.wait(id).data.result == "Ada"
+
+
+def test_who_sends_too_much_waits_until_it_is_read_or_all_is_over(manager):
+    code = "import sys, time\nwhile not params['go']: time.sleep(60)"
+    id = manager.start_with_code(code, {"go": False}, stdin=subprocess.PIPE).id
+    sent = []
+    thread = threading.Thread(target=lambda: sent.append(manager.send_input(id, "x" * 5_000_000)))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    assert manager.stop(id).data.status == "stopped"
+    thread.join(20)
+    assert not thread.is_alive() and len(sent) == 1
+
+
+def test_send_input_where_it_can_not_be_sent(manager):
+    id = manager.start_with_code("import time; time.sleep(60)").id
+    assert not manager.send_input(id, "x").success
+    assert manager.send_input("nobody", "x").data.status == "not_found"
+    with pytest.raises(TypeError, match="text"):
+        manager.send_input(id, 1)
+    with pytest.raises(TypeError, match="close"):
+        manager.send_input(id, "", close=1)
+
+
+def test_standard_error_in_standard_output(manager):
+    code = "import os, sys\nfor n in range(50):\n    print(n)\n    print(-n, file=sys.stderr)\n"
+    code += "os.write(2, b'raw\\n')\n1 / 0"
+    data = manager.run(code, stderr=subprocess.STDOUT).data
+    head, raw, trace = data.output.partition("raw\n")
+    assert head == "".join(f"{n}\n{-n}\n" for n in range(50))
+    assert trace.endswith("ZeroDivisionError: division by zero\n") and data.error_output == ""
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"input": 1}, TypeError),
+        ({"stdin": 3}, ValueError),
+        ({"stdin": subprocess.PIPE, "input": "x"}, ValueError),
+        ({"stderr": subprocess.PIPE}, ValueError),
+    ],
+)
+def test_misuse_raises(manager, options, error):
+    with pytest.raises(error, match="input|stdin|stderr"):
+        manager.start_with_code("pass", **options)
+
+
+def test_the_own_manager_of_a_run_takes_input():
+    assert sidexec.run("return input()", input="hello\n").data.result == "hello"
