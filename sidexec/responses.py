@@ -8,8 +8,7 @@ ours and starts nothing: a response is what it was, wherever it is unpickled.
 from __future__ import annotations
 
 import dataclasses
-import json
-import uuid
+import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Literal, TypeVar
@@ -200,7 +199,7 @@ class Response(_Wire):
     success: bool = True
     message: str | None = None
     error: str | None = None
-    message_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    message_id: str = field(default_factory=lambda: os.urandom(16).hex())
     thread_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,6 +208,8 @@ class Response(_Wire):
 
     def to_json(self) -> str:
         """The wire form as JSON."""
+        import json
+
         return json.dumps(self.to_dict())
 
     def raise_for_error(self: _Self) -> _Self:

@@ -219,7 +219,7 @@ class Clock:
 @row
 def start(quick):
     """From a start to the first byte of output, and the call that starts alone."""
-    ours, calls, theirs = [], [], []
+    ours, calls, theirs, popens = [], [], [], []
     with managed() as manager:
         for _ in range(8 if quick else 40):
             time.sleep(PAUSE)
@@ -231,23 +231,53 @@ def start(quick):
             time.sleep(PAUSE)
             began = time.perf_counter()
             with bare(HELLO) as process:
+                popens.append(time.perf_counter() - began)
                 hear(process)
                 theirs.append(time.perf_counter() - began)
-    yield result("start to the first byte of output", ours, theirs, "s", 0.30, 0.05)
-    yield result("the call `start_with_code` alone", calls, theirs, "s", 0.15, 0.03)
+    yield result("start to the first byte of output", ours, theirs, "s", 0.06, 0.04)
+    yield result("the start call, against the `Popen` call", calls, popens, "s", 0.5, 0.2)
 
     ours, theirs = [], []
     for _ in range(2 if quick else 5):
         with managed() as manager:
-            for _ in range(10):
-                with Clock(ours):
-                    begin_and_hear(manager, HELLO)
+            end(manager, begin(manager, HELLO), force=True)
+            time.sleep(PAUSE)
+            with Clock(ours):
+                for id in [begin(manager, HELLO) for _ in range(10)]:
+                    next(manager.follow(id))
             manager.stop_all(force=True)
         with contextlib.ExitStack() as stack:
-            for _ in range(10):
-                with Clock(theirs):
-                    hear(stack.enter_context(bare(HELLO)))
-    yield result("the same, ten starts back to back", ours, theirs)
+            with Clock(theirs):
+                for process in [stack.enter_context(bare(HELLO)) for _ in range(10)]:
+                    hear(process)
+    yield result("ten starts back to back, all up", ours, theirs, "s", 0.25, 0.15)
+
+
+@row
+def fresh(quick):
+    """What a fresh process pays: the import, and a run from the command line."""
+    imports = "import dataclasses, logging, subprocess"
+    ours, theirs = [], []
+    for _ in range(5 if quick else 20):
+        for code, times in (("import sidexec", ours), (imports, theirs)):
+            with Clock(times):
+                subprocess.run([sys.executable, "-c", code], check=True, env=with_package())
+    yield result(f"`import sidexec`, against `{imports}`", ours, theirs, "s", 1.2, 1.05)
+    ours, theirs = [], []
+    for _ in range(5 if quick else 20):
+        for arguments, times in (
+            (["-m", "sidexec", "run", "-c", "pass"], ours),
+            (["-c", "pass"], theirs),
+        ):
+            with Clock(times):
+                subprocess.run([sys.executable, *arguments], check=True, env=with_package())
+    yield result(
+        "`python -m sidexec run -c pass`, against `python -c pass`", ours, theirs, "s", 4, 3
+    )
+
+
+def with_package():
+    return {**os.environ, "PYTHONPATH": sys.path[0]}
 
 
 @row
@@ -258,7 +288,7 @@ def first(quick):
         ours.append(first_run())
         with Clock(theirs):
             bare_run()
-    yield result("the first execution of a manager", ours, theirs, "s", 2.0, 1.1)
+    yield result("the first execution of a manager", ours, theirs, "s", 1.8, 1.4)
 
 
 @row
@@ -280,7 +310,7 @@ def stop(quick):
                     drain(process)
                     process.wait()
                     process.stdout.close()
-    yield result("stop, with a `finally` that prints", ours, theirs, "s", 0.50, 0.30)
+    yield result("stop, with a `finally` that prints", ours, theirs, "s", 0.40, 0.30)
 
 
 @row
@@ -296,7 +326,7 @@ def runs(quick):
             with Clock(theirs):
                 for _ in range(100):
                     bare_run()
-    yield result("100 runs of `print(1)` in sequence", ours, theirs, "s", 0.50, 0.20)
+    yield result("100 runs of `print(1)` in sequence", ours, theirs, "s", 0.22, 0.15)
 
 
 @row
@@ -304,7 +334,7 @@ def lines(quick):
     """40 MB of printed lines of 100 bytes."""
     code = LINES.format(400_000)
     ours, theirs = compare_output(code, 40 * MB, 2 if quick else 7)
-    yield result("40 MB of printed 100-byte lines", ours, theirs, "s", 1.15, 0.6)
+    yield result("40 MB of printed 100-byte lines", ours, theirs, "s", 1.1, 0.7)
 
 
 @row
@@ -365,11 +395,11 @@ def idle(quick):
             process.kill()
     absolute = {"bounded": "sidexec"}
     yield result(
-        f"memory of an idle execution, keeper included, of {MANY}", pss, bare_pss, "B", 1.0, 0.6
+        f"memory of an idle execution, keeper included, of {MANY}", pss, bare_pss, "B", 0.8, 0.65
     )
     yield result(f"the launcher's share of it, of {MANY}", launcher / MANY, None, "B")
     yield result(
-        "host memory for each idle execution", own, None, "B", 60 * KIB, 20 * KIB, **absolute
+        "host memory for each idle execution", own, None, "B", 24 * KIB, 16 * KIB, **absolute
     )
     yield result(f"host processor time with {MANY} idle", cpu, None, "%", 0.5, 0.05, **absolute)
     yield result(f"that of launcher and keepers with {MANY} idle", helpers_cpu, None, "%")
