@@ -251,4 +251,4 @@ def test_the_processes_have_names(manager, start, trace):
     pids = (launcher, keeper.pid, snippet.pid)
     names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in pids]
     # The kernel cuts them off after 15 bytes.
-    assert names == ["sidexec launche\n", "sidexec keeper\n", "sidexec snippet\n"]
+    assert names == ["sidexec-launche\n", "sidexec-keeper\n", "sidexec-snippet\n"]

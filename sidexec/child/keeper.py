@@ -94,7 +94,7 @@ class Keeper:
 
     def _fork(self, run_snippet: Callable[[], NoReturn]) -> int:
         """Fork the snippet; returns what wakes this process."""
-        kernel.set_name(b"sidexec keeper")
+        kernel.set_name(b"sidexec-keeper")
         self._has_tree = kernel.become_subreaper()
         self._children = kernel.open_children()
         self._strays = self._adopted_strays if self._has_tree else self._group_strays
@@ -115,7 +115,7 @@ class Keeper:
             _signal.set_wakeup_fd(-1)
             _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
             os.setsid()
-            kernel.set_name(b"sidexec snippet")
+            kernel.set_name(b"sidexec-snippet")
             kernel.close_all([*self._watched, *self._outputs, self._children, wake_end])
             run_snippet()
         return wake_end

@@ -47,7 +47,10 @@ def become_subreaper() -> bool:
 
 
 def set_name(name: bytes) -> None:
-    """What `ps` and `top` call this process; Linux takes 15 bytes of it."""
+    """What `ps` and `top` call this process; Linux takes 15 bytes of it.
+
+    Without a blank, which the interpreter takes for the next field of its `stat`.
+    """
     if _prctl is not None:
         _ctypes.call_function(_prctl, (_PR_SET_NAME, name, 0, 0, 0))
 

@@ -72,7 +72,7 @@ class Launcher:
 
     def run(self) -> None:
         """Serve until the host is gone and the last keeper has ended."""
-        kernel.set_name(b"sidexec launcher")
+        kernel.set_name(b"sidexec-launcher")
         self._set_signals()
         kernel.become_subreaper()
         self._children = kernel.open_children()
