@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,8 +127,6 @@ def params(name: str, value: object) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise TypeError(f"{name} must be a dict, not {type(value).__name__}")
-    import json
-
     try:
         copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
         pending: list[Any] = [value]

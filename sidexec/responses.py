@@ -8,6 +8,7 @@ ours and starts nothing: a response is what it was, wherever it is unpickled.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -208,8 +209,6 @@ class Response(_Wire):
 
     def to_json(self) -> str:
         """The wire form as JSON."""
-        import json
-
         return json.dumps(self.to_dict())
 
     def raise_for_error(self: _Self) -> _Self:

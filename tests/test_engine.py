@@ -214,6 +214,11 @@ originals = {}
 def forbidden(*args, **options):
     raise AssertionError("a function that is patched was called")
 def patch():
+    monkey = types.ModuleType("gevent.monkey")
+    def get_original(module, name):
+        return originals.get((module, name)) or getattr(sys.modules[module], name)
+    monkey.get_original = get_original
+    sys.modules["gevent.monkey"] = monkey  # first: threads of ours are at work meanwhile
     for module, name in (
         (_thread, "start_new_thread"), (threading, "Thread"), (queue, "SimpleQueue"),
         (select, "poll"), (selectors, "DefaultSelector"), (socket, "socketpair"),
@@ -222,11 +227,6 @@ def patch():
         originals[module.__name__, name] = getattr(module, name)
         setattr(module, name, forbidden)
     subprocess._fork_exec = None
-    monkey = types.ModuleType("gevent.monkey")
-    def get_original(module, name):
-        return originals.get((module, name)) or getattr(sys.modules[module], name)
-    monkey.get_original = get_original
-    sys.modules["gevent.monkey"] = monkey
 mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 manager = sidexec.ExecutionManager(grace_period=5)
 def run(n):

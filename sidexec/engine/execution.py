@@ -8,6 +8,7 @@ descriptors nor judges an end.
 from __future__ import annotations
 
 import enum
+import json
 import math
 import re
 import signal
@@ -275,8 +276,6 @@ _HUGE = re.compile(rb"[0-9]{300}|[eE][+]?[0-9]{3}")
 
 def parse_result(data: bytes) -> Any:
     """The value of a result's JSON; raises `ValueError` for what no response can hold."""
-    import json
-
     # Judged first: the interpreter's parser recurses in C, on the stack of this thread.
     if is_too_deep(data):
         raise ValueError("JSON that is nested too deeply")
