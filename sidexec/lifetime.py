@@ -1,4 +1,4 @@
-"""What becomes of a manager that is left, let go of, or copied."""
+"""What becomes of a manager that is garbage-collected, left, or copied."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@
     descriptors.py   what several threads read and write, and who closes it
     execution.py  what is known of one execution, and how it is stopped
     output.py, delivery.py   what it has written, and handing that to `on_output`
+    input.py      what it reads from its standard input
     waiting.py    waiting in a way that no signal handler can break
     payload.py    the other side's code, as it is sent to the launcher
 
