@@ -25,7 +25,8 @@ class Requests:
         self._spares: deque[Pair] = deque()
         self._waiting: deque[Execution] = deque()
         self._wanted: deque[None] = deque()  # one for each pair that is still to be asked for
-        self._may_fork_ahead: deque[None] = deque([None])  # taken while such a pair comes
+        self._coming: deque[None] = deque()  # one for each pair that was, until it is there
+        self._may_fork_ahead: deque[None] = deque([None])  # taken while one comes ahead of need
         self._is_open = False
         self._is_closed = False
 
@@ -60,17 +61,15 @@ class Requests:
 
     def miss(self, is_ahead: bool, reason: str) -> None:
         """A pair that was asked for will not come: a request is refused for it."""
-        if is_ahead:
-            self._may_fork_ahead.append(None)
-        else:
+        self._has_come(is_ahead)
+        if not is_ahead:
             self._refuse_one(reason)
 
     # -- from the thread of a pair
 
     def take(self, pair: Pair) -> Execution | None:
         """Claim a request for `pair`, which is ready; None where none needs it."""
-        if pair.is_ahead:
-            self._may_fork_ahead.append(None)
+        self._has_come(pair.is_ahead)
         while True:
             execution = self._next_for(pair)
             if execution is None:
@@ -101,12 +100,22 @@ class Requests:
             self._may_fork_ahead.pop()
         except IndexError:
             return  # one is on its way
-        if self.keeps_spare and not self._spares:
+        # Of those that come, one may find that its request has gone to another pair.
+        has_spare = self._spares or len(self._coming) > len(self._waiting)
+        if self.keeps_spare and not has_spare:
             self._ask(FORK_AHEAD)
         else:
             self._may_fork_ahead.append(None)
 
     # -- what these share
+
+    def _has_come(self, is_ahead: bool) -> None:
+        """A pair has come, or will not."""
+        if is_ahead:
+            self._may_fork_ahead.append(None)
+        else:
+            with contextlib.suppress(IndexError):
+                self._coming.pop()
 
     def _refuse_one(self, reason: str) -> bool:
         """Refuse the request that has waited longest; whether there was one."""
@@ -124,4 +133,5 @@ class Requests:
                 self._wanted.pop()
             except IndexError:
                 return  # another thread has just asked
+            self._coming.append(None)
             self._ask(FORK)
