@@ -173,20 +173,20 @@ class ExecutionManager(Lifetime):
         execution has completed.
         """
         checks.flag("check", check)
-        started = None
+        id = os.urandom(16).hex()
+        request = Request(checks.text("code", code), None, (), params, timeout, **options)
         try:
-            started = self.start_with_code(code, params, timeout, **options)
+            started = self._start(request, id)
             if started.success:
-                response = self.wait(started.id)
+                response = self.wait(id)
             else:
                 response = answering.status_of_none(started)
         except BaseException:
-            if started is not None and started.success:
-                self.stop(started.id)
+            self._stop([id], self._grace)
             raise
         return response.check() if check else response
 
-    def _start(self, request: Request) -> StartSideExecutionResponse:
+    def _start(self, request: Request, id: str | None = None) -> StartSideExecutionResponse:
         if request.timeout is DEFAULT:
             request.timeout = self._default_timeout
         request.cwd = self._cwd if request.cwd is None else request.cwd
@@ -199,7 +199,7 @@ class ExecutionManager(Lifetime):
         if error is not None:
             return request.answer(None, error)
         engine = self._engine
-        id = os.urandom(16).hex()
+        id = id or os.urandom(16).hex()
         try:
             output = Output(self._max_output, self._texts)
             execution = request.execution(id, output, engine.know, engine.on_end)

@@ -18,7 +18,14 @@ def run(
 
     `options` are those of `ExecutionManager` and of its method `run`.
     """
-    manager_only = {"python", "grace_period", "max_output", "max_history", "preload"}
+    manager_only = {
+        "python",
+        "grace_period",
+        "default_timeout",
+        "max_output",
+        "max_history",
+        "preload",
+    }
     own = {name: options.pop(name) for name in manager_only & options.keys()}
     with ExecutionManager(**own) as manager:
         return manager.run(code, params, timeout, **options)

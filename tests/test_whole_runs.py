@@ -79,6 +79,7 @@ def test_a_run_of_its_own_leaves_nothing():
         assert (
             sidexec.run("import os; return os.getcwd()", cwd="/", grace_period=1).data.result == "/"
         )
+        assert sidexec.run("return 1", default_timeout=30).data.result == 1
 
 
 # -- futures
@@ -141,6 +142,18 @@ def test_cancelling_the_task_that_awaits_a_future_stops_the_execution(manager):
     result, id = asyncio.run(main())
     assert result == 7 and threading.active_count() == before
     assert manager.wait(id).data.stop_reason == "requested"
+
+
+def test_what_a_callback_raises_keeps_no_other_future_waiting(manager):
+    id = manager.start_with_code(FOREVER).id
+    futures = [manager.future(id) for _ in range(3)]
+
+    def leave(future):
+        raise SystemExit(1)
+
+    futures[1].add_done_callback(leave)
+    manager.stop(id)
+    assert [each.result(20).data.status for each in futures] == ["stopped"] * 3
 
 
 # -- following

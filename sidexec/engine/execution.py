@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import math
 import re
 import signal
@@ -26,6 +27,9 @@ from .output import Output
 from .waiting import Bell
 
 FinalStatus = Literal["completed", "failed", "stopped"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class State(enum.Enum):
@@ -200,10 +204,13 @@ class Execution:
             if self.delivery is not None and not self.delivery.is_over:
                 return
             try:
-                call = self._calls.pop()
+                call = self._calls.pop(0)
             except IndexError:
                 return
-            call()
+            try:
+                call()
+            except BaseException:  # of a callback of the user's: the others want theirs
+                logger.exception("a callback of a future of %s raised", self.id)
 
     # -- from its owner
 
