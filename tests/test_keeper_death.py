@@ -1,6 +1,7 @@
 """Keepers and launchers that are killed or stopped by somebody else."""
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -506,3 +507,4 @@ def test_close_does_not_wait_for_a_launcher_that_cannot_be_killed(launcher_of, m
         assert time.monotonic() - began < 25
         freeze.thaw()
         os.waitpid(launcher.pid, 0)  # nobody waits for it any more
+    gc.collect()  # and nobody says that it is still there

@@ -150,6 +150,8 @@ class Process:
                 break
             except self._subprocess.TimeoutExpired:
                 self._popen.kill()
+        if code is None:
+            self._popen.returncode = -signal.SIGKILL  # or it would warn that it still runs
         while self._read_errors():
             pass
         self._sender = self._status = None
