@@ -128,8 +128,8 @@ class Launcher:
     def fork_ahead(self) -> None:
         self._requests.fork_ahead()
 
-    def miss_pair(self, is_ahead: bool, reason: str) -> None:
-        self._requests.miss(is_ahead, reason)
+    def miss_pair(self, is_ahead: bool, reason: str, *, was_killed: bool = False) -> None:
+        self._requests.miss(is_ahead, reason, was_killed=was_killed)
 
     def why_ended(self) -> str | None:
         """Why the process has ended, if it has."""

@@ -71,6 +71,7 @@ class Pair:
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
         self.input_fd = -1  # while it is waited for room there
+        self.was_killed = False  # its keeper, before it was ready
         self._has_ended = False  # before it had a request
         self._deadlines: list[float] = []
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
@@ -148,12 +149,17 @@ class Pair:
                 self._has_ended = frames[-1][0] != protocol.READY
                 return None
             if not is_open:
+                self.was_killed = not fault
                 return f"{keeper} ended before it was ready{fault}"
         return f"{keeper} was not ready after {READY_LIMIT:g} s"
 
     def is_gone(self) -> bool:
         """Whether nothing can begin on it any more."""
-        return self._has_ended or bool(self._urgent.poll(0))
+        # The channel tells that the snippet is gone before the keeper does.
+        poll = native("select", "poll")()
+        for fd in (self.control_fd, self.channel):
+            poll.register(fd, select.POLLIN)
+        return self._has_ended or bool(poll.poll(0))
 
     def wait_for_request(self) -> Execution | None:
         execution: Execution | None = self._inbox.get()
