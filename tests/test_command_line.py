@@ -453,6 +453,7 @@ def test_an_interrupt_before_the_interpreter_is_up_ends_it(cli, tmp_path):
     assert finish(process) == (130, "", f"{STOPPING}\nsidexec: stopped\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, stderr):
     code = "import os\nprint('x' * 1_000_000)\nprint(os.getpid(), file=open('pid', 'w'))\n"
