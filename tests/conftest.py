@@ -1,8 +1,11 @@
 """What all tests share: managers that are closed, and a check that nothing is left."""
 
 import contextlib
+import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -22,6 +25,14 @@ for name in list(os.environ):
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
+# For managers that several tests share: pytest changes the environment of this process for
+# each test, and a changed environment costs a launcher.
+ENVIRONMENT = {name: os.environ[name] for name in os.environ if name != "PYTEST_CURRENT_TEST"}
+HOST_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": ROOT}
+
+FOREVER = "import time\nprint('ready', flush=True)\nwhile True: time.sleep(60)"
 
 
 def eventually(condition, timeout=20.0):
@@ -101,6 +112,59 @@ def nothing_left():
     assert len(os.listdir("/proc/self/task")) <= before[1], threading.enumerate()
 
 
+@contextlib.contextmanager
+def within(seconds):
+    """A bound that only a hang breaks, or a grace period that should not count."""
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@contextlib.contextmanager
+def alarm(handler, seconds, interval=0.0):
+    """Have `handler` interrupt the main thread, once or again and again."""
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds, interval)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_as_host(code, *arguments, **options):
+    """Run code as a host of its own, which must neither hang nor complain: what it printed."""
+    options = {"stdin": subprocess.DEVNULL, "env": HOST_ENVIRONMENT, "timeout": 60, **options}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def begin(manager, code, params=None, *, ready="ready\n", **options):
+    """Start code, and wait until it has written a line `ready`: its id."""
+    id = manager.start_with_code(code, params, **options).id
+
+    def is_ready():
+        data = manager.get_status(id).data
+        return ready in data.output or data.status != "running"
+
+    if ready is not None:
+        eventually(is_ready)
+        assert ready in manager.get_status(id).data.output, manager.get_status(id)
+    return id
+
+
+def finish(manager, code, params=None, **options):
+    """Run code to its end: its status."""
+    id = manager.start_with_code(code, params, **options).id
+    return manager.wait(id).raise_for_error().data
+
+
+def has_printed(manager, id, text):
+    eventually(lambda: text in manager.get_status(id).data.output)
+
+
 @pytest.fixture
 def make_manager():
     """Make managers that are closed, and looked after, when the test is over."""
@@ -114,15 +178,24 @@ def manager(make_manager):
     return make_manager(grace_period=5.0, default_timeout=60.0)
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """A manager for all tests of a module that need none of their own."""
+    options = {"grace_period": 5.0, "default_timeout": 60.0, "env": ENVIRONMENT}
+    with nothing_left(), sidexec.ExecutionManager(**options) as manager:
+        yield manager
+
+
 @pytest.fixture
 def run(manager):
     """Run code to its end: its status."""
+    return functools.partial(finish, manager)
 
-    def run(code, params=None, **options):
-        started = manager.start_with_code(code, params, **options).raise_for_error()
-        return manager.wait(started.data.side_execution_id).raise_for_error().data
 
-    return run
+@pytest.fixture
+def start(manager):
+    """Start code, and wait until it has written a line `ready`: its id."""
+    return functools.partial(begin, manager)
 
 
 @pytest.fixture
@@ -133,24 +206,3 @@ def trace(tmp_path):
     trace = programs.Trace(tmp_path / "trace")
     yield trace
     trace.kill()
-
-
-@pytest.fixture
-def start(manager):
-    """Start code, and wait until it has written a line `ready`: its id."""
-
-    # With its end, which `print` writes for itself.
-    def start(code, params=None, *, ready="ready\n", **options):
-        started = manager.start_with_code(code, params, **options).raise_for_error()
-        id = started.data.side_execution_id
-
-        def is_ready():
-            data = manager.get_status(id).data
-            return ready in data.output or data.status != "running"
-
-        if ready is not None:
-            eventually(is_ready)
-            assert ready in manager.get_status(id).data.output, manager.get_status(id)
-        return id
-
-    return start
