@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 
+import pytest
 from conftest import eventually
 
 # Each descendant notes its pid and start time, stands in the trace's directory and
@@ -53,6 +55,9 @@ def daemon(body):
         in_child(body)
     os.waitpid(in_child(middle), 0)
 
+def stopped_child(body):
+    os.waitpid(in_child(body), os.WUNTRACED)
+
 def linger(name):
     note(name)
     time.sleep(60)
@@ -65,55 +70,28 @@ note("keeper", os.getppid())
 note("snippet")
 """
 
+
+def spawned(how, *lines):
+    """Code that has a descendant run the lines; `how` is a function of the prelude."""
+    return "def body():\n" + textwrap.indent("\n".join(lines), "    ") + f"\n{how}(body)\n"
+
+
 DESCENDANTS = {
-    "plain": """
-def body():
-    quiet()
-    linger("descendant")
-in_child(body)
-""",
-    "deaf": """
-def body():
-    quiet()
-    deaf()
-    linger("descendant")
-in_child(body)
-""",
-    "own_session": """
-def body():
-    quiet()
-    os.setsid()
-    linger("descendant")
-in_child(body)
-""",
-    "daemon": """
-def body():
-    quiet()
-    linger("descendant")
-daemon(body)
-""",
-    "daemon_without_environment": """
-def body():
-    quiet()
-    os.chdir("/")
-    note("descendant")
-    os.execve("/bin/sleep", ["sleep", "60"], {})
-daemon(body)
-""",
-    "stopped": """
-def body():
-    quiet()
-    note("descendant")
-    os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(60)
-os.waitpid(in_child(body), os.WUNTRACED)
-""",
-    "pipe_holder": """
-def body():
-    os.setsid()
-    linger("descendant")
-in_child(body)
-""",
+    "plain": spawned("in_child", 'quiet(); linger("descendant")'),
+    "deaf": spawned("in_child", 'quiet(); deaf(); linger("descendant")'),
+    "own_session": spawned("in_child", 'quiet(); os.setsid(); linger("descendant")'),
+    "daemon": spawned("daemon", 'quiet(); linger("descendant")'),
+    "daemon_without_environment": spawned(
+        "daemon",
+        'quiet(); os.chdir("/"); note("descendant")',
+        'os.execve("/bin/sleep", ["sleep", "60"], {})',
+    ),
+    "stopped": spawned(
+        "stopped_child",
+        'quiet(); note("descendant")',
+        "os.kill(os.getpid(), signal.SIGSTOP); time.sleep(60)",
+    ),
+    "pipe_holder": spawned("in_child", 'os.setsid(); linger("descendant")'),
     "storm": """
 def body():
     quiet()
@@ -146,18 +124,54 @@ finally:
     note("cleaned")
 """
 
+# Is asked, says so, and stays.
+STUBBORN = """
+import time
+word = 'ready'
+while True:
+    try:
+        if word:
+            text, word = word, None
+            print(text)
+        time.sleep(60)
+    except SystemExit:
+        print('asked')
+"""
+DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT
+
+
+def when_asked(body, clause="finally"):
+    """Code that waits, and what it does when it is asked."""
+    body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+    waits = "import os, signal, sys, time\ntry:\n    print('ready')\n    time.sleep(60)\n"
+    return f"{waits}{clause}:\n{body}\n"
+
+
+POLITE = when_asked("print('out')")
+
+
+def program(*parts):
+    """A program whose processes note who they are."""
+    return "".join((PRELUDE, *parts))
+
 
 def with_descendant(kind, ending=WAIT):
-    return PRELUDE + DESCENDANTS[kind] + STARTED + ending
+    return program(DESCENDANTS[kind], STARTED, ending)
+
+
+def _stat(pid):
+    """The fields after a process's name; None where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
 
 
 def start_time(pid):
     """What tells a process from a later one of the same pid; None where there is none."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except OSError:
-        return None
+    fields = _stat(pid)
+    return fields and int(fields[19])
 
 
 class Process:
@@ -177,12 +191,8 @@ class Process:
 
     @property
     def state(self):
-        try:
-            with open(f"/proc/{self.pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return fields[0] if int(fields[19]) == self.started else None
+        fields = _stat(self.pid)
+        return fields[0] if fields and int(fields[19]) == self.started else None
 
     @property
     def is_alive(self):
@@ -316,12 +326,28 @@ class Bystander:
         return subprocess.Popen(command, start_new_session=True)
 
 
-def can_choose_pids():
+def _can_choose_pids():
     try:
-        with open("/proc/sys/kernel/ns_last_pid") as file:
+        with open("/proc/sys/kernel/ns_last_pid", "r+") as file:
             last = file.read()
-        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.seek(0)
             file.write(last)
     except OSError:
         return False
     return True
+
+
+needs_pids = pytest.mark.skipif(
+    not _can_choose_pids(), reason="only root may say which pid comes next"
+)
+
+
+def attempts(directory, count=10):
+    """A new trace for each try to get a pid before somebody else does; `return` when it worked."""
+    for number in range(count):
+        trace = Trace(os.path.join(directory, str(number)))
+        try:
+            yield trace
+        finally:
+            trace.kill()
+    raise AssertionError("other processes have always been quicker")
