@@ -1,0 +1,527 @@
+"""What is said when a manager is made, what it remembers, and how it ends."""
+
+import concurrent.futures
+import contextlib
+import functools
+import gc
+import glob
+import inspect
+import json
+import os
+import pathlib
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+from conftest import (
+    ENVIRONMENT,
+    FOREVER,
+    begin,
+    eventually,
+    finish,
+    has_printed,
+    is_alive,
+    nothing_left,
+    one_in,
+    tree,
+    within,
+)
+from programs import DEAF, POLITE, STUBBORN, when_asked
+
+import sidexec
+import sidexec.engine.engine
+from sidexec import ExecutionManager, Limits, SideExecutionError
+from sidexec.engine import thread
+
+
+@pytest.fixture
+def patient(make_manager, monkeypatch):
+    """A manager whose grace period is never over, and which has no watchdog either."""
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)
+    return make_manager(grace_period=120)
+
+
+# -- timeouts
+
+
+@pytest.mark.parametrize(
+    "default, timeout", [(0.2, sidexec.DEFAULT), (None, 0.2), (None, 0), (60, 0.2)]
+)
+def test_a_timeout_at_the_start_replaces_the_default(make_manager, default, timeout):
+    manager = make_manager(default_timeout=default)
+    started = manager.start_with_code("import time; time.sleep(600)", None, timeout)
+    assert started.data.timeout == (default if timeout is sidexec.DEFAULT else timeout)
+    data = manager.wait(started.id).data
+    assert (data.status, data.stop_reason) == ("stopped", "timeout")
+    assert data.duration >= started.data.timeout
+
+
+def test_a_timeout_of_none_is_no_limit_and_the_default_is_five_minutes(make_manager):
+    manager = make_manager(default_timeout=0.1)
+    started = manager.start_with_code("import time; time.sleep(0.4); return 1", timeout=None)
+    assert started.data.timeout is None
+    assert manager.wait(started.id).data.result == 1
+    assert make_manager(default_timeout=None).start_with_code("pass").data.timeout is None
+    assert make_manager().start_with_code("pass").data.timeout == 300.0
+
+
+# -- states
+
+
+@pytest.mark.parametrize("hurry", [{"force": True}, {"grace": 0.2}, {"grace": 0}])
+def test_a_stop_under_way_can_be_hurried(patient, hurry):
+    id = begin(patient, STUBBORN)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, within(60):
+        future = pool.submit(patient.stop, id)
+        has_printed(patient, id, "asked\n")
+        second = patient.stop(id, **hurry)
+        first = future.result(20)
+    assert (first.data.status, second.data.status) == ("stopped", "already_stopped")
+    assert first.data.forced and second.data.forced
+    assert first.data.stopped_at == second.data.stopped_at
+    assert first.data.output == "ready\nasked\n"
+
+
+@pytest.mark.slow
+def test_no_ask_is_lost(make_manager):
+    """A signal may fall between the interpreter's look at it and a call that blocks."""
+    manager = make_manager(grace_period=30)
+    for n in range(3000):
+        id = manager.start_with_code("import time; time.sleep(600)").id
+        time.sleep(n % 40 / 10_000)
+        assert not manager.stop(id).data.forced
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_stop_before_the_interpreter_is_up(make_manager, force):
+    manager = make_manager()
+    stop_all = functools.partial(manager.stop_all, force=force)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        future = pool.submit(manager.start_with_code, FOREVER)
+        (response,) = eventually(stop_all)
+        assert response.data.status == "stopped"
+        assert future.result(20).success
+        assert manager.list_executions().data.executions[0].status == "stopped"
+
+
+# -- stop_all
+
+
+def test_stop_all_with_force(patient):
+    ids = [begin(patient, DEAF) for _ in range(3)]
+    with within(60):
+        responses = patient.stop_all(force=True)
+    assert [each.data.side_execution_id for each in responses] == ids
+    assert [each.data.forced for each in responses] == [True] * 3
+
+
+# -- list_executions
+
+
+def test_executions_are_listed_in_the_order_of_their_starts(make_manager, tmp_path):
+    manager = make_manager()
+    assert manager.list_executions().data.executions == ()
+    assert manager.list_executions().data.count == 0
+    path = str(tmp_path / "block.py")
+    pathlib.Path(path).write_text("pass")
+    first = begin(manager, FOREVER)
+    second, third = (finish(manager, code).side_execution_id for code in ("pass", "1 / 0"))
+    fourth = begin(manager, FOREVER)
+    manager.stop(fourth)
+    fifth = manager.start_with_action_block(path).id
+    manager.wait(fifth)
+
+    def listed(status=None):
+        response = manager.list_executions(status)
+        assert response.success
+        assert response.data.count == len(response.data.executions)
+        return [each.side_execution_id for each in response.data.executions]
+
+    assert listed() == [first, second, third, fourth, fifth]
+    assert listed("running") == [first]
+    assert listed("completed") == [second, fifth]
+    assert listed("failed") == [third]
+    assert listed("stopped") == [fourth]
+    executions = manager.list_executions().data.executions
+    statuses = ["running", "completed", "failed", "stopped", "completed"]
+    assert [each.status for each in executions] == statuses
+    assert executions[4].action_block == path and executions[0].action_block is None
+    assert executions[3].stop_reason == "requested" and executions[0].stop_reason is None
+    assert executions[0].end_time is None
+    assert all(each.start_time <= each.end_time for each in executions[1:])
+
+
+# -- history
+
+
+def test_the_newest_finished_executions_are_remembered(make_manager):
+    assert inspect.signature(ExecutionManager).parameters["max_history"].default == 10_000
+    manager = make_manager(max_history=2)
+    running = begin(manager, FOREVER)
+    ids = [finish(manager, "return 1").side_execution_id for _ in range(4)]
+    listed = [each.side_execution_id for each in manager.list_executions().data.executions]
+    assert listed == [running, *ids[2:]]
+    for id in ids[:2]:
+        assert manager.get_status(id).data.status == "not_found"
+        assert manager.stop(id).data.status == "not_found"
+        with pytest.raises(SideExecutionError):
+            manager.follow(id)
+    assert manager.get_status(running).data.status == "running"
+
+
+def test_without_history_stop_and_wait_still_answer_for_what_they_waited_for(make_manager):
+    manager = make_manager(max_history=0)
+    id = begin(manager, FOREVER)
+    assert manager.stop(id).data.status == "stopped"
+    assert manager.get_status(id).data.status == "not_found"
+    data = finish(manager, "import time; time.sleep(0.1); return 5")
+    assert (data.status, data.result) == ("completed", 5)
+
+
+@pytest.mark.parametrize(
+    "code, kept",
+    [("print('x' * 399)", 2), ("return 'x' * 398", 2), ("print('x' * 5000)", 1)],
+    ids=["output", "result", "the newest whatever it holds"],
+)
+def test_the_bytes_that_are_remembered_are_bounded(make_manager, monkeypatch, code, kept):
+    monkeypatch.setattr(sidexec.engine.engine, "MAX_REMEMBERED_BYTES", 1000)
+    manager = make_manager()
+    ids = [finish(manager, code).side_execution_id for _ in range(4)]
+    statuses = [manager.get_status(id).data.status for id in ids]
+    assert statuses == ["not_found"] * (4 - kept) + ["completed"] * kept
+    assert "5000" not in code or len(manager.get_status(ids[-1]).data.output) == 5001
+
+
+# -- close
+
+
+def test_close_stops_everything(make_manager):
+    manager = make_manager()
+    id = begin(manager, "import os\nprint(os.getpid())\n" + POLITE)
+    manager.close()
+    data = manager.get_status(id).data
+    assert (data.status, data.stop_reason) == ("stopped", "closed")
+    assert data.output.endswith("out\n")
+    assert not is_alive(int(data.output.split()[0]))
+    assert tree("self") == []
+
+
+def test_what_has_ended_can_be_read_after_close_and_nothing_be_started(make_manager):
+    manager = make_manager()
+    id = finish(manager, "print('out')\nreturn 1").side_execution_id
+    manager.close()
+    assert manager.get_status(id).data.result == 1
+    assert manager.wait(id).data.output == "out\n"
+    assert manager.stop(id).data.status == "completed"
+    assert "".join(chunk.text for chunk in manager.follow(id)) == "out\n"
+    assert manager.list_executions("completed").data.count == 1
+    assert manager.stop_all() == []
+    assert manager.list_action_blocks(os.path.dirname(__file__)).success
+    assert manager.get_status("nobody").data.status == "not_found"
+    response = manager.start_with_code("pass")
+    assert (response.success, response.data.side_execution_id) == (False, None)
+    assert "closed" in response.error
+    assert not manager.start_with_action_block(__file__).success
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_close_can_be_called_again(used):
+    with nothing_left():
+        manager = ExecutionManager()
+        if used:
+            manager.start_with_code("pass")
+        for _ in range(3):
+            manager.close()
+        assert not manager.start_with_code("pass").success
+
+
+def test_concurrent_closes_all_return_when_it_is_closed(make_manager):
+    manager = make_manager()
+    id = begin(manager, when_asked("time.sleep(0.2)"))
+
+    def close(_):
+        manager.close()
+        return manager.get_status(id).data.status
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(close, range(6))) == ["stopped"] * 6
+
+
+def test_close_takes_a_grace(patient):
+    id = begin(patient, DEAF)
+    with within(60):
+        patient.close(grace=0.1)
+    assert patient.get_status(id).data.exit_code == -9
+
+
+def test_a_second_close_hurries_the_first(patient):
+    id = begin(patient, STUBBORN)
+    thread = threading.Thread(target=patient.close)
+    thread.start()
+    with within(60):
+        has_printed(patient, id, "asked\n")
+        patient.close(grace=0)
+        thread.join()
+
+
+def test_with_closes():
+    with nothing_left():
+        with ExecutionManager() as manager:
+            assert isinstance(manager, ExecutionManager)
+            id = manager.start_with_code(FOREVER).id
+        assert manager.get_status(id).data.stop_reason == "closed"
+        with pytest.raises(ZeroDivisionError), ExecutionManager() as manager:
+            manager.start_with_code(FOREVER)
+            1 / 0
+
+
+def test_a_manager_that_is_dropped_stops_what_runs(tmp_path):
+    code = "open(params['up'], 'w').close()\n" + when_asked("open(params['down'], 'w').close()")
+    up, down = tmp_path / "up", tmp_path / "down"
+    with nothing_left():
+        manager = ExecutionManager()
+        id = begin(manager, code, {"up": str(up), "down": str(down)}, on_output=lambda chunk: None)
+        assert id and up.exists()
+        with pytest.warns(ResourceWarning, match="1 running"):
+            del manager
+            gc.collect()
+        eventually(down.exists)
+
+
+def test_making_a_manager_starts_nothing_and_dropping_it_leaves_nothing():
+    with nothing_left():
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        manager = ExecutionManager(preload=["json"])
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+        assert tree("self") == []
+        del manager
+        gc.collect()
+
+
+# -- the surroundings of a snippet
+
+
+SHOW = "import json, os; print(json.dumps(dict(os.environ)))"
+
+
+def as_plain_python(env):
+    command = [sys.executable, "-c", SHOW]
+    return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def test_env_replaces_the_environment_as_it_is_at_the_call(make_manager, monkeypatch):
+    monkeypatch.setenv("FROM_HOST", "1")
+    own, other = {"A": "1", "B": "é"}, {"B": "2"}
+    expected = [as_plain_python(env) for env in (own, other, {})]
+    env = dict(own)
+    manager = make_manager(env=env)
+    env["A"] = "2"
+    ids = [manager.start_with_code(SHOW, env=env).id for env in (other, None, {}, other)]
+    found = [json.loads(manager.wait(id).data.output) for id in ids]
+    assert found == [expected[1], expected[0], expected[2], expected[1]]
+
+
+def test_later_snippets_see_what_the_host_changed_in_its_environment(make_manager, monkeypatch):
+    run = functools.partial(finish, make_manager())
+    code = "import os; return [os.environ.get(name) for name in ('ONE', 'TWO')]"
+    monkeypatch.setenv("ONE", "1")
+    monkeypatch.delenv("TWO", raising=False)
+    assert run(code).result == ["1", None]
+    monkeypatch.setenv("TWO", "2")
+    assert run(code).result == ["1", "2"]
+    monkeypatch.delenv("ONE")
+    assert run(code).result == [None, "2"]
+    monkeypatch.setenv("TWO", "3")
+    assert run(code).result == run(code).result == [None, "3"]
+    # An old environment keeps no processes: the one as it is now, and what it holds ready.
+    eventually(lambda: len(tree("self")) <= 3)
+
+
+def test_cwd_of_the_manager_and_of_a_start(make_manager, tmp_path, monkeypatch):
+    cwd_of = functools.partial(finish, code="import os; return os.getcwd()")
+    here = os.path.realpath(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    manager = make_manager(cwd=tmp_path / "a", env=ENVIRONMENT)
+    assert cwd_of(manager).result == f"{here}/a"
+    assert cwd_of(manager, cwd=str(tmp_path / "b")).result == f"{here}/b"
+    assert cwd_of(manager, cwd="b").result == f"{here}/b"
+    assert cwd_of(manager).result == f"{here}/a"
+    manager = make_manager()
+    assert cwd_of(manager).result == here
+    assert cwd_of(manager, cwd=pathlib.Path("a")).result == f"{here}/a"
+
+
+def test_python_is_the_interpreter_that_runs_the_snippets(make_manager, tmp_path):
+    link = tmp_path / "python"
+    link.symlink_to(os.path.realpath(sys.executable))
+    for python in (link, str(link)):
+        data = finish(make_manager(python=python), "import sys; return sys.executable")
+        assert data.result == str(link)
+
+
+INTERPRETERS = [
+    path
+    for path in sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python")))
+    if int(path.split("versions/3.")[1].split(".")[0]) >= 10
+]
+
+
+@pytest.mark.parametrize("python", one_in(3, INTERPRETERS or [sys.executable]))
+def test_python_may_be_of_another_version(make_manager, python):
+    manager = make_manager(python=python)
+    id = begin(
+        manager,
+        "import asyncio, sys, time\nprint('ready')\n"
+        "report_result(list(sys.version_info[:2]))\nawait asyncio.sleep(600)\nreturn 1",
+    )
+    code = "import sys; print(list(sys.version_info[:2]))"
+    version = json.loads(subprocess.check_output([python, "-c", code]))
+    data = manager.stop(id).data
+    assert (data.status, data.result, data.forced) == ("stopped", version, False)
+    assert finish(manager, "1 / 0").error.startswith("ZeroDivisionError: division by zero\n")
+
+
+def with_modules(make_manager, directory, preload, **modules):
+    """A manager that preloads modules, some of which are written for it."""
+    for name, text in modules.items():
+        (directory / f"{name}.py").write_text(text)
+    return make_manager(preload=preload, env={"PYTHONPATH": str(directory)})
+
+
+def test_preloaded_modules_are_there_before_the_snippet(make_manager, tmp_path):
+    log = tmp_path / "log"
+    names = ["fractions", "once", "xml.dom"]  # any iterable of names will do
+    once = f"open({str(log)!r}, 'a').write('x')"
+    manager = with_modules(make_manager, tmp_path, iter(names), once=once)
+    code = "import sys\nreturn [name in sys.modules for name in params['names']]"
+    for _ in range(3):
+        assert finish(manager, code, {"names": names}).result == [True] * 3
+    assert log.read_text() == "x"
+    names = ["fractions", "sidexec", "pytest"]
+    assert finish(make_manager(), code, {"names": names}).result == [False] * 3
+
+
+@pytest.mark.parametrize(
+    "body, error",
+    [
+        (None, "ModuleNotFoundError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(3)", "SystemExit"),
+        ("x = = 1", "SyntaxError"),
+        ("import os; os._exit(7)", "exit code 7"),
+    ],
+)
+def test_a_preload_that_fails_is_named(make_manager, tmp_path, body, error):
+    modules = {} if body is None else {"no_such_module": body}
+    before = tree("self")
+    manager = with_modules(make_manager, tmp_path, ["json", "no_such_module"], **modules)
+    for _ in range(2):
+        response = manager.start_with_code("pass")
+        assert not response.success
+        assert "exit code" in error or "no_such_module" in response.error
+        assert error in response.error
+        eventually(lambda: tree("self") == before)
+    assert manager.list_executions().data.count == 0
+
+
+# -- limits
+
+
+def test_memory_beyond_the_limit_is_a_memory_error(make_manager):
+    manager = make_manager(limits=Limits(memory=300_000_000))
+    code = "x = b'x' * params['size']\nreturn len(x)"
+    data = finish(manager, code, {"size": 10**9})
+    assert data.status == "failed"
+    assert data.error.splitlines()[0].startswith("MemoryError")
+    assert finish(manager, code, {"size": 10**6}).result == 10**6
+
+
+def test_limits_at_a_start_replace_those_of_the_manager(make_manager):
+    manager = make_manager(limits=Limits(open_files=50, memory=10**9))
+    names = ("RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_NPROC")
+    code = f"import resource\nreturn [resource.getrlimit(getattr(resource, n))[0] for n in {names}]"
+    files, memory, processes = (resource.getrlimit(getattr(resource, n))[0] for n in names)
+    assert finish(manager, code).result == [50, 10**9, processes]
+    assert finish(manager, code, limits=Limits(processes=500)).result == [files, memory, 500]
+    assert finish(manager, code, limits=Limits()).result == [files, memory, processes]
+
+
+def test_limits_are_frozen_and_comparable():
+    limits = Limits(memory=10, cpu=1.5, processes=5, open_files=6)
+    assert (limits.memory, limits.cpu, limits.processes, limits.open_files) == (10, 1.5, 5, 6)
+    assert limits == Limits(memory=10, cpu=1.5, processes=5, open_files=6) != Limits()
+    with pytest.raises(AttributeError):
+        limits.memory = 5
+    assert "memory=10" in repr(limits)
+
+
+# -- threads and hosts
+
+
+def test_managers_do_not_know_of_each_other(make_manager):
+    one, two = make_manager(), make_manager()
+    id = begin(one, FOREVER)
+    assert two.get_status(id).data.status == "not_found"
+    assert two.stop(id).data.status == "not_found"
+    two.start_with_code("pass")
+    two.close()
+    assert one.get_status(id).data.status == "running"
+
+
+def in_a_fork(check):
+    """Call `check()` in a fork of this process: what it returns, as JSON carries it."""
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            os.close(read_end)
+            signal.alarm(60)
+            try:
+                result = check()
+            except BaseException as error:
+                result = repr(error)
+            os.write(write_end, json.dumps(result).encode())
+        os._exit(0)
+    os.close(write_end)
+    try:
+        with open(read_end, "rb") as file:
+            assert select.select([file], [], [], 90)[0]
+            return json.loads(file.read())
+    finally:
+        os.waitpid(pid, 0)
+
+
+def test_a_fork_of_the_host_gets_clear_errors_and_the_host_goes_on(make_manager):
+    manager = make_manager()
+    running = begin(manager, FOREVER)
+
+    def check():
+        answers = [manager.start_with_code("pass"), manager.stop(running), manager.wait(running)]
+        text = "".join(chunk.text for chunk in manager.follow(running))
+        manager.close()
+        return [[each.success, "fork" in each.error] for each in answers], text
+
+    assert in_a_fork(check) == [[[False, True]] * 3, "ready\n"]
+    assert finish(manager, "return 2").result == 2
+    assert manager.stop(running).data.status == "stopped"
+
+
+def test_a_manager_that_was_not_used_yet_works_in_a_fork(make_manager):
+    manager = make_manager()
+
+    def check():
+        with manager:
+            return finish(manager, "return 3").result
+
+    assert in_a_fork(check) == 3
+    assert finish(manager, "return 4").result == 4
