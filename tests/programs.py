@@ -277,7 +277,7 @@ import signal, sys, time
 log = open(sys.argv[1], "a", buffering=1)
 for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     try:
-        signal.signal(signum, lambda signum, frame: print(signum, file=log))
+        signal.signal(signum, lambda signum, frame: print(int(signum), file=log))
     except (OSError, ValueError):
         pass
 print("ready", file=log)
@@ -292,7 +292,8 @@ class Bystander:
     def __init__(self, log, process=None):
         self._log = str(log)
         self.process = process or self._popen(log)
-        eventually(lambda: self._read() == "ready\n")
+        self._expected = "ready\n"
+        eventually(lambda: self._read() == self._expected)
 
     @classmethod
     def with_pid(cls, log, pid, tries=100):
@@ -309,7 +310,19 @@ class Bystander:
 
     @property
     def is_untouched(self):
-        return self.process.poll() is None and self._read() == "ready\n"
+        """Whether no signal has come but ours, which comes behind all others."""
+        self._expected += f"{int(signal.SIGRTMAX)}\n"
+        self.process.send_signal(signal.SIGRTMAX)
+        eventually(
+            lambda: self.process.poll() is not None or len(self._read()) >= len(self._expected)
+        )
+        return self.process.poll() is None and self._read() == self._expected
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
 
     def close(self):
         self.process.kill()

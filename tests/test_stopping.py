@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 import pytest
 from conftest import (
     ENVIRONMENT,
-    begin,
     eventually,
     finish,
     has_printed,
@@ -25,6 +24,7 @@ from programs import DEAF as IGNORES_SIGTERM
 from programs import POLITE, Process, when_asked
 
 import sidexec
+from sidexec.engine import thread
 
 GRACE = 15.0  # that nothing but a hang uses up
 
@@ -100,7 +100,8 @@ BLOCKING = {
     "finally: p.kill(); p.wait()",
     "subprocess.run": "subprocess.run(['sh', '-c', 'echo ready; exec sleep 60'])",
     "communicate": "fd = os.dup(1)\n"
-    "subprocess.run(['sh', '-c', f'echo ready >&{fd}; exec sleep 60'], capture_output=True, input=b'', pass_fds=[fd])",
+    "subprocess.run(['sh', '-c', f'echo ready >&{fd}; exec sleep 60'],"
+    " capture_output=True, input=b'', pass_fds=[fd])",
     "os.system": "ready()\nwhile True: os.system('true')",
     "waitpid": "pid = os.fork()\nif not pid: time.sleep(60)\nready()\ntry: os.waitpid(pid, 0)\n"
     "finally: os.kill(pid, 9)",
@@ -396,16 +397,14 @@ def test_stop_returns_when_the_cleanup_is_over_whoever_else_stops(manager, start
     """
     id = start(when_asked(code), {"go": str(go)})
     responses = []
-    threads = [
-        threading.Thread(target=lambda: responses.append(manager.stop(id))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
+    stops = [threading.Thread(target=lambda: responses.append(manager.stop(id))) for _ in range(4)]
+    for stop in stops:
+        stop.start()
     has_printed(manager, id, "cleaning")
     assert responses == []
     go.touch()
-    for thread in threads:
-        thread.join()
+    for stop in stops:
+        stop.join()
     assert sorted(each.data.status for each in responses) == ["already_stopped"] * 3 + ["stopped"]
     assert {each.data.output for each in responses} == {"ready\ncleaning\nout\n"}
     assert len({each.data.stopped_at for each in responses}) == 1
@@ -413,12 +412,12 @@ def test_stop_returns_when_the_cleanup_is_over_whoever_else_stops(manager, start
 
 def test_force_ends_a_cleanup_that_is_under_way(manager, start):
     id = start(when_asked("print('cleaning')\ntime.sleep(60)"))
-    thread = threading.Thread(target=manager.stop, args=(id,))
-    thread.start()
+    stop = threading.Thread(target=manager.stop, args=(id,))
+    stop.start()
     has_printed(manager, id, "cleaning")
     before = time.monotonic()
     data = manager.stop(id, force=True).data
-    thread.join()
+    stop.join()
     assert time.monotonic() - before < GRACE - 1
     assert (data.status, data.forced, data.exit_code) == ("already_stopped", True, -9)
 
@@ -562,7 +561,8 @@ ASYNC = {
     "ready()\nawait asyncio.sleep(60)",
     "blocked before a busy callback": "def f():\n    while True: pass\n"
     "asyncio.get_running_loop().call_soon(f)\nready()\ntime.sleep(60)",
-    "blocked before a blocking callback": "asyncio.get_running_loop().call_later(0, time.sleep, 60)\n"
+    "blocked before a blocking callback": "loop = asyncio.get_running_loop()\n"
+    "loop.call_later(0, time.sleep, 60)\n"
     "ready()\ntime.sleep(60)",
     "blocked before a blocking task": "async def f(): time.sleep(60)\n"
     "t = asyncio.create_task(f())\nready()\ntime.sleep(60)",
@@ -806,29 +806,6 @@ def test_asked_at_a_random_moment_all_tasks_clean_up_soak(manager, work):
 # -- who asks
 
 
-def test_it_is_asked_once_however_many_ask(hasty):
-    id = begin(
-        hasty,
-        """
-        import signal, sys, time
-        def handler(signum, frame):
-            print("asked")
-            time.sleep(0.05)
-            sys.exit(3)
-        signal.signal(signal.SIGTERM, handler)
-        print("ready")
-        time.sleep(60)
-        """,
-    )
-    stops = [threading.Thread(target=hasty.stop, args=[id]) for _ in range(3)]
-    for stop in stops:
-        stop.start()
-    for stop in stops:
-        stop.join()
-    data = hasty.stop(id).data
-    assert (data.output, data.forced, data.exit_code) == ("ready\nasked\n", False, 3)
-
-
 def test_the_host_signals_nobody(hasty, monkeypatch):
     signalled = []
     for module, name in ((os, "kill"), (os, "killpg"), (signal, "pidfd_send_signal")):
@@ -846,12 +823,14 @@ DEAF = {
     "ignored": "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(60)",
     "blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\nready()\n"
     "time.sleep(60)",
+    "bare except": "ready()\nwhile True:\n    try: time.sleep(60)\n    except: print('swallowed')",
     "handler that goes on": "signal.signal(signal.SIGTERM, lambda *a: print('handled'))\n"
     "ready()\ntime.sleep(60)",
-    "bare except": "ready()\nwhile True:\n    try: time.sleep(60)\n    except: print('swallowed')",
+    "sum": "ready()\nsum(range(10**12))",
     "cleanup that never ends": "try:\n    ready()\n    time.sleep(60)\nfinally:\n"
     "    while True: pass",
-    "sum": "ready()\nsum(range(10**12))",
+    "stopped again": "try:\n    ready()\n    time.sleep(60)\nfinally:\n"
+    "    while True: os.kill(os.getpid(), signal.SIGSTOP)",
     "thread": "def f():\n    while True: time.sleep(60)\nthreading.Thread(target=f).start()\n"
     "ready()\ntime.sleep(60)",
     "task that will not go": "async def f():\n    while True:\n"
@@ -860,18 +839,17 @@ DEAF = {
     "    await asyncio.sleep(60)\nasyncio.run(g())",
     "stuck on a lock in the cleanup": "l = threading.Lock(); l.acquire()\ntry:\n    ready()\n"
     "    time.sleep(60)\nfinally:\n    l.acquire()",
-    "stopped again": "try:\n    ready()\n    time.sleep(60)\nfinally:\n"
-    "    while True: os.kill(os.getpid(), signal.SIGSTOP)",
 }
 
 
 @pytest.mark.parametrize("name", one_in(2, DEAF))
-def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, name):
+def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, monkeypatch, name):
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)  # not by the watchdog, but the keeper
     id = start(READY + DEAF[name])
     before = time.monotonic()
     data = manager.stop(id, grace=0.15).raise_for_error().data
     assert (data.status, data.forced, data.exit_code) == ("stopped", True, -9)
-    assert 0.15 <= time.monotonic() - before < 10
+    assert 0.15 <= time.monotonic() - before < 60
     assert data.output.startswith("ready\n")
     assert manager.get_status(id).data.status == "stopped"
 
