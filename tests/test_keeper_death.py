@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 
-import programs
 import pytest
-from conftest import children, eventually, nothing_left
-from programs import Process, Trace
+from conftest import begin, children, eventually, finish, has_printed, nothing_left
+from programs import CLEAN_UP, DESCENDANTS, PRELUDE, WAIT, Process, Trace, program, with_descendant
 from test_without_kernel_help import taken_away
 
 import sidexec
@@ -20,18 +19,15 @@ GRACE = 0.5
 # How long past its grace a stop may take when the keeper itself does not answer.
 WITHOUT_KEEPER = 9.0
 
-TREE = (
-    programs.PRELUDE
-    + programs.DESCENDANTS["deaf"]
-    + programs.DESCENDANTS["daemon"]
-    + programs.DESCENDANTS["daemon_without_environment"]
-    + """
+TREE = program(
+    *(DESCENDANTS[kind] for kind in ("deaf", "daemon", "daemon_without_environment")),
+    """
 while True:
     with open("pids") as file:
         if file.read().count("descendant") == 3:
             break
     time.sleep(0.001)
-"""
+""",
 )
 KILL_KEEPER = "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)\n"
 
@@ -49,45 +45,33 @@ def launcher_of(manager):
     before = set(children())
 
     def launcher_of():
-        found = [Process(pid) for pid in set(children()) - before if Process(pid).is_alive]
-        assert len(found) == 1
-        return found[0]
+        (found,) = [each for each in map(Process, set(children()) - before) if each.is_alive]
+        return found
 
     return launcher_of
 
 
-def begin(manager, trace, code=TREE + programs.WAIT):
-    started = manager.start_with_code(code, trace.params).raise_for_error()
-    id = started.data.side_execution_id
-    eventually(
-        lambda: (
-            "ready\n" in manager.get_status(id).data.output
-            or manager.get_status(id).data.status != "running"
-        )
-    )
-    assert manager.get_status(id).data.status == "running", manager.get_status(id)
-    return id
-
-
 def check_that_it_goes_on(manager):
-    started = manager.start_with_code("print('fine')\nreturn 5").raise_for_error()
-    data = manager.wait(started.data.side_execution_id, 30).data
+    data = finish(manager, "print('fine')\nreturn 5")
     assert (data.status, data.result, data.output) == ("completed", 5, "fine\n")
+
+
+def gone(who, pid):
+    return f"the {who} (pid {pid}) of this execution is gone: killed by SIGKILL"
 
 
 # -- the keeper is killed
 
 
 def test_a_keeper_killed_by_its_snippet(manager, trace):
-    started = manager.start_with_code(TREE + KILL_KEEPER, trace.params).raise_for_error()
-    data = manager.wait(started.data.side_execution_id, 30).data
+    code = TREE + 'os.write(1, b"x" * 50_000)\n' + KILL_KEEPER
+    data = finish(manager, code, trace.params)
     left = trace.left()
     (keeper,) = trace.noted("keeper")
-    assert data.status == "failed"
-    gone = f"the keeper (pid {keeper.pid}) of this execution is gone"
-    assert data.error == f"{gone}: killed by SIGKILL"
+    assert (data.status, data.error) == ("failed", gone("keeper", keeper.pid))
     assert left == set()
     assert len(trace.noted("descendant")) == 3
+    assert len(data.output) == 50_000
     check_that_it_goes_on(manager)
 
 
@@ -96,11 +80,11 @@ def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path):
         traces = [Trace(tmp_path / name) for name in ("one", "other")]
         for trace in traces:
             stack.callback(trace.kill)
-        one, other = (begin(manager, trace) for trace in traces)
-        traces[0].noted("keeper")[0].kill()
+        one, other = (begin(manager, TREE + WAIT, trace.params) for trace in traces)
+        (keeper,) = traces[0].noted("keeper")
+        keeper.kill()
         data = manager.wait(one, 30).data
-        assert data.status == "failed"
-        assert "keeper" in data.error and "SIGKILL" in data.error
+        assert (data.status, data.error) == ("failed", gone("keeper", keeper.pid))
         assert traces[0].left() == set()
         assert manager.get_status(other).data.status == "running"
         assert all(each.is_alive for each in traces[1].noted())
@@ -111,19 +95,7 @@ def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path):
 
 
 def test_a_keeper_killed_during_a_stop(manager, trace):
-    code = (
-        programs.PRELUDE
-        + programs.DESCENDANTS["deaf"]
-        + programs.STARTED
-        + """
-deaf()
-print("ready", flush=True)
-while True:
-    time.sleep(60)
-"""
-    )
-    id = begin(manager, trace, code)
-    manager.get_status(id)
+    id = begin(manager, with_descendant("deaf", "deaf()" + WAIT), trace.params)
     (keeper,) = trace.noted("keeper")
     # In the midst of the grace period, as the snippet is deaf.
     killer = threading.Timer(0.3, keeper.kill)
@@ -135,25 +107,15 @@ while True:
     check_that_it_goes_on(manager)
 
 
-def test_output_written_before_the_keeper_was_killed_is_there(manager, trace):
-    code = programs.PRELUDE + 'os.write(1, b"x" * 50_000)\n' + KILL_KEEPER
-    started = manager.start_with_code(code, trace.params).raise_for_error()
-    data = manager.wait(started.data.side_execution_id, 30).data
-    assert (data.status, len(data.output)) == ("failed", 50_000)
-    assert trace.left() == set()
-
-
-def test_processes_of_preloaded_modules_survive_the_sweep(tmp_path):
+def test_processes_of_preloaded_modules_survive_the_sweep(tmp_path, trace):
     (tmp_path / "starts_a_helper.py").write_text(
         "import subprocess\nhelper = subprocess.Popen(['/bin/sleep', '60'])\n"
     )
-    trace = Trace(tmp_path / "trace")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     manager = sidexec.ExecutionManager(env=env, preload=["starts_a_helper"], grace_period=GRACE)
     with nothing_left(), manager:
         code = TREE + "import starts_a_helper\nnote('helper', starts_a_helper.helper.pid)\n"
-        started = manager.start_with_code(code + KILL_KEEPER, trace.params).raise_for_error()
-        manager.wait(started.data.side_execution_id, 30)
+        finish(manager, code + KILL_KEEPER, trace.params)
         (helper,) = trace.noted("helper")
         assert helper.is_alive
         assert all(not each.exists for each in trace.noted("descendant"))
@@ -164,22 +126,19 @@ def test_processes_of_preloaded_modules_survive_the_sweep(tmp_path):
 
 
 def test_a_killed_launcher(manager, trace, launcher_of):
-    id = begin(manager, trace)
+    id = begin(manager, TREE + WAIT, trace.params)
     launcher = launcher_of()
     launcher.kill()
     data = manager.wait(id, 30).data
     left = trace.left()
-    assert data.status == "failed"
-    assert data.error == (
-        f"the launcher (pid {launcher.pid}) of this execution is gone: killed by SIGKILL"
-    )
+    assert (data.status, data.error) == ("failed", gone("launcher", launcher.pid))
     assert left == set()
     check_that_it_goes_on(manager)
     assert launcher_of().pid != launcher.pid
 
 
 def test_a_killed_launcher_lets_its_executions_clean_up(manager, trace, launcher_of):
-    id = begin(manager, trace, programs.PRELUDE + programs.CLEAN_UP)
+    id = begin(manager, program(CLEAN_UP), trace.params)
     launcher_of().kill()
     data = manager.wait(id, 30).data
     assert data.status == "failed"
@@ -189,7 +148,7 @@ def test_a_killed_launcher_lets_its_executions_clean_up(manager, trace, launcher
 
 
 def test_a_launcher_killed_at_once_with_a_stop(manager, trace, launcher_of):
-    id = begin(manager, trace)
+    id = begin(manager, TREE + WAIT, trace.params)
     launcher_of().kill()
     stopped = manager.stop(id)
     assert trace.left() == set()
@@ -197,8 +156,23 @@ def test_a_launcher_killed_at_once_with_a_stop(manager, trace, launcher_of):
     check_that_it_goes_on(manager)
 
 
+def test_a_handler_of_the_snippets_own_runs_once_when_its_launcher_is_gone(manager, launcher_of):
+    code = """
+import signal, time
+def handler(signum, frame):
+    print("asked", flush=True)
+signal.signal(signal.SIGTERM, handler)
+print("ready", flush=True)
+while True: time.sleep(60)
+"""
+    id = begin(manager, code)
+    launcher_of().kill()
+    has_printed(manager, id, "asked")
+    assert manager.stop(id, grace=1).data.output == "ready\nasked\n"
+
+
 def test_a_launcher_that_is_stopped_harms_no_stop(manager, trace, launcher_of):
-    id = begin(manager, trace)
+    id = begin(manager, TREE + WAIT, trace.params)
     launcher = launcher_of()
     launcher.kill(signal.SIGSTOP)
     try:
@@ -211,17 +185,14 @@ def test_a_launcher_that_is_stopped_harms_no_stop(manager, trace, launcher_of):
 
 
 @pytest.mark.slow
-def test_close_ends_a_launcher_that_is_stopped(trace):
-    with nothing_left():
-        before = set(children())
-        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
-            id = begin(manager, trace)
-            (pid,) = set(children()) - before
-            Process(pid).kill(signal.SIGSTOP)
-            began = time.monotonic()
-        assert time.monotonic() - began < GRACE + WITHOUT_KEEPER
-        assert manager.get_status(id).data.stop_reason == "closed"
-        assert trace.left() == set()
+def test_close_ends_a_launcher_that_is_stopped(manager, trace, launcher_of):
+    id = begin(manager, TREE + WAIT, trace.params)
+    launcher_of().kill(signal.SIGSTOP)
+    began = time.monotonic()
+    manager.close()
+    assert time.monotonic() - began < GRACE + WITHOUT_KEEPER
+    assert manager.get_status(id).data.stop_reason == "closed"
+    assert trace.left() == set()
 
 
 # -- both
@@ -229,8 +200,7 @@ def test_close_ends_a_launcher_that_is_stopped(trace):
 
 @pytest.mark.parametrize("first", ("keeper", "launcher"))
 def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first):
-    code = programs.PRELUDE + programs.DESCENDANTS["deaf"] + programs.STARTED + programs.WAIT
-    id = begin(manager, trace, code)
+    id = begin(manager, with_descendant("deaf"), trace.params)
     both = [trace.noted("keeper")[0], launcher_of()]
     for each in both if first == "keeper" else reversed(both):
         each.kill()
@@ -252,7 +222,8 @@ def broken(name):
     return taken_away({module: "\n\n" + text})
 
 
-def check_that_it_is_told(fault, error, caplog):
+def check_that_it_is_told(manager, fault, error, caplog):
+    manager.close()  # it is logged when everybody has been told
     assert "ZeroDivisionError('on purpose')" in error and f" {fault}" in error
     logged = [each for each in caplog.records if each.levelname == "ERROR"]
     assert [error in each.getMessage() for each in logged] == [True]
@@ -261,31 +232,28 @@ def check_that_it_is_told(fault, error, caplog):
 @pytest.mark.parametrize(
     "method, force, status", (("_ask_strays", False, "failed"), ("_kill_all", True, "stopped"))
 )
-def test_what_a_keeper_fails_of_is_told(trace, caplog, method, force, status):
-    with broken(f"keeper.Keeper.{method}"), nothing_left():
-        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
-            id = begin(manager, trace, programs.with_descendant("daemon"))
-            if force:
-                manager.stop(id, force=True)
-            else:
-                trace.noted("snippet")[0].kill()
-            data = manager.wait(id, 30).data
-            assert trace.left() == set()
+def test_what_a_keeper_fails_of_is_told(manager, trace, caplog, method, force, status):
+    with broken(f"keeper.Keeper.{method}"):
+        id = begin(manager, with_descendant("daemon"), trace.params)
+        if force:
+            manager.stop(id, force=True)
+        else:
+            trace.noted("snippet")[0].kill()
+        data = manager.wait(id, 30).data
+        assert trace.left() == set()
     assert data.status == status
     (keeper,) = trace.noted("keeper")
     assert f"the keeper (pid {keeper.pid})" in data.error
-    check_that_it_is_told("_serve", data.error, caplog)
+    check_that_it_is_told(manager, "_serve", data.error, caplog)
 
 
-def test_what_a_launcher_fails_of_is_told(trace, caplog):
-    with broken("launcher.Launcher._warm_up"), nothing_left():
-        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
-            started = manager.start_with_code(TREE + programs.WAIT, trace.params)
-            data = manager.wait(started.data.side_execution_id, 30).data
-            assert trace.left() == set()
+def test_what_a_launcher_fails_of_is_told(manager, trace, caplog):
+    with broken("launcher.Launcher._warm_up"):
+        data = finish(manager, TREE + WAIT, trace.params)
+        assert trace.left() == set()
     assert data.status == "failed"
     assert data.error.startswith("the launcher (pid ")
-    check_that_it_is_told("_step", data.error, caplog)
+    check_that_it_is_told(manager, "_step", data.error, caplog)
 
 
 # -- stopped and idle ones
@@ -293,26 +261,29 @@ def test_what_a_launcher_fails_of_is_told(trace, caplog):
 
 def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 1.0)
-    id = begin(manager, trace)
+    id = begin(manager, TREE + WAIT, trace.params)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
-    began = time.monotonic()
-    stopped = manager.stop(id)
-    took = time.monotonic() - began
-    left = trace.left()
-    assert stopped.data.status == "stopped"
-    assert took < GRACE + WITHOUT_KEEPER
-    assert left == set()
+    # In a thread, so that it fails rather than hangs.
+    answers = []
+    stop = threading.Thread(target=lambda: answers.append((manager.stop(id), trace.left())))
+    stop.daemon = True
+    stop.start()
+    stop.join(GRACE + WITHOUT_KEEPER)
+    ((stopped, left),) = answers
+    assert (stopped.data.status, left) == ("stopped", set())
     check_that_it_goes_on(manager)
+
+
+def spare_of(launcher, whom):
+    """The keeper or snippet that waits: it is there when the keeper has a snippet."""
+    keeper = eventually(lambda: [pid for pid in children(launcher.pid) if children(pid)])[0]
+    return Process(keeper if whom == "keeper" else (children(keeper) or [0])[0])
 
 
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
 def test_a_killed_spare(manager, launcher_of, victim):
     check_that_it_goes_on(manager)
-    launcher = launcher_of()
-    # The spare is there when its keeper has a snippet, which waits.
-    keeper = eventually(lambda: [pid for pid in children(launcher.pid) if children(pid)])[0]
-    snippet = children(keeper)[0]
-    found = Process(keeper if victim == "keeper" else snippet)
+    found = spare_of(launcher_of(), victim)
     found.kill()
     eventually(lambda: not found.exists)
     check_that_it_goes_on(manager)
@@ -323,29 +294,19 @@ def test_a_killed_spare(manager, launcher_of, victim):
 def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, victim):
     for _ in range(20):
         check_that_it_goes_on(manager)
-        launcher = launcher_of()
-        keepers = eventually(lambda: [pid for pid in children(launcher.pid) if children(pid)])
-        snippets = children(keepers[0])
-        if not snippets:
-            continue
-        os.kill(keepers[0] if victim == "keeper" else snippets[0], signal.SIGKILL)
+        spare_of(launcher_of(), victim).kill()
         answer = manager.start_with_code("return 1")
         assert answer.success or answer.error
         if answer.success:
-            data = manager.wait(answer.data.side_execution_id, 30).data
+            data = manager.wait(answer.id, 30).data
             assert data.status in ("completed", "failed")
             assert data.status == "completed" or "SIGKILL" in data.error
     check_that_it_goes_on(manager)
 
 
-def test_a_spare_killed_when_no_start_follows(trace):
-    with nothing_left():
-        before = set(children())
-        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
-            check_that_it_goes_on(manager)
-            (launcher,) = set(children()) - before
-            keeper = eventually(lambda: [pid for pid in children(launcher) if children(pid)])[0]
-            os.kill(keeper, signal.SIGKILL)
+def test_a_spare_killed_when_no_start_follows(manager, launcher_of):
+    check_that_it_goes_on(manager)
+    spare_of(launcher_of(), "keeper").kill()
 
 
 # -- what the kernel holds
@@ -391,69 +352,67 @@ needs_freezer = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def held(trace):
+    """A function that holds a process of an execution of a hasty manager, until it is thawed."""
+    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
+        with freezer() as freeze:
+
+            def held(name, code=None):
+                id = begin(manager, code or with_descendant("daemon"), trace.params)
+                (process,) = trace.noted(name)
+                freeze(process.pid)
+                return manager, id, process
+
+            held.thaw = freeze.thaw
+            yield held
+        eventually(lambda: trace.left() == set())
+
+
+def names(answer, process):
+    return answer.success is False and str(process.pid) in answer.error
+
+
 @needs_freezer
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("snippet", "descendant"))
-def test_a_process_that_cannot_be_killed_is_named(trace, name):
-    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
-        id = begin(manager, trace, programs.with_descendant("daemon"))
-        (held,) = trace.noted(name)
-        with freezer() as freeze:
-            freeze(held.pid)
-            stopped = manager.stop(id)
-            assert held.is_alive
-            assert stopped.success is False
-            assert str(held.pid) in stopped.error
-            assert stopped.data.status == "stopped" and stopped.data.forced
-            status = manager.get_status(id)
-            assert status.success is False and str(held.pid) in status.error
-            check_that_it_goes_on(manager)
-            freeze.thaw()
-            eventually(lambda: not held.exists)
-        eventually(lambda: trace.left() == set())
+def test_a_process_that_cannot_be_killed_is_named(held, name):
+    manager, id, process = held(name)
+    stopped = manager.stop(id)
+    assert process.is_alive and names(stopped, process)
+    assert stopped.data.status == "stopped" and stopped.data.forced
+    assert names(manager.get_status(id), process)
+    check_that_it_goes_on(manager)
+    held.thaw()
+    eventually(lambda: not process.exists)
 
 
 @needs_freezer
 @pytest.mark.slow
-def test_a_stray_that_cannot_be_killed_is_named_when_its_keeper_was_killed(trace):
-    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
-        id = begin(manager, trace, programs.with_descendant("daemon"))
-        (held,) = trace.noted("descendant")
-        with freezer() as freeze:
-            freeze(held.pid)
-            trace.noted("keeper")[0].kill()
-            status = manager.wait(id, 30)
-            assert status.data.status == "failed"
-            assert status.success is False and str(held.pid) in status.error
-            freeze.thaw()
-        eventually(lambda: trace.left() == set())
-        check_that_it_goes_on(manager)
+def test_a_stray_that_cannot_be_killed_is_named_when_its_keeper_was_killed(held, trace):
+    manager, id, process = held("descendant")
+    trace.noted("keeper")[0].kill()
+    status = manager.wait(id, 30)
+    assert status.data.status == "failed" and names(status, process)
+    held.thaw()
+    eventually(lambda: trace.left() == set())
+    check_that_it_goes_on(manager)
 
 
 @needs_freezer
 @pytest.mark.slow
-def test_what_one_execution_has_left_is_not_told_of_another(trace, tmp_path):
-    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
-        id = begin(manager, trace, programs.with_descendant("daemon"))
-        (held,) = trace.noted("descendant")
-        with freezer() as freeze:
-            freeze(held.pid)
-            assert str(held.pid) in manager.stop(id).error
-            started = manager.start_with_code(
-                programs.PRELUDE + KILL_KEEPER, Trace(tmp_path / "other").params
-            )
-            answer = manager.wait(started.data.side_execution_id, 30)
-            assert answer.success and "SIGKILL" in answer.data.error
-            freeze.thaw()
-        eventually(lambda: trace.left() == set())
+def test_what_one_execution_has_left_is_not_told_of_another(held, tmp_path):
+    manager, id, process = held("descendant")
+    assert names(manager.stop(id), process)
+    other = manager.start_with_code(PRELUDE + KILL_KEEPER, Trace(tmp_path / "other").params)
+    answer = manager.wait(other.id, 30)
+    assert answer.success and "SIGKILL" in answer.data.error
 
 
 @needs_freezer
 @pytest.mark.slow
-def test_what_is_below_a_process_that_cannot_be_killed_is_killed(trace):
-    code = (
-        programs.PRELUDE
-        + """
+def test_what_is_below_a_process_that_cannot_be_killed_is_killed(held, trace):
+    code = """
 def body():
     os.setsid()
     in_child(lambda: linger("below"))
@@ -462,37 +421,22 @@ in_child(body)
 wait_for_note("below")
 wait_for_note("held")
 """
-        + programs.WAIT
+    manager, id, process = held("held", program(code, WAIT))
+    stopped = manager.stop(id)
+    assert not trace.noted("below")[0].is_alive
+    assert stopped.error == (
+        f"the kernel does not let go of process {process.pid}: end it by hand, if it can be"
     )
-    with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
-        id = begin(manager, trace, code)
-        (held,), (below,) = trace.noted("held"), trace.noted("below")
-        with freezer() as freeze:
-            freeze(held.pid)
-            stopped = manager.stop(id)
-            assert not below.is_alive
-            assert stopped.error == (
-                f"the kernel does not let go of process {held.pid}: end it by hand, if it can be"
-            )
-            freeze.thaw()
-        eventually(lambda: trace.left() == set())
 
 
 @needs_freezer
 @pytest.mark.slow
-def test_close_does_not_wait_for_what_cannot_be_killed(trace):
-    with freezer() as freeze:
-        manager = sidexec.ExecutionManager(grace_period=0.2)
-        id = begin(manager, trace, programs.with_descendant("daemon"))
-        (held,) = trace.noted("descendant")
-        freeze(held.pid)
-        began = time.monotonic()
-        manager.close()
-        assert time.monotonic() - began < 20
-        status = manager.get_status(id)
-        assert status.success is False and str(held.pid) in status.error
-        freeze.thaw()
-        eventually(lambda: not held.is_alive)
+def test_close_does_not_wait_for_what_cannot_be_killed(held):
+    manager, id, process = held("descendant")
+    began = time.monotonic()
+    manager.close()
+    assert time.monotonic() - began < 20
+    assert names(manager.get_status(id), process)
 
 
 @needs_freezer
