@@ -8,8 +8,8 @@ import time
 
 import programs
 import pytest
-from conftest import eventually, nothing_left, tree
-from programs import Bystander, Trace
+from conftest import begin, eventually, finish, nothing_left, tree
+from programs import Bystander, Trace, attempts, needs_pids, program, spawned
 
 import sidexec
 
@@ -38,27 +38,12 @@ def shared(bystander):
             yield manager
 
 
-def begin(manager, code, params, **options):
-    """Start code, and wait until it has written `ready`."""
-    started = manager.start_with_code(code, params, **options).raise_for_error()
-    id = started.data.side_execution_id
-    eventually(
-        lambda: (
-            "ready\n" in manager.get_status(id).data.output
-            or manager.get_status(id).data.status != "running"
-        )
-    )
-    assert manager.get_status(id).data.status == "running", manager.get_status(id)
-    return id
-
-
 def bring_to_its_end(manager, trace, kind, end, **params):
     """Run a snippet with a descendant, end it, and say what was left at that moment."""
     params = {**trace.params, **params}
     if end in BY_ITSELF:
         code = programs.with_descendant(kind, BY_ITSELF[end])
-        started = manager.start_with_code(code, params).raise_for_error()
-        data = manager.wait(started.data.side_execution_id, 30).data
+        data = finish(manager, code, params)
         left = trace.left()
         expected = {
             "return": ("completed", None),
@@ -72,8 +57,7 @@ def bring_to_its_end(manager, trace, kind, end, **params):
     code = programs.with_descendant(kind)
     if end == "timeout":
         for timeout in (0.4, 2.0, 10.0):  # a busy machine may need longer to get there
-            started = manager.start_with_code(code, params, timeout).raise_for_error()
-            data = manager.wait(started.data.side_execution_id, 30).data
+            data = finish(manager, code, params, timeout=timeout)
             left = trace.left()
             assert (data.status, data.stop_reason) == ("stopped", "timeout")
             if left or "ready\n" in data.output:
@@ -129,79 +113,45 @@ def test_nothing_is_left_of_all_kinds_at_once(shared, tmp_path, bystander):
 
 def test_children_forked_while_the_sweep_runs_are_gone(shared, trace):
     # Asked, each goes on in one more process, in a session of its own.
-    code = (
-        programs.PRELUDE
-        + """
-def body():
-    quiet()
-    def fork_on(signum, frame):
-        if os.fork() == 0:
-            os.setsid()
-            note("child")
-    signal.signal(signal.SIGTERM, fork_on)
-    linger("descendant")
-daemon(body)
-wait_for_note("descendant")
-return 1
-"""
+    code = program(
+        spawned(
+            "daemon",
+            "quiet()",
+            "def fork_on(signum, frame):",
+            "    if os.fork() == 0: os.setsid(); note('child')",
+            "signal.signal(signal.SIGTERM, fork_on)",
+            "linger('descendant')",
+        ),
+        "wait_for_note('descendant')\nreturn 1",
     )
-    started = shared.start_with_code(code, trace.params).raise_for_error()
-    data = shared.wait(started.data.side_execution_id, 30).data
+    data = finish(shared, code, trace.params)
     left = trace.left()
     assert (data.status, data.result) == ("completed", 1)
     assert trace.noted("child")
     assert left == set()
 
 
-def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace):
-    code = (
-        programs.PRELUDE
-        + """
-def body():
-    quiet()
-    os.setsid()
-    def leave(signum, frame):
-        note("asked")
-        os._exit(0)
-    signal.signal(signal.SIGTERM, leave)
-    linger("descendant")
-daemon(body)
-wait_for_note("descendant")
-"""
+@pytest.mark.parametrize("how", ["daemon", "stopped_child"])
+def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace, how):
+    """And hears of it where it has been stopped."""
+    stop = "os.kill(os.getpid(), signal.SIGSTOP)" if how == "stopped_child" else "pass"
+    code = program(
+        spawned(
+            how,
+            "quiet(); os.setsid()",
+            "signal.signal(signal.SIGTERM, lambda *args: (note('asked'), os._exit(0)))",
+            f"note('descendant'); {stop}",
+            "time.sleep(60)",
+        ),
+        "wait_for_note('descendant')",
     )
-    started = shared.start_with_code(code, trace.params).raise_for_error()
-    assert shared.wait(started.data.side_execution_id, 30).data.status == "completed"
-    assert trace.left() == set()
-    assert len(trace.noted("asked")) == 1
-
-
-def test_a_stopped_stray_hears_that_it_is_asked(shared, trace):
-    code = (
-        programs.PRELUDE
-        + """
-def body():
-    quiet()
-    os.setsid()
-    def leave(signum, frame):
-        note("asked")
-        os._exit(0)
-    signal.signal(signal.SIGTERM, leave)
-    note("descendant")
-    os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(60)
-os.waitpid(in_child(body), os.WUNTRACED)
-"""
-    )
-    started = shared.start_with_code(code, trace.params).raise_for_error()
-    assert shared.wait(started.data.side_execution_id, 30).data.status == "completed"
+    assert finish(shared, code, trace.params).status == "completed"
     assert trace.left() == set()
     assert len(trace.noted("asked")) == 1
 
 
 def test_nothing_is_left_of_what_the_executions_own_cleanup_starts(shared, trace):
-    code = (
-        programs.PRELUDE
-        + """
+    code = program("""
 def body():
     quiet()
     deaf()
@@ -212,19 +162,12 @@ try:
 finally:
     daemon(body)
     wait_for_note("descendant")
-"""
-    )
-    id = begin(shared, code, trace.params)
-    stopped = shared.stop(id)
+""")
+    stopped = shared.stop(begin(shared, code, trace.params))
     left = trace.left()
     assert stopped.data.status == "stopped"
     assert trace.noted("descendant")
     assert left == set()
-
-
-needs_pids = pytest.mark.skipif(
-    not programs.can_choose_pids(), reason="only root may say which pid comes next"
-)
 
 
 def take_pids(stack, directory, trace, *names):
@@ -249,58 +192,45 @@ def take_pids(stack, directory, trace, *names):
     return found
 
 
-def until_not_too_late(attempt, directory):
-    """Try again with new processes for as long as `attempt` says that it came too late."""
-    for number in range(10):
-        trace = Trace(directory / str(number))
-        with contextlib.ExitStack() as stack:
-            stack.callback(trace.kill)
-            if attempt(stack, trace):
-                return
-    raise AssertionError("other processes have always been quicker")
-
-
 @needs_pids
 @pytest.mark.parametrize("force", (False, True))
 def test_a_process_with_the_pid_of_an_ended_descendant_is_not_touched(shared, tmp_path, force):
-    code = (
-        programs.PRELUDE
-        + programs.DESCENDANTS["deaf"]
-        + """
+    code = program(
+        programs.DESCENDANTS["deaf"],
+        """
 wait_for_note("descendant")
 os.waitpid(in_child(lambda: note("member")), 0)
 os.waitpid(in_child(lambda: (os.setsid(), note("leader"))), 0)
 daemon(lambda: note("daemon"))
 wait_for_note("daemon")
-"""
-        + programs.WAIT
+""",
+        programs.WAIT,
     )
-
-    def attempt(stack, trace):
-        id = begin(shared, code, trace.params)
-        others = take_pids(stack, tmp_path, trace, "member", "leader", "daemon")
-        shared.stop(id, force=force).raise_for_error()
-        assert trace.left() == set()
-        assert all(each.is_untouched for each in others or ())
-        return others is not None
-
-    until_not_too_late(attempt, tmp_path)
+    for trace in attempts(tmp_path):
+        with contextlib.ExitStack() as stack:
+            id = begin(shared, code, trace.params)
+            others = take_pids(stack, tmp_path, trace, "member", "leader", "daemon")
+            shared.stop(id, force=force).raise_for_error()
+            assert trace.left() == set()
+            assert all(each.is_untouched for each in others or ())
+            if others is not None:
+                return
 
 
 @needs_pids
 def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(tmp_path):
-    def attempt(stack, trace):
-        with sidexec.ExecutionManager(grace_period=GRACE) as manager:
-            id = begin(manager, programs.with_descendant("daemon"), trace.params)
-            manager.stop(id).raise_for_error()
-            others = take_pids(stack, tmp_path, trace, "keeper", "snippet", "descendant")
-            assert manager.stop(id, force=True).data.status == "already_stopped"
-            assert manager.get_status(id).data.memory_usage is None
-            assert manager.start_with_code("pass").success
-        assert all(each.is_untouched for each in others or ())
-        return others is not None
-
-    until_not_too_late(attempt, tmp_path)
+    for trace in attempts(tmp_path):
+        with contextlib.ExitStack() as stack:
+            with sidexec.ExecutionManager(grace_period=GRACE) as manager:
+                id = begin(manager, programs.with_descendant("daemon"), trace.params)
+                manager.stop(id).raise_for_error()
+                others = take_pids(stack, tmp_path, trace, "keeper", "snippet", "descendant")
+                assert manager.stop(id, force=True).data.status == "already_stopped"
+                assert manager.get_status(id).data.memory_usage is None
+                assert manager.start_with_code("pass").success
+            assert all(each.is_untouched for each in others or ())
+            if others is not None:
+                return
 
 
 @pytest.mark.slow
