@@ -44,7 +44,7 @@ from sidexec.engine import thread
 def patient(make_manager, monkeypatch):
     """A manager whose grace period is never over, and which has no watchdog either."""
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)
-    return make_manager(grace_period=120)
+    return make_manager(grace_period=40)
 
 
 # -- timeouts
@@ -77,7 +77,7 @@ def test_a_timeout_of_none_is_no_limit_and_the_default_is_five_minutes(make_mana
 @pytest.mark.parametrize("hurry", [{"force": True}, {"grace": 0.2}, {"grace": 0}])
 def test_a_stop_under_way_can_be_hurried(patient, hurry):
     id = begin(patient, STUBBORN)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, within(60):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, within(30):
         future = pool.submit(patient.stop, id)
         has_printed(patient, id, "asked\n")
         second = patient.stop(id, **hurry)
@@ -115,7 +115,7 @@ def test_a_stop_before_the_interpreter_is_up(make_manager, force):
 
 def test_stop_all_with_force(patient):
     ids = [begin(patient, DEAF) for _ in range(3)]
-    with within(60):
+    with within(30):
         responses = patient.stop_all(force=True)
     assert [each.data.side_execution_id for each in responses] == ids
     assert [each.data.forced for each in responses] == [True] * 3
@@ -255,7 +255,7 @@ def test_concurrent_closes_all_return_when_it_is_closed(make_manager):
 
 def test_close_takes_a_grace(patient):
     id = begin(patient, DEAF)
-    with within(60):
+    with within(30):
         patient.close(grace=0.1)
     assert patient.get_status(id).data.exit_code == -9
 
@@ -264,7 +264,7 @@ def test_a_second_close_hurries_the_first(patient):
     id = begin(patient, STUBBORN)
     thread = threading.Thread(target=patient.close)
     thread.start()
-    with within(60):
+    with within(30):
         has_printed(patient, id, "asked\n")
         patient.close(grace=0)
         thread.join()
