@@ -159,8 +159,16 @@ class Run:
             self._ask()  # for the first failure
 
     def _end(self, line: str | None, response: Response) -> None:
+        """Write the last lines; whoever signals twice waits for no reader of them."""
         wire = encode(response.to_json() + "\n") if self._arguments.json else b""
-        self._screen.end([one_line(line)] if line else [], wire)
+        lines = [one_line(line)] if line else []
+        written: queue.SimpleQueue[None] = queue.SimpleQueue()
+        _thread.start_new_thread(lambda: written.put(self._screen.end(lines, wire)), ())
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return written.get(timeout=LAST_WORDS)
+            if len(self._signals) > 1:
+                return
 
     def _judge(self, status: GetSideExecutionStatusResponse) -> tuple[int, str | None]:
         """The exit code, and in words what neither that nor the snippet's output says."""

@@ -6,6 +6,7 @@ terminal wraps the bar, all its rows are behind the cursor, and are cleared with
 
 from __future__ import annotations
 
+import _thread
 import collections
 import contextlib
 import os
@@ -65,17 +66,22 @@ class Screen:
         self.refresh()
 
     def notify(self, line: bytes) -> None:
-        """Write a line of ours to standard error, as soon as that need not be waited for.
+        """Have a line of ours written to standard error, without waiting for that.
 
-        For signal handlers: they may have interrupted a call that holds the lock.
+        For signal handlers: they may have interrupted a call that holds the lock. And
+        what takes a line now may be full by the time that it is written.
         """
         self._notices.append(line)
-        self.refresh()
+        _thread.start_new_thread(self._show, ())
 
     def refresh(self, percent: float | None = None) -> None:
-        """Draw what is new, unless that would block, or something is being written."""
+        """Draw what is new on a terminal, unless something is being written."""
         if percent is not None:
             self._percent = percent
+        if self.has_bar:
+            self._show()
+
+    def _show(self) -> None:
         while select.select([], [STDERR], [], 0)[1] and self._lock.acquire(blocking=False):
             try:
                 self._draw()

@@ -141,9 +141,14 @@ DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + 
 
 
 def when_asked(body, clause="finally"):
-    """Code that waits, and what it does when it is asked."""
+    """Code that waits, and what it does when it is asked.
+
+    `ready` and its newline are one write: a stop may come between two.
+    """
     body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
-    waits = "import os, signal, sys, time\ntry:\n    print('ready')\n    time.sleep(60)\n"
+    waits = (
+        "import os, signal, sys, time\ntry:\n    print('ready\\n', end='')\n    time.sleep(60)\n"
+    )
     return f"{waits}{clause}:\n{body}\n"
 
 

@@ -453,7 +453,6 @@ def test_an_interrupt_before_the_interpreter_is_up_ends_it(cli, tmp_path):
     assert finish(process) == (130, "", f"{STOPPING}\nsidexec: stopped\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, stderr):
     code = "import os\nprint('x' * 1_000_000)\nprint(os.getpid(), file=open('pid', 'w'))\n"
@@ -463,6 +462,34 @@ def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, st
     process.send_signal(signal.SIGINT)
     eventually(lambda: not is_alive(pid))
     assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT) == 130
+
+
+# Standard error takes a line when it is asked, and is full by the time that it is written.
+FULL_ONCE_ASKED = """
+import os, select
+ask = select.select
+def ask_and_fill(*arguments):
+    answer = ask(*arguments)
+    os.set_blocking(2, False)
+    try:
+        while True: os.write(2, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(2, True)
+    return answer
+select.select = ask_and_fill
+"""
+
+
+def test_an_output_that_fills_up_just_now_does_not_hold_a_signal_up(cli, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FULL_ONCE_ASKED)
+    cli.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    code = WAITING + "    print('x' * 1_000_000)\n    open('said', 'w').close()\n"
+    process = cli.start("run", "-c", code, stderr=subprocess.STDOUT)
+    eventually(lambda: unread(process.stdout) == len("ready\n"))
+    process.send_signal(signal.SIGINT)
+    eventually((tmp_path / "said").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(LIMIT) == 130
 
