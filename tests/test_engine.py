@@ -171,6 +171,25 @@ def test_who_has_dropped_its_privileges_runs_no_snippet_with_them(host, tmp_path
     assert third == [first[0], first[1], [12345], 0o027]
 
 
+def test_who_has_changed_its_limits_runs_snippets_with_those(host):
+    script = """
+    import resource
+    limit = lambda: list(resource.getrlimit(resource.RLIMIT_NOFILE))
+    manager = sidexec.ExecutionManager()
+    code = "import resource; return resource.getrlimit(resource.RLIMIT_NOFILE)"
+    soft, hard = limit()
+    found = []
+    for soft in (soft, 100, soft - 1):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        id = manager.start_with_code(code).raise_for_error().id
+        found.append([manager.wait(id).data.result, limit()])
+    manager.close()
+    report(found)
+    """
+    for found, expected in host(script.replace("\n    ", "\n")):
+        assert found == expected
+
+
 # -- on_output at the end
 
 

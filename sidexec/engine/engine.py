@@ -31,6 +31,12 @@ START_LIMIT = 60.0
 class Engine:
     def __init__(self, settings: Settings, max_history: int) -> None:
         """Starts nothing: the first `start` does."""
+        import resource  # which not every platform has that can import this package
+
+        self._limit_of = resource.getrlimit
+        self._resources = {
+            value for name, value in vars(resource).items() if name.startswith("RLIMIT_")
+        }
         self.executions: dict[str, Execution] = {}
         self.is_closing = False
         self.process: int | None = None  # in which it was first used
@@ -170,8 +176,9 @@ class Engine:
     # -- launchers
 
     def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
-        """One that is up and runs snippets as the host is now: user, groups, environment."""
-        identity = (os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups())
+        """One that is up and runs snippets as the host is now: user, limits, environment."""
+        users = os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups()
+        identity = users, [self._limit_of(each) for each in self._resources]
 
         def find() -> Launcher | None:
             for each in list(self._launchers):
