@@ -53,6 +53,8 @@ def status_of(
         progress=execution.progress,
         memory_usage=memory,
         cpu_usage=cpu,
+        peak_memory=None if end is None else end.peak_memory,
+        cpu_time=None if end is None else end.cpu_time,
         error_output=execution.output.text("stderr"),
         exit_code=None if end is None else end.exit_code,
         stop_reason=execution.stop_reason,

@@ -25,10 +25,10 @@ FAULT = b"f"  # what went wrong in launcher or keeper itself, which then ends
 
 # keeper -> host
 READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
-END = b"e"  # "<exit code or None> <forced: 0 or 1> <pid that can't be killed>..."
+END = b"e"  # "<exit code> <forced: 0 or 1> <microseconds> <bytes> <pid that can't be killed>..."
 
 # host -> keeper
-STOP = b"s"  # "<grace period in seconds> <1 if the host asks the snippet, else 0>"
+STOP = b"s"  # "<grace period in seconds>"
 
 # host -> snippet
 RUN = b"g"  # marshalled: the umask or None, and a marshalled dict: what to run, and how

@@ -49,7 +49,7 @@ def _wire_value(name: str, value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, tuple):
         return [_wire_value(name, each) for each in value]
-    if name in ("timeout", "duration") and value is not None:
+    if name in ("timeout", "duration", "cpu_time") and value is not None:
         return round(value * 1000)
     return value
 
@@ -102,8 +102,9 @@ class StartData(_Wire):
 class StatusData(_Wire):
     """`status` is running, completed, failed, stopped or, for an unknown id, not_found.
 
-    `duration` is in seconds and runs until the end, `memory_usage` in bytes,
-    `cpu_usage` in percent of one core, both None after the end.
+    `duration` is in seconds and runs until the end. `memory_usage` is in bytes and
+    `cpu_usage` in percent of one core, both None after the end; `peak_memory` in bytes, of
+    the largest process, and `cpu_time` in seconds, both None before it.
     """
 
     side_execution_id: str
@@ -117,6 +118,8 @@ class StatusData(_Wire):
     progress: float | None = None
     memory_usage: int | None = None
     cpu_usage: float | None = None
+    peak_memory: int | None = None
+    cpu_time: float | None = None
     error_output: str = ""
     exit_code: int | None = None
     stop_reason: StopReason | None = None

@@ -163,7 +163,12 @@ class Run:
         wire = encode(response.to_json() + "\n") if self._arguments.json else b""
         lines = [one_line(line)] if line else []
         written: queue.SimpleQueue[None] = queue.SimpleQueue()
-        _thread.start_new_thread(lambda: written.put(self._screen.end(lines, wire)), ())
+
+        def write() -> None:
+            self._screen.end(lines, wire)
+            written.put(None)
+
+        _thread.start_new_thread(write, ())
         while True:
             with contextlib.suppress(queue.Empty):
                 return written.get(timeout=LAST_WORDS)

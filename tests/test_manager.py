@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import FOREVER, alarm, eventually, has_printed, run_as_host, within
+from conftest import FOREVER, alarm, eventually, finish, has_printed, run_as_host, within
 from programs import STUBBORN, when_asked
 
 from sidexec import ExecutionManager, Limits, SideExecutionError
@@ -341,6 +341,25 @@ def test_a_sleeping_execution_uses_next_to_nothing(manager, start):
     id = start(FOREVER)
     assert 100_000 < manager.get_status(id).data.memory_usage < 100_000_000
     eventually(lambda: manager.get_status(id).data.cpu_usage < 5)
+
+
+@pytest.mark.parametrize("preload", [[], ["json"]])
+def test_after_the_end_there_is_what_the_whole_tree_has_used(make_manager, preload):
+    manager = make_manager(preload=preload)
+    child = "x = bytearray(80_000_000)\\nfor i in range(0, len(x), 4096): x[i] = 1"
+    busy = "import time\\nwhile time.process_time() < 0.2: pass"
+    code = f"""
+import os, subprocess, sys, time
+subprocess.run([sys.executable, "-c", "{child}"], check=True)
+if os.fork() == 0:
+    os.setsid()
+    subprocess.run([sys.executable, "-c", "{busy}"], check=True)
+    os._exit(0)
+os.wait()
+"""
+    small, large = finish(manager, "pass"), finish(manager, code)
+    assert 0 <= small.cpu_time < 0.2 <= large.cpu_time < large.duration * os.cpu_count()
+    assert 1_000_000 < small.peak_memory < 80_000_000 < large.peak_memory < 160_000_000
 
 
 # -- threads and hosts

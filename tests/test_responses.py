@@ -22,7 +22,7 @@ ENVELOPE = ["type", "data", "success", "message", "error", "messageId", "threadI
 START = ["sideExecutionId", "status", "startTime", "params", "timeout"]
 STATUS = [
     "sideExecutionId", "status", "startTime", "endTime", "duration", "result", "output", "error",
-    "progress", "memoryUsage", "cpuUsage", "errorOutput", "exitCode", "stopReason", "outputDropped",
+    "progress", "memoryUsage", "cpuUsage", "peakMemory", "cpuTime", "errorOutput", "exitCode", "stopReason", "outputDropped",
 ]  # fmt: skip
 STOP = [
     "sideExecutionId", "status", "stoppedAt", "result", "output",
@@ -160,7 +160,7 @@ def test_keys_of_status(responses):
     assert type(data["duration"]) is int and 0 <= data["duration"] < 60_000
     assert type(data["memoryUsage"]) is int
     assert isinstance(data["cpuUsage"], float)
-    for name in ("endTime", "error", "exitCode", "stopReason"):
+    for name in ("endTime", "error", "exitCode", "stopReason", "peakMemory", "cpuTime"):
         assert data[name] is None
     assert data["outputDropped"] == 0
 
@@ -171,6 +171,8 @@ def test_keys_of_status(responses):
     assert data["duration"] == round(response.data.duration * 1000)
     assert is_time(data["startTime"]) and is_time(data["endTime"])
     assert (data["memoryUsage"], data["cpuUsage"], data["progress"]) == (None, None, None)
+    assert type(data["peakMemory"]) is int
+    assert data["cpuTime"] == round(response.data.cpu_time * 1000)
 
     data = responses["failed"].to_dict()["data"]
     assert data["error"].startswith("ZeroDivisionError: ")

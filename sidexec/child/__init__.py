@@ -25,10 +25,10 @@ through the launcher. `protocol` says what stands in each frame. An execution, i
    snippet then also rehearses. REFUSED says what the system did not give.
 2. RUN goes straight to the snippet, which takes it as soon as it waits for it.
 3. PROGRESS and RESULT come as the code reports them, and RESULT or ERROR at its end.
-4. The host asks the snippet, by SIGTERM and once. STOP makes the keeper do so where the
-   host could not, and kill it when the grace period is over. The end of the control
-   socket, of the launcher and of the host make it do both.
-5. When nothing of the tree is left, the keeper says END, with the exit code. Where a
+4. STOP has the keeper ask the snippet, by SIGTERM and once, and kill it when the grace
+   period is over. So do the end of the control socket, of the launcher and of the host.
+5. When nothing of the tree is left, the keeper says END, with the exit code and what the
+   tree has used. Where a
    keeper was killed, by KILL or by anybody, the launcher sweeps the tree and says LOST.
    So it does where a keeper has failed, which says FAULT and why.
 6. The end of its socket, or of the host, ends the launcher once its keepers have ended.

@@ -1,11 +1,11 @@
 """The keeper: one for each execution, the parent of whatever the snippet leaves.
 
-Responsible for asking the snippet, unless the host has, for its end after the grace
-period, and for the sweep that follows every end: when a keeper says END, no process
-of its execution is left, or END says which are. It never runs user code, never
-believes what a snippet says, and signals no process but its own unreaped children and
-the group of one, so that no pid can have gone to somebody else; `sweeping` reaches
-further. Its launcher, which may be stopped, it continues when the host is gone.
+Responsible for asking the snippet, for its end after the grace period, and for the sweep
+that follows every end: when a keeper says END, no process of its execution is left, or END
+says which are. It never runs user code, never believes what a snippet says, and signals no
+process but its own unreaped children and the group of one, so that no pid can have gone to
+somebody else; `sweeping` reaches further. When the host is gone, it continues its launcher,
+which may be stopped.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
 parent ends, wherever that descendant has moved and whatever it has emptied: the
@@ -63,7 +63,6 @@ class Keeper:
         self._leader = 0
         self._leader_reaped = False
         self._exit_code: int | None = None
-        self._has_asked = False  # this process, and not the host
         self._asked_at: float | None = None
         self._nudge_at = 0.0
         self._asked_strays: set[int] = set()
@@ -123,7 +122,7 @@ class Keeper:
     def _serve(self) -> None:
         """From READY to END, and a moment longer."""
         stuck = [] if self._look_after() else self._kill_all()
-        self._send(END, " ".join(map(str, (self._exit_code, int(self._forced), *stuck))))
+        self._send(END, self._describe_end(stuck))
         while stuck:  # until then the launcher must not take them for its own
             time.sleep(1)
             stuck = self._kill_all()
@@ -131,17 +130,22 @@ class Keeper:
         lifeline.register(self._lifeline, select.POLLIN)
         lifeline.poll(LINGER)
 
+    def _describe_end(self, stuck: list[int]) -> str:
+        seconds, peak = kernel.used_by_children()
+        numbers = (self._exit_code, int(self._forced), round(seconds * 1e6), peak, *stuck)
+        return " ".join(map(str, numbers))
+
     def _rehearse(self, wake_end: int) -> None:
         """Go through a stop, short of any signal and of all that the host would hear.
 
         The pages that this writes to are the keeper's own then, and need not be copied
         while somebody waits.
         """
-        self._obey(pack(STOP, b"0 0"))
+        self._obey(pack(STOP, b"0"))
         self._deadline = None
         kernel.signal_process(os.getpid(), _signal.SIGCHLD)
         control, self._control = self._control, wake_end
-        self._send(END, "0 0")
+        self._send(END, self._describe_end([]))
         self._control = control
         self._wait()
         self._reap()
@@ -164,21 +168,16 @@ class Keeper:
 
     # -- asking
 
-    def _stop(self, grace: float, *, is_asked: bool = False) -> None:
-        """Ask once, if the host does not; every further call can only bring the end nearer.
-
-        A host that has died may have done so before it came to ask.
-        """
+    def _stop(self, grace: float) -> None:
+        """Ask once; every further call can only bring the end nearer."""
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
             self._deadline = deadline
         if grace <= 0 or self._leader_reaped:
             return
         # The leader alone: its cleanup may need the helpers that it has started.
-        if not is_asked and not self._has_asked:
-            self._has_asked = True
-            kernel.signal_process(self._leader, _signal.SIGTERM)
         if self._asked_at is None:
+            kernel.signal_process(self._leader, _signal.SIGTERM)
             kernel.signal_process(self._leader, _signal.SIGCONT)  # a stopped one is deaf
             self._asked_at = time.monotonic()
             self._nudge_at = self._asked_at + FIRST_NUDGE
@@ -254,8 +253,7 @@ class Keeper:
     def _obey(self, data: bytes) -> None:
         for kind, payload in self._inbox.feed(data):
             if kind == STOP:
-                grace, is_asked = payload.split()
-                self._stop(float(grace), is_asked=is_asked == b"1")
+                self._stop(float(payload))
 
     def _drain_for_host(self) -> None:
         """Read the output that nobody reads any more, and throw it away.

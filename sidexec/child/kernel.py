@@ -7,6 +7,8 @@ callers fall back on the process group. Nothing here keeps state or decides.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 from .. import procfs
 
@@ -126,6 +128,16 @@ def reap() -> tuple[int, int] | None:
             _ctypes.call_function(
                 _ptrace, (_PTRACE_DETACH, pid, None, 0 if signum == _SIGTRAP else signum)
             )
+
+
+def used_by_children() -> tuple[float, int]:
+    """The processor time of the children that have been reaped, and of theirs, in seconds.
+
+    And the memory of the largest of these processes, in bytes.
+    """
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * unit
 
 
 def open_pidfd(pid: int) -> int | None:

@@ -14,6 +14,7 @@ import _functools  # type: ignore[import-not-found]
 import atexit
 import marshal
 import os
+import resource
 import sys
 
 from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT, pack
@@ -258,7 +259,6 @@ class Snippet:
     def _set_limits(self, limits: dict[str, int]) -> None:
         if not limits:
             return
-        resource = self._library.module("resource")
         for name, value in limits.items():
             kind = getattr(resource, name)
             soft, hard = resource.getrlimit(kind)

@@ -51,6 +51,8 @@ class End:
     error: str | None
     result: bytes | None  # JSON
     stuck: tuple[int, ...]  # pids that the kernel does not let go of
+    cpu_time: float | None
+    peak_memory: int | None
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,23 @@ class Execution:
         error: str | None = None,
         result: bytes | None = None,
         stuck: tuple[int, ...] = (),
+        cpu_time: float | None = None,
+        peak_memory: int | None = None,
     ) -> None:
         """Say how it ended; the first call counts, and every call tells whoever waits."""
         duration = time.monotonic() - self.started_at
-        end = End(status, now(), duration, exit_code, forced, error, result, stuck)
+        end = End(
+            status,
+            now(),
+            duration,
+            exit_code,
+            forced,
+            error,
+            result,
+            stuck,
+            cpu_time,
+            peak_memory,
+        )
         self._claims.setdefault("end", end)
         self.state = State.ENDED
         self._tell()

@@ -98,7 +98,7 @@ class Pair:
         control = self._control
         if control is not None:
             # A keeper that is stopped, or gone, is left to the deadline.
-            control.send(protocol.pack(protocol.STOP, f"{grace!r} 0".encode()))
+            control.send(protocol.pack(protocol.STOP, repr(grace).encode()))
         self.wake()
 
     def hand_over(self, execution: Execution) -> None:

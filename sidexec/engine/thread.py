@@ -82,6 +82,8 @@ class _Run:
         self._exit_code: int | None = None
         self._forced = True
         self._stuck: Pids = ()
+        self._cpu_time: float | None = None
+        self._peak_memory: int | None = None
         self._error: str | None = None  # what the snippet says of its own failure
         self._fault: str | None = None  # what is wrong with the snippet, or its keepers
         self._keeper_fault: str | None = None  # what the keeper says of its own failure
@@ -128,7 +130,8 @@ class _Run:
         frames, is_open = self._pair.read_control()
         for kind, text in frames:
             if kind == protocol.END:
-                code, forced, *stuck = text.split()
+                code, forced, microseconds, peak, *stuck = text.split()
+                self._cpu_time, self._peak_memory = int(microseconds) / 1e6, int(peak)
                 self._exit_code = None if code == "None" else int(code)
                 self._forced = forced == "1"
                 self._stuck = tuple(map(int, stuck))
@@ -258,7 +261,14 @@ class _Run:
             pids = ", ".join(map(str, self._stuck))
             error = f"the kernel does not let go of process {pids}: end it by hand, if it can be"
         execution.finish(
-            status, code, forced=self._forced, error=error, result=result, stuck=self._stuck
+            status,
+            code,
+            forced=self._forced,
+            error=error,
+            result=result,
+            stuck=self._stuck,
+            cpu_time=self._cpu_time,
+            peak_memory=self._peak_memory,
         )
         # Afterwards, since whoever waits may hold the lock of a log's handler.
         if self._fault is not None:
