@@ -27,6 +27,7 @@ from . import (
     suspending,
 )
 from .responses import Response
+from .starting import INHERITED
 from .terminal import STDERR, STDOUT, Screen, encode, one_line, tell
 
 # Exit codes, where it is not the snippet's own.
@@ -84,14 +85,17 @@ class Run:
         return exit_code if failure is None else report(failure)
 
     def _start(self, code: str | None) -> StartSideExecutionResponse:
-        params, on_output = self._arguments.params, self._write
+        path, *args = self._arguments.block or [None]
+        options = {
+            "params": self._arguments.params,
+            "on_output": self._write,
+            # Unless the code was read from it.
+            "stdin": None if path == "-" else INHERITED,
+        }
         try:
             if code is not None:
-                return self._manager.start_with_code(code, params, on_output=on_output)
-            path, *args = self._arguments.block
-            return self._manager.start_with_action_block(
-                path, params, args=args, on_output=on_output
-            )
+                return self._manager.start_with_code(code, **options)
+            return self._manager.start_with_action_block(path, args=args, **options)
         except ValueError as error:
             parser: argparse.ArgumentParser = self._arguments.parser
             parser.error(str(error))

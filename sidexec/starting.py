@@ -37,6 +37,10 @@ DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
 """As a `timeout`: the one that the manager was made with."""
 
 
+# For `stdin`, from the command line alone: what this process has.
+INHERITED: Any = object()
+
+
 @dataclasses.dataclass
 class Request:
     """What a start was called with; `check` makes of it what it means."""
@@ -76,7 +80,7 @@ class Request:
             self.input = checks.utf8("input", self.input).encode()
         if not isinstance(self.input, (bytes, type(None))):
             raise TypeError(f"input must be a str or bytes, not {type(self.input).__name__}")
-        if self.stdin not in (None, PIPE):
+        if self.stdin not in (None, PIPE, INHERITED):
             raise ValueError(f"stdin must be None or subprocess.PIPE, not {self.stdin!r}")
         if self.stdin is not None and self.input is not None:
             raise ValueError("input is all of standard input: stdin can't be given with it")
@@ -112,7 +116,6 @@ class Request:
             "args": self.args,
             "params": self.params,
             "cwd": self.cwd or _current_directory(),
-            "has_input": self.input is not None or self.stdin is not None,
             "joins_stderr": self.stderr is not None,
             "limits": self.limits._to_request(),
         }
@@ -121,15 +124,19 @@ class Request:
             marshal.dumps(frame, 2),
             output,
             None if self.on_output is None else Delivery(id, self.on_output),
-            Input(self.input or b"", is_open=self.stdin is not None)
-            if frame["has_input"]
-            else None,
+            self._input(),
             thread_id=self.thread_id,
             action_block=self.block,
             timeout=self.timeout,
             on_begin=on_begin,
             on_end=on_end,
         )
+
+    def _input(self) -> Input | None:
+        if self.input is None and self.stdin is None:
+            return None
+        is_own = self.stdin is INHERITED
+        return Input(self.input or b"", is_open=self.stdin == PIPE, is_own=is_own)
 
     def answer(self, execution: Execution | None, error: str | None) -> StartSideExecutionResponse:
         data = StartData(

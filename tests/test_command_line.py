@@ -192,11 +192,6 @@ def test_code_from_standard_input_may_say_its_encoding(cli):
         assert (returncode, out, err.count("\n")) == (2, "", 1)
 
 
-def test_a_snippet_finds_its_standard_input_empty(cli):
-    code = "import sys; print(repr(sys.stdin.read()))"
-    assert cli.run("run", "-c", code, input=b"for somebody else")[1] == "''\n"
-
-
 # -- output
 
 
@@ -510,6 +505,33 @@ def test_nothing_is_left_when_the_command_is_killed(cli):
     process.kill()
     process.wait()
     eventually(lambda: not cli.left())
+
+
+# -- standard input
+
+
+READ = "import sys; print(sys.stdin.readline(), end='')"
+
+
+def test_the_snippet_has_the_standard_input_of_the_command(cli, tmp_path):
+    (tmp_path / "read.py").write_text(READ)
+    (tmp_path / "lines").write_text("one\ntwo\n")
+    assert cli.run("run", "-c", READ, input=b"one\ntwo\n")[1] == "one\n"
+    with open(tmp_path / "lines") as lines:
+        assert cli.run("run", "read.py", stdin=lines)[1] == "one\n"
+    many = b"x" * 1_000_000
+    count = "import sys; print(len(sys.stdin.buffer.read()))"
+    assert cli.run("run", "-c", count, input=many)[1] == "1000000\n"
+
+
+def test_what_a_snippet_does_not_read_is_left_for_the_next(cli):
+    command = [*cli.argv("run", "-c"), "import os; os.write(1, os.read(0, 4))"]
+    shell = ["sh", "-c", '"$@"; cat', "sh", *command]
+    assert finish(cli.popen(shell, stdin=subprocess.PIPE), b"one\ntwo\n") == (0, "one\ntwo\n", "")
+
+
+def test_where_the_code_came_from_standard_input_the_snippet_has_none(cli):
+    assert cli.run("run", "-", input=READ.encode() + b"\n")[:2] == (0, "")
 
 
 # -- blocks

@@ -39,6 +39,14 @@ for number in range(30):
     assert terminal.lines() == [f"partial {number} whole" for number in range(30)] + [""]
 
 
+def test_a_prompt_is_answered_at_the_terminal(cli):
+    terminal = Terminal(cli, "run", "-c", "print('hello', input('name? '))")
+    terminal.until(lambda: terminal.lines() == ["name?"])
+    terminal.press(b"Ada\n")
+    assert terminal.finish() == 0
+    assert terminal.lines() == ["name? Ada", "hello Ada", ""]
+
+
 @pytest.mark.parametrize("columns", [30, 12])
 def test_a_bar_leaves_nothing_behind_when_the_window_is_resized(cli, tmp_path, columns):
     code = f"{UNTIL_FILE}\nprint('one')\nreport_progress(50)\nuntil_file('go')\nprint('two')"

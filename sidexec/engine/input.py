@@ -17,13 +17,18 @@ MOST = 1024 * 1024
 
 
 class Input:
-    def __init__(self, data: bytes, *, is_open: bool) -> None:
-        """`data` is all of it, unless it `is_open` for more. Raises `OSError` where there are
-        no descriptors left."""
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        self.reader: Descriptor | None = Descriptor(reader)  # until the snippet has it
-        self.writer: Descriptor | None = Descriptor(writer)
+    def __init__(self, data: bytes, *, is_open: bool, is_own: bool) -> None:
+        """`data` is all of it, unless it `is_open` for more, or `is_own`: what this process
+        has for its own standard input. Raises `OSError` where no descriptors are left.
+        """
+        self.reader: Descriptor | None = None  # until the snippet has it
+        self.writer: Descriptor | None = None
+        if is_own:
+            self.reader = Descriptor(os.dup(0))
+        else:
+            reader, writer = os.pipe()
+            self.reader, self.writer = Descriptor(reader), Descriptor(writer)
+            os.set_blocking(writer, False)
         self.is_open = is_open
         self.changed = Bell()  # when there is less of it
         self._waiting: deque[bytes] = deque([data] if data else [])
