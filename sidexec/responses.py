@@ -8,8 +8,10 @@ ours and starts nothing: a response is what it was, wherever it is unpickled.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Literal, TypeVar
@@ -189,6 +191,14 @@ class ListActionBlocksData(_Wire):
     search_path: str
 
 
+_counter = itertools.count()
+
+
+def _new_id() -> str:
+    """Another one each time, in all processes; random bytes would cost a call as much again."""
+    return f"{os.getpid():x}-{time.time_ns():x}-{next(_counter):x}"
+
+
 @dataclass(frozen=True, repr=False)
 class Response(_Wire):
     """What every method answers with: whether it succeeded, and its data.
@@ -203,7 +213,7 @@ class Response(_Wire):
     success: bool = True
     message: str | None = None
     error: str | None = None
-    message_id: str = field(default_factory=lambda: os.urandom(16).hex())
+    message_id: str = field(default_factory=_new_id)
     thread_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -99,7 +99,9 @@ class Screen:
     def end(self, lines: list[bytes], response: bytes) -> None:
         """Write the last lines to standard error, a response to standard output."""
         with self._lock:
-            for line in [*self._notices, *lines]:
+            while self._notices:  # their thread has yet to come
+                self._say(self._notices.popleft())
+            for line in lines:
                 self._say(line)
             self._clear()
             self.has_bar = False

@@ -10,10 +10,11 @@ import threading
 import time
 
 import pytest
-from conftest import children, eventually
+from conftest import children, eventually, is_alive
 from test_misbehaving_hosts import run_host
 
 from sidexec.engine import payload
+from sidexec.engine.pair import Pair
 
 SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
 
@@ -110,6 +111,47 @@ def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, monkeypatch, 
         assert result_of(manager, "return 1") == 1
     finally:
         payload.load.cache_clear()
+
+
+def spare_of(manager):
+    (launcher,) = manager._engine._launchers
+    return eventually(lambda: [*launcher._requests._spares])[0]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_spare_that_ends_as_it_is_handed_a_request(launcher_of, monkeypatch, stopped):
+    manager, launcher = launcher_of
+    spare = spare_of(manager)
+    if stopped:
+        os.kill(launcher, signal.SIGSTOP)
+    answers = iter([False])  # when it is handed over, and then what is true
+    is_gone = Pair.is_gone
+    monkeypatch.setattr(Pair, "is_gone", lambda self: next(answers, True) and is_gone(self))
+    os.kill(spare.keeper_pid, signal.SIGKILL)
+    eventually(lambda: not is_alive(spare.keeper_pid))
+    data = manager.run("return 2").data
+    assert data.result == (None if stopped else 2)
+    assert not stopped or f"pid {launcher}) was stopped by a signal" in data.error
+    assert list(answers) == []
+
+
+def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeypatch):
+    manager, _ = launcher_of
+    spare_of(manager)
+    released = []
+
+    def release_it(pair):
+        if released:
+            return is_gone(pair)
+        released.append(pair)
+        pair.release()
+        eventually(lambda: not pair.reads(pair.channel))  # closed by its thread
+        return False
+
+    is_gone = Pair.is_gone
+    monkeypatch.setattr(Pair, "is_gone", release_it)
+    assert result_of(manager, "return 2") == 2
+    assert len(released) == 1
 
 
 # -- what a snippet sends

@@ -12,7 +12,9 @@ import _signal  # type: ignore[import-not-found]  # `signal` costs 5 ms, for its
 import _thread
 import os
 import sys
+import time
 
+from . import loops
 from .library import Library
 
 TYPE_CHECKING = False
@@ -27,7 +29,11 @@ ASKED_EXIT_CODE = 128 + _signal.SIGTERM
 WAITING = 0  # for its code: it leaves at once
 RUNNING = 1  # the user's code: it raises
 LEAVING = 2  # exit handlers and joined threads: it raises in those that take their time
-SETTLING = 3  # our own code, on the way out anyway: nothing
+SETTLING = 3  # our own code, on the way out anyway: nothing, until it is LEAVING
+
+# How long an exit handler or a callback may take that begins after the ask, in seconds: by
+# the second nudge it is over.
+PATIENCE = 0.05
 
 
 class StopRequested(SystemExit):
@@ -50,7 +56,7 @@ class Ask:
         self._is_scheduled = False
         self._has_raised = False
         self._loop: Any = None  # that runs when it is raised
-        self._put_off = 0  # by so many nudges, the second of which comes after 0.1 s
+        self._due_at: float | None = None  # when it is raised after all, where it was put off
         self._undo_trace: Callable[[], None] | None = None
         hooks = (Ask._before_fork, Ask._after_fork_in_parent)
         self._hooks = frozenset(hook.__code__ for hook in hooks)
@@ -109,29 +115,29 @@ class Ask:
                 self._interrupt(sys._getframe(1), at_once=False)
 
         sys.unraisablehook = raise_again
-        if self.phase == LEAVING:
-            self._put_off = 2  # it would end a handler that has just begun to clean up
+        if self.phase != RUNNING:
+            self._put_off()  # it would end a handler that has just begun to clean up
         elif self._is_held:
             self._is_deferred = True
-        elif self.phase == RUNNING:
+        else:
             self._interrupt(frame)
 
     def _interrupt(self, frame: FrameType | None, *, at_once: bool = True) -> None:
         """Raise the exception, where it does what the code around it expects."""
         events = sys.modules.get("asyncio.events")
         if events is not None:
-            maker = _maker_of_a_loop(frame)
+            maker = loops.maker_of_a_loop(frame)
             if maker is not None:
                 self._raise_at_next_opcode(maker)  # half a loop could not be closed
                 return
             running = events._get_running_loop()
-            loop = running or _loop_about_to_run(frame)
+            loop = running or loops.loop_about_to_run(frame)
             if loop is not None:
                 self._prepare_loop(loop)
             caller = frame
             while caller is not None and caller.f_globals.get("__name__") == "selectors":
                 caller = caller.f_back  # the loop's, or the code's own
-            outside = _first_outside_asyncio(caller)
+            outside = loops.first_outside_asyncio(caller)
             if loop is not None and (running is None or outside is not caller):
                 # Raised there, the exception could take the wakeup of a task with it,
                 # and that task's cleanup would never run. So: by the loop itself, or
@@ -155,11 +161,15 @@ class Ask:
         """The keeper's, that interrupts a call which began too late to hear the ask."""
         # An exit handler or a callback is still at work, or the loop has not come to it:
         # the handler, callback or task holds it up, and may do so for ever.
-        is_due = self._is_scheduled if self._put_off == 0 else self._put_off == 1
-        self._put_off = max(0, self._put_off - 1)
+        due_at = self._due_at
+        is_due = self._is_scheduled if due_at is None else time.monotonic() >= due_at
         if is_due and self._may_raise():
+            self._due_at = None
             self._disarm()
             self._interrupt(frame)
+
+    def _put_off(self) -> None:
+        self._due_at = time.monotonic() + PATIENCE
 
     def _raise_if_scheduled(self) -> None:
         if self._is_scheduled:
@@ -270,13 +280,14 @@ class Ask:
             is_cleanup = getattr(task, "_must_cancel", False) or any(
                 is_future(each) and each.cancelled() for each in arguments
             )
-            self._put_off = 0 if is_cleanup else 2
+            if not is_cleanup:
+                self._put_off()
             try:
                 callback(*arguments)
             except StopRequested:
                 pass
             finally:
-                self._put_off = 0
+                self._due_at = None
 
         handle._callback = call
 
@@ -305,46 +316,3 @@ class Ask:
             opcodes = self._library.module("opcode").opmap
             Ask._jumps = frozenset(opcodes[name] for name in opcodes if "JUMP_BACKWARD" in name)
         return Ask._jumps
-
-
-def _first_outside_asyncio(frame: FrameType | None) -> FrameType | None:
-    """The frame that has called into asyncio's code; None if that is the loop alone.
-
-    What asyncio calls on its own behalf, to start a thread or to hand it something,
-    counts as its code: an exception there could leave a lock taken.
-    """
-    innermost = None
-    while frame is not None and frame.f_code.co_name != "_run_once":
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package in ("asyncio", "selectors"):
-            innermost = None
-        elif package in ("concurrent", "threading", "queue"):
-            innermost = innermost or frame  # the user's call, unless asyncio comes next
-        else:
-            return innermost or frame
-        frame = frame.f_back
-    return innermost
-
-
-def _loop_about_to_run(frame: FrameType | None) -> Any:
-    """The event loop that `frame`, of asyncio's own code, is about to run, or has run."""
-    found = None
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] != "asyncio":
-            break
-        for value in map(frame.f_locals.get, ("self", "loop")):
-            loop: Any = getattr(value, "_loop", value)
-            if hasattr(loop, "call_soon_threadsafe") and not loop.is_closed():
-                found = loop
-        frame = frame.f_back
-    return found
-
-
-def _maker_of_a_loop(frame: FrameType | None) -> FrameType | None:
-    """The frame that waits for a new event loop, where `frame` is making one."""
-    found = None
-    while frame is not None:
-        if frame.f_code.co_name == "new_event_loop":
-            found = frame.f_back
-        frame = frame.f_back
-    return found

@@ -61,34 +61,43 @@ class Engine:
         try:
             if execution.delivery is not None:
                 execution.delivery.start()
-            until = time.monotonic() + START_LIMIT
-            while not execution.is_decided():
-                self._begin(execution, self._launcher(environment, is_default), until)
+            execution.place = lambda: self._place(execution, environment, is_default)
+            execution.place()
+            if not execution.promise():
+                execution.changed.wait_for(execution.is_decided)
         except RuntimeError as problem:
             self._refuse(execution, f"could not start a thread: {problem}")
         finally:
             if not execution.is_queued:  # a signal handler raised, and nobody may take it
                 execution.refuse("its start was interrupted")
 
-    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> None:
-        """Have it begin on `launcher`, unless that is not up any more."""
+    def _place(self, execution: Execution, environment: Environment, is_default: bool) -> None:
+        """Hand it to a pair that is ready, or wait until one has begun it."""
+        until = time.monotonic() + START_LIMIT
+        is_placed = False
+        while not is_placed and not execution.is_decided():
+            is_placed = self._begin(execution, self._launcher(environment, is_default), until)
+
+    def _begin(self, execution: Execution, launcher: Launcher, until: float) -> bool:
+        """Have it begin on `launcher`, unless that is not up any more; whether a pair has it."""
         launcher.boot()
-        launcher.submit(execution)
+        is_placed = launcher.submit(execution)
         # Known only now: a signal handler that came before, and waited for it, would wait
         # for the very call that it has interrupted.
         self.know(execution)
-        if self.is_closing:
-            self._refuse(execution, CLOSED)
-        while not execution.is_decided() and launcher.is_up:
+        if self.is_closing and not self._refuse(execution, CLOSED):
+            execution.stop("closed", 0.0)  # a pair has just begun it
+        while not is_placed and not execution.is_decided() and launcher.is_up:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
-                return
+                return True
             if launcher.is_stopped():
                 launcher.abandon("was stopped by a signal: start anew")
             elif time.monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: start anew")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
-        if not execution.is_decided():
+        if not is_placed and not execution.is_decided():
             launcher.withdraw(execution)
+        return is_placed
 
     def know(self, execution: Execution) -> None:
         """Let it be listed, by its start and by the thread that begins it."""
@@ -205,9 +214,12 @@ class Engine:
         if launcher in self._launchers:
             self._launchers.remove(launcher)
 
-    def _refuse(self, execution: Execution, reason: str) -> None:
-        if execution.claim(NOBODY):
+    def _refuse(self, execution: Execution, reason: str) -> bool:
+        """Unless a pair has it already."""
+        is_free = execution.claim(NOBODY)
+        if is_free:
             execution.refuse(reason)
+        return is_free
 
     # -- what is remembered
 

@@ -123,6 +123,9 @@ class Execution:
         self.started_at = time.monotonic()
         self.state = State.WAITING
         self.is_queued = False  # and so will begin, or be refused
+        self.deadlines: list[float] = []  # of stops, and perhaps of such as came before that
+        self.place: Callable[[], object] = bool  # finds a pair for it, and may wait for one
+        self.umask: int | None = None  # the host's at its start
         self.is_forgotten = False
         self.refusal: str | None = None  # why it could not be started
         self.progress: float | None = None
@@ -188,12 +191,15 @@ class Execution:
         """
         if self._claims.setdefault("stop", Stop(reason, caller)) is None:
             return  # it has come to its end by itself
-        self.claim(NOBODY)
-        if self.owner is NOBODY:
-            self.finish("stopped")
+        if self._claims.get("promise"):
+            self.deadlines.append(time.monotonic() + grace)  # for the pair that begins it
         else:
-            assert self.owner is not None
-            self.owner.ask(grace)
+            self.claim(NOBODY)
+        owner = self.owner
+        if owner is NOBODY:
+            self.finish("stopped")
+        elif owner is not None:
+            owner.ask(grace)
 
     def when_through(self, call: Callable[[], object]) -> None:
         """Call it once, when this has ended and `on_output` has had everything."""
@@ -216,11 +222,14 @@ class Execution:
 
     # -- from its owner
 
+    def promise(self) -> bool:
+        """Say that it runs, though it may not have begun yet; false where it was refused."""
+        return self._claims.setdefault("promise", True) is True
+
     def begin(self) -> bool:
         """False where it has been refused meanwhile, as its start was interrupted."""
         if self._claims.setdefault("fate", self) is not self:
             return False
-        self.request = b""
         self._on_begin(self)
         self.state = State.RUNNING
         self.changed.ring()
@@ -232,6 +241,8 @@ class Execution:
             return  # it runs, or was refused before
         if self.is_stopped():
             self.finish("stopped")
+        elif self._claims.setdefault("promise", False):
+            self.finish("failed", error=reason)
         else:
             self.refusal = reason
             self.state = State.REFUSED

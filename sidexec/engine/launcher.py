@@ -81,11 +81,16 @@ class Launcher:
         if self._unstarted:
             native("_thread", "start_new_thread")(self._run, ())
 
-    def submit(self, execution: Execution) -> None:
-        """Queue it. It is begun or refused, or nobody's if this launcher is not up."""
+    def submit(self, execution: Execution) -> bool:
+        """Queue it; whether a pair has it that is ready.
+
+        It is begun or refused, or nobody's if this launcher is not up.
+        """
         self._running[execution.id] = execution
-        self._requests.put(execution)
+        execution.umask = self.umask()
+        is_placed = self._requests.put(execution)
         execution.is_queued = True
+        return is_placed
 
     def withdraw(self, execution: Execution) -> None:
         """It has ended, or will not begin here."""

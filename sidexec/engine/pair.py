@@ -11,6 +11,7 @@ import fcntl
 import marshal
 import math
 import os
+import queue
 import select
 import sys
 import termios
@@ -73,6 +74,7 @@ class Pair:
         self.input_fd = -1  # while it is waited for room there
         self.was_killed = False  # its keeper, before it was ready
         self._has_ended = False  # before it had a request
+        self._is_released = False  # and so takes none
         self._deadlines: list[float] = []
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
         self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
@@ -101,9 +103,23 @@ class Pair:
             control.send(protocol.pack(protocol.STOP, repr(grace).encode()))
         self.wake()
 
-    def hand_over(self, execution: Execution) -> None:
-        """Have a spare pair begin `execution`: in one step, that nothing cuts in two."""
+    def hand_over(self, execution: Execution) -> bool:
+        """Have a spare pair begin `execution`, in one step; false where it is gone."""
+        if self.is_gone():
+            self.release()
+            return False
         self._inbox.put(execution)
+        # Its thread may have been released meanwhile: whoever finds it there has it.
+        return not self._is_released or execution not in self.left_requests()
+
+    def left_requests(self) -> list[Execution]:
+        """Take out what was handed over when nobody waited for it any more."""
+        found = []
+        try:
+            while True:
+                found.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return [each for each in found if each is not None]
 
     def release(self) -> None:
         """Let go of a pair that waits for a request."""
@@ -159,10 +175,11 @@ class Pair:
         poll = native("select", "poll")()
         for fd in (self.control_fd, self.channel):
             poll.register(fd, select.POLLIN)
-        return self._has_ended or bool(poll.poll(0))
+        return self._has_ended or self._is_released or bool(poll.poll(0))
 
     def wait_for_request(self) -> Execution | None:
         execution: Execution | None = self._inbox.get()
+        self._is_released = execution is None
         return execution
 
     def watch(self) -> None:
@@ -264,9 +281,11 @@ class Pair:
             except OSError:
                 pass  # over what one user may have, or no pipe
 
-    def send(self, execution: Execution, umask: int | None) -> None:
+    def send(self, execution: Execution) -> None:
         """Send its request to the snippet that waits for it, as far as there is room."""
-        frame = protocol.pack(protocol.RUN, marshal.dumps((umask, execution.request), 2))
+        request = marshal.dumps((execution.umask, execution.request), 2)
+        frame = protocol.pack(protocol.RUN, request)
+        execution.request = b""
         self._unsent = memoryview(frame)
         input = execution.input
         if input is not None and input.reader is not None and self._channel is not None:

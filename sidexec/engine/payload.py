@@ -26,6 +26,7 @@ _MODULES = (
     "child.library",
     "child.source",
     "child.streams",
+    "child.loops",
     "child.asking",
     "child.leaving",
     "child.channel",

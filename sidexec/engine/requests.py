@@ -35,16 +35,19 @@ class Requests:
 
     # -- from any thread
 
-    def put(self, execution: Execution) -> None:
-        """Hand it to a spare pair, or let it wait for a pair."""
-        try:
-            pair = self._spares.popleft()
-        except IndexError:
-            self._waiting.append(execution)
-            self._wanted.append(None)
-            self._ask_for_pairs()
-        else:
-            pair.hand_over(execution)
+    def put(self, execution: Execution) -> bool:
+        """Hand it to a spare pair, or let it wait for a pair; whether a spare one has it."""
+        while True:
+            try:
+                pair = self._spares.popleft()
+            except IndexError:
+                break
+            if pair.hand_over(execution):
+                return True
+        self._waiting.append(execution)
+        self._wanted.append(None)
+        self._ask_for_pairs()
+        return False
 
     def refuse_all(self, reason: str) -> None:
         while self._refuse_one(reason):
@@ -88,7 +91,7 @@ class Requests:
             if execution is None:
                 return None
             if pair.is_gone():
-                self.put(execution)
+                execution.place()
                 return None
             if execution.claim(pair):  # else it was withdrawn
                 return execution

@@ -70,6 +70,8 @@ def main(pair: Pair, launcher: Launcher) -> None:
     finally:
         pair.close()
         launcher.release(pair)
+        for each in pair.left_requests():
+            each.place()
 
 
 class _Run:
@@ -91,10 +93,13 @@ class _Run:
     def run(self) -> None:
         execution, pair = self._execution, self._pair
         delivery = execution.delivery
-        # The host's umask is read here, where no signal handler comes in between.
-        pair.send(execution, self._launcher.umask())
+        if execution.umask is None:
+            execution.umask = self._launcher.umask()
         if not execution.begin():
             return
+        pair.send(execution)
+        for deadline in list(execution.deadlines):
+            pair.ask(max(0.0, deadline - time.monotonic()))
         pair.watch()
         if execution.input is not None:
             pair.feed(execution.input)
