@@ -68,11 +68,14 @@ class Screen:
     def notify(self, line: bytes) -> None:
         """Have a line of ours written to standard error, without waiting for that.
 
-        For signal handlers: they may have interrupted a call that holds the lock. And
-        what takes a line now may be full by the time that it is written.
+        For signal handlers: they may have interrupted a call that holds the lock. And a
+        pipe that takes a line now may be full by the time that it is written.
         """
         self._notices.append(line)
-        _thread.start_new_thread(self._show, ())
+        if STDERR in self._terminals:
+            self._show()
+        else:
+            _thread.start_new_thread(self._show, ())
 
     def refresh(self, percent: float | None = None) -> None:
         """Draw what is new on a terminal, unless something is being written."""
