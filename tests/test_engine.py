@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import children, eventually
+from conftest import begin, children, descriptors, eventually
 from test_misbehaving_hosts import run_host
 
 from sidexec.engine import payload
@@ -297,3 +297,15 @@ def test_a_manager_says_how_many_run(make_manager):
     assert repr(manager) == "<ExecutionManager, 1 running>"
     manager.close()
     assert repr(manager) == "<ExecutionManager, closed>"
+
+
+def test_the_descriptors_of_an_execution_are_closed_when_its_end_is_told(launcher_of):
+    manager, launcher = launcher_of
+    ids = [begin(manager, SLEEP) for _ in range(2)]
+    (pairs,) = [each._pairs for each in manager._engine._launchers]
+    eventually(lambda: len(pairs) == 3 and all(pair.ready_at for pair in pairs.values()))
+    before = len(descriptors())
+    for id in ids:
+        manager.stop(id)
+        before -= 5  # the control socket, the channel, both outputs and what wakes the thread
+        assert len(descriptors()) == before
