@@ -14,6 +14,7 @@ from conftest import begin, children, descriptors, eventually
 from test_misbehaving_hosts import run_host
 
 from sidexec.engine import payload
+from sidexec.engine.launcher import Launcher
 
 SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
 
@@ -309,3 +310,23 @@ def test_the_descriptors_of_an_execution_are_closed_when_its_end_is_told(launche
         manager.stop(id)
         before -= 5  # the control socket, the channel, both outputs and what wakes the thread
         assert len(descriptors()) == before
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_a_start_that_is_interrupted_while_it_asks_for_a_pair_takes_none_from_the_next(
+    manager, monkeypatch
+):
+    env = {**os.environ, "OWN": "1"}  # for which no pair is forked ahead
+    begin(manager, SLEEP, env=env)
+
+    def interrupt(*args):
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Launcher, "_send", interrupt)
+        with pytest.raises(Interrupt):
+            manager.start_with_code("pass", env=env)
+    assert manager.run("return 1", env=env).data.result == 1
