@@ -15,6 +15,7 @@ from test_misbehaving_hosts import run_host
 
 from sidexec.engine import payload
 from sidexec.engine.launcher import Launcher
+from sidexec.engine.requests import Requests
 
 SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
 
@@ -330,3 +331,36 @@ def test_a_start_that_is_interrupted_while_it_asks_for_a_pair_takes_none_from_th
         with pytest.raises(Interrupt):
             manager.start_with_code("pass", env=env)
     assert manager.run("return 1", env=env).data.result == 1
+
+
+class Request:
+    """As much of an execution as `Requests` knows of."""
+
+    refusal = None
+
+    def claim(self, owner):
+        return True
+
+    def refuse(self, reason):
+        self.refusal = reason
+
+
+class ReadyPair:
+    def __init__(self, is_ahead):
+        self.is_ahead = is_ahead
+
+    def is_gone(self):
+        return False
+
+
+def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
+    requests = Requests(lambda frame: None)
+    requests.open()
+    first, second = Request(), Request()
+    requests.put(first)
+    assert requests.take(ReadyPair(is_ahead=True)) is first  # so one pair too many comes
+    requests.put(second)
+    requests.miss(False, "the first")
+    assert second.refusal is None
+    requests.miss(False, "the second")
+    assert second.refusal == "the second"
