@@ -9,6 +9,7 @@ is another process.
 from __future__ import annotations
 
 import os
+import time
 
 
 class Usage:
@@ -52,6 +53,12 @@ def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped a process; false where that can't be told."""
     fields = _stat(pid)
     return fields is not None and fields[0] in (b"T", b"t")
+
+
+def now() -> float:
+    """By the clock that `began_at` goes by, if there is one."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return float("inf") if clock is None else time.clock_gettime(clock)
 
 
 def began_at(pid: int) -> float | None:

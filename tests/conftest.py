@@ -32,6 +32,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
 ENVIRONMENT = {name: os.environ[name] for name in os.environ if name != "PYTEST_CURRENT_TEST"}
 HOST_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": ROOT}
 
+IS_FREE_THREADED = "t" in sys.abiflags
+# There the allocator reserves address space ahead; see test_lifetime.py.
+limits_memory = pytest.mark.skipif(IS_FREE_THREADED, reason="can't be limited without the GIL")
+
 FOREVER = "import time\nprint('ready', flush=True)\nwhile True: time.sleep(60)"
 
 

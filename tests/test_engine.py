@@ -10,11 +10,13 @@ import threading
 import time
 
 import pytest
-from conftest import children, eventually, is_alive
+from conftest import begin, children, descriptors, eventually, is_alive
 from test_misbehaving_hosts import run_host
 
 from sidexec.engine import payload
+from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
+from sidexec.engine.requests import Requests
 
 SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
 
@@ -339,3 +341,68 @@ def test_a_manager_says_how_many_run(make_manager):
     assert repr(manager) == "<ExecutionManager, 1 running>"
     manager.close()
     assert repr(manager) == "<ExecutionManager, closed>"
+
+
+def test_the_descriptors_of_an_execution_are_closed_when_its_end_is_told(launcher_of):
+    manager, launcher = launcher_of
+    ids = [begin(manager, SLEEP) for _ in range(2)]
+    (pairs,) = [each._pairs for each in manager._engine._launchers]
+    eventually(lambda: len(pairs) == 3 and all(pair.ready_at for pair in pairs.values()))
+    before = len(descriptors())
+    for id in ids:
+        manager.stop(id)
+        before -= 5  # the control socket, the channel, both outputs and what wakes the thread
+        assert len(descriptors()) == before
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_a_start_that_is_interrupted_while_it_asks_for_a_pair_takes_none_from_the_next(
+    manager, monkeypatch
+):
+    env = {**os.environ, "OWN": "1"}  # for which no pair is forked ahead
+    begin(manager, SLEEP, env=env)
+
+    def interrupt(*args):
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Launcher, "_send", interrupt)
+        with pytest.raises(Interrupt):
+            manager.start_with_code("pass", env=env)
+    assert manager.run("return 1", env=env).data.result == 1
+
+
+class Request:
+    """As much of an execution as `Requests` knows of."""
+
+    refusal = None
+
+    def claim(self, owner):
+        return True
+
+    def refuse(self, reason):
+        self.refusal = reason
+
+
+class ReadyPair:
+    def __init__(self, is_ahead):
+        self.is_ahead = is_ahead
+
+    def is_gone(self):
+        return False
+
+
+def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
+    requests = Requests(lambda frame: None)
+    requests.open()
+    first, second = Request(), Request()
+    requests.put(first)
+    assert requests.take(ReadyPair(is_ahead=True)) is first  # so one pair too many comes
+    requests.put(second)
+    requests.miss(False, "the first")
+    assert second.refusal is None
+    requests.miss(False, "the second")
+    assert second.refusal == "the second"

@@ -10,7 +10,7 @@ import textwrap
 import time
 
 import pytest
-from conftest import descriptors, eventually, one_in
+from conftest import descriptors, eventually, limits_memory, one_in
 from test_misbehaving_hosts import run_host
 
 import sidexec
@@ -372,6 +372,7 @@ def test_a_fork_that_fails_on_the_other_side_is_told(host, tmp_path, where, firs
 MEMORIES = [1, 4096, 2**20, 16 * 2**20, 24 * 2**20, 32 * 2**20, 48 * 2**20]
 
 
+@limits_memory
 @pytest.mark.parametrize("memory", one_in(3, MEMORIES))
 @pytest.mark.parametrize(
     "code",
@@ -391,6 +392,7 @@ def test_a_snippet_without_memory_fails_for_itself(manager, run, memory, code):
     assert run("return 1").result == 1
 
 
+@limits_memory
 @pytest.mark.parametrize("megabytes", [256, 400])
 def test_a_moderate_limit_of_memory_is_a_memory_error_that_a_snippet_can_handle(run, megabytes):
     code = (
@@ -405,6 +407,7 @@ def test_a_moderate_limit_of_memory_is_a_memory_error_that_a_snippet_can_handle(
     assert "bytearray(2**30)" in data.error
 
 
+@limits_memory
 @pytest.mark.parametrize("memory", one_in(3, MEMORIES))
 def test_a_snippet_without_memory_can_be_stopped(manager, memory):
     code = (

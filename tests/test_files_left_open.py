@@ -173,7 +173,7 @@ def contents(directory):
         path = os.path.join(directory, name)
         try:
             found[name] = content(path)
-        except (OSError, EOFError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, ValueError, lzma.LZMAError) as error:
             found[name] = error
     return found
 

@@ -22,11 +22,13 @@ import pytest
 from conftest import (
     ENVIRONMENT,
     FOREVER,
+    IS_FREE_THREADED,
     begin,
     eventually,
     finish,
     has_printed,
     is_alive,
+    limits_memory,
     nothing_left,
     one_in,
     tree,
@@ -435,6 +437,7 @@ def test_a_preload_that_fails_is_named(make_manager, tmp_path, body, error):
 # -- limits
 
 
+@limits_memory
 def test_memory_beyond_the_limit_is_a_memory_error(make_manager):
     manager = make_manager(limits=Limits(memory=300_000_000))
     code = "x = b'x' * params['size']\nreturn len(x)"
@@ -444,14 +447,22 @@ def test_memory_beyond_the_limit_is_a_memory_error(make_manager):
     assert finish(manager, code, {"size": 10**6}).result == 10**6
 
 
+@pytest.mark.skipif(not IS_FREE_THREADED, reason="memory can be limited with the GIL")
+def test_a_limit_of_memory_that_can_not_work_is_an_error(run):
+    data = run("pass", limits=Limits(memory=10**9))
+    assert data.status == "failed"
+    assert data.error.startswith("ValueError: memory can't be limited on a free-threaded Python")
+    assert "snippet" not in data.error and data.error.count("File") == 0
+
+
 def test_limits_at_a_start_replace_those_of_the_manager(make_manager):
-    manager = make_manager(limits=Limits(open_files=50, memory=10**9))
-    names = ("RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_NPROC")
+    manager = make_manager(limits=Limits(open_files=50, cpu=1000))
+    names = ("RLIMIT_NOFILE", "RLIMIT_CPU", "RLIMIT_NPROC")
     code = f"import resource\nreturn [resource.getrlimit(getattr(resource, n))[0] for n in {names}]"
-    files, memory, processes = (resource.getrlimit(getattr(resource, n))[0] for n in names)
-    assert finish(manager, code).result == [50, 10**9, processes]
-    assert finish(manager, code, limits=Limits(processes=500)).result == [files, memory, 500]
-    assert finish(manager, code, limits=Limits()).result == [files, memory, processes]
+    files, seconds, processes = (resource.getrlimit(getattr(resource, n))[0] for n in names)
+    assert finish(manager, code).result == [50, 1000, processes]
+    assert finish(manager, code, limits=Limits(processes=500)).result == [files, seconds, 500]
+    assert finish(manager, code, limits=Limits()).result == [files, seconds, processes]
 
 
 def test_limits_are_frozen_and_comparable():

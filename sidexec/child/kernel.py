@@ -154,6 +154,28 @@ def flush_c() -> None:
         _ctypes.call_function(_fflush, (None,))
 
 
+def set_limits(limits: dict[str, int]) -> list[tuple[int, tuple[int, int]]]:
+    """Set limits of this process; those that held before, for when it reports its end."""
+    if "RLIMIT_AS" in limits and "t" in sys.abiflags:
+        raise ValueError(
+            "memory can't be limited on a free-threaded Python, which reserves address space"
+            " ahead: leave memory out of limits, or use a build with the GIL"
+        )
+    before = []
+    for name, value in limits.items():
+        kind = getattr(resource, name)
+        soft, hard = resource.getrlimit(kind)
+        # The soft limit only: reporting that it was hit takes memory and files.
+        # For processor time the hard one follows, in case SIGXCPU is ignored.
+        ceiling = value + 5 if name == "RLIMIT_CPU" else hard
+        if hard != resource.RLIM_INFINITY:
+            value, ceiling = min(value, hard), min(ceiling, hard)
+        resource.setrlimit(kind, (value, ceiling))
+        if name != "RLIMIT_CPU":
+            before.append((kind, (soft, hard)))
+    return before
+
+
 def keep_for_ever(objects: list[object]) -> None:
     """Keep an interpreter's end from calling finalizers."""
     if _ctypes is not None:

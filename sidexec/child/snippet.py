@@ -70,7 +70,7 @@ class Snippet:
         self._coroutine: Coroutine[Any, Any, object] | None = None
         self._partial: CodeType | None = None
         self._reported: object = None
-        self._lifted: list[tuple[Callable[..., object], int, tuple[int, int]]] = []
+        self._lifted: list[tuple[int, tuple[int, int]]] = []
 
     def prepare(self, *, rehearse: bool) -> None:
         """Do ahead of the request whatever does not depend on it, and wait for that."""
@@ -132,8 +132,8 @@ class Snippet:
             exit_code, failure = ASKED_EXIT_CODE, None
         elif isinstance(failure, SystemExit):
             exit_code, failure = self._take_exit_code(failure), None
-        for set_limit, kind, limits in self._lifted:
-            set_limit(kind, limits)
+        for kind, limits in self._lifted:
+            resource.setrlimit(kind, limits)
         # Before threads are waited for: one that is no daemon may take for ever.
         if os.getpid() == self._pid:
             failure = self._send_result(failure)
@@ -188,7 +188,7 @@ class Snippet:
         if isinstance(code, str) and "import" in code:
             self._failures.show_source()
         sys.path[:] = path  # last, so that no file of the user's shadows our imports
-        self._set_limits(request["limits"])
+        self._lifted = kernel.set_limits(request["limits"])
         return program
 
     def _report_progress(self, percent: float) -> None:
@@ -256,21 +256,6 @@ class Snippet:
             except OSError:
                 pass  # the snippet closed the channel; the exit code still tells
 
-    def _set_limits(self, limits: dict[str, int]) -> None:
-        if not limits:
-            return
-        for name, value in limits.items():
-            kind = getattr(resource, name)
-            soft, hard = resource.getrlimit(kind)
-            # The soft limit only: reporting that it was hit takes memory and files.
-            # For processor time the hard one follows, in case SIGXCPU is ignored.
-            ceiling = value + 5 if name == "RLIMIT_CPU" else hard
-            if hard != resource.RLIM_INFINITY:
-                value, ceiling = min(value, hard), min(ceiling, hard)
-            resource.setrlimit(kind, (value, ceiling))
-            if name != "RLIMIT_CPU":
-                self._lifted.append((resource.setrlimit, kind, (soft, hard)))
-
 
 def _is_interrupt(failure: BaseException) -> bool:
     """Whether `python -c` ends by SIGINT: of a subclass, it does so from Python 3.14 on."""
@@ -282,6 +267,7 @@ def _is_interrupt(failure: BaseException) -> bool:
 # Their frames are left out of what the user sees of an error.
 _OWN_CODE = (
     Snippet.begin,
+    kernel.set_limits,
     Ask.resume,
     Channel.send,
     Failures.report,

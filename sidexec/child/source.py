@@ -8,8 +8,8 @@ imports.
 `await` is the compiler's own top-level await. The compiler has no top-level
 `return`; code that uses one is put into a function whose every name is declared
 global, and the flags that make a code object a function's are then taken off it.
-What a function may not hold, or takes in another way, is rewritten: annotated globals and
-star imports.
+What a function may not hold, or takes in another way, is rewritten: annotated globals, star
+imports and lazy ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ ALLOW_TOP_LEVEL_AWAIT = 0x2000
 CO_OPTIMIZED = 0x1
 CO_NEWLOCALS = 0x2
 CO_COROUTINE = 0x80
+CO_FUTURE_ANNOTATIONS = 0x1000000
 
+_CONDITIONAL = "__conditional_annotations__"
 _MODULE = "<module>"
 _LOCAL_PREFIX = _MODULE + ".<locals>."
 
@@ -90,6 +92,8 @@ def _with_top_level_return(
     statements = _Statements(prelude, namespace)
     body = _rewrite(tree, statements.for_function).body
     statements.prepare_annotations(filename)
+    if _CONDITIONAL in plain.co_names:  # also where no annotation is kept
+        namespace.setdefault(_CONDITIONAL, set())
 
     header = "async def" if plain.co_flags & CO_COROUTINE else "def"
     shell = ast.parse(f"{header} f(): pass")
@@ -101,6 +105,8 @@ def _with_top_level_return(
     shell.body = [*prelude, function]
     exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
     code = statements.put_objects(_as_module(namespace.pop(_MODULE).__code__))
+    if sys.version_info >= (3, 15):
+        code = _with_imports_of(plain, code)
 
     last = max(returns, key=lambda node: (node.lineno, node.col_offset)).value
     partial = None
@@ -140,6 +146,8 @@ class _Statements:
         elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
             made = [self._star_import(node)]
         else:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                vars(node)["is_lazy"] = 0  # see `_with_imports_of`
             return None
         return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
 
@@ -157,10 +165,10 @@ class _Statements:
         key = ast.Constant(node.target.id)
         if self._is_lazy:
             key = ast.Constant(0)  # see `prepare_annotations`
-            seen = ast.Name("__conditional_annotations__", ast.Load())
+            seen = ast.Name(_CONDITIONAL, ast.Load())
             made.append(ast.Expr(ast.Call(ast.Attribute(seen, "add", ast.Load()), [key], [])))
         else:
-            text = ast.Constant(ast.unparse(node.annotation)) if self._has_text else None
+            text = ast.Constant(_text(node.annotation)) if self._has_text else None
             notes = ast.Name("__annotations__", ast.Load())
             slot = ast.Subscript(notes, key, ast.Store())
             made.append(ast.Assign([slot], text or node.annotation))
@@ -187,7 +195,7 @@ class _Statements:
             alone = ast.AnnAssign(node.target, node.annotation, None, 1)
             body.append(ast.copy_location(alone, node))
         exec(_compile(ast.Module(body, []), filename), self._namespace)
-        self._namespace["__conditional_annotations__"].clear()
+        self._namespace[_CONDITIONAL].clear()
 
     def _star_import(self, node: ast.ImportFrom) -> ast.stmt:
         """`update(pairs(__import__(...)))`, of the objects that `put_objects` puts there.
@@ -256,6 +264,18 @@ def _public_pairs(module: Any) -> Iterator[tuple[str, Any]]:
     return zip(names, map(getattr, itertools.repeat(module), names))
 
 
+def _text(annotation: ast.expr) -> str:
+    """An annotation as the compiler has it as text, which is not always as `ast.unparse`."""
+    import ast
+
+    note = ast.AnnAssign(ast.Name("note", ast.Store()), annotation, None, 1)
+    tree = ast.Module([ast.fix_missing_locations(ast.copy_location(note, annotation))], [])
+    scope: dict[str, Any] = {}
+    exec(compile(tree, "", "exec", flags=CO_FUTURE_ANNOTATIONS, dont_inherit=True), scope)
+    text: str = scope["__annotations__"]["note"]
+    return text
+
+
 def _is_docstring(node: ast.stmt) -> bool:
     import ast
 
@@ -286,6 +306,25 @@ def _as_module(code: CodeType) -> CodeType:
     """Make a function's code object run as a module's does."""
     code = _qualified(code)
     return code.replace(co_flags=code.co_flags & ~(CO_OPTIMIZED | CO_NEWLOCALS))
+
+
+def _with_imports_of(plain: CodeType, code: CodeType) -> CodeType:
+    """Have each import be done at once, lazily, or as is set, as the module has it.
+
+    A function's are always done at once. Which it is are the two low bits of the operand.
+    """
+    from opcode import opmap
+
+    def imports(code: Any) -> Iterator[tuple[int, object]]:
+        for number, position in enumerate(code.co_positions()):
+            if code.co_code[2 * number] == opmap["IMPORT_NAME"]:
+                yield 2 * number + 1, position
+
+    ways = {position: plain.co_code[at] & 3 for at, position in imports(plain)}
+    patched = bytearray(code.co_code)
+    for at, position in imports(code):
+        patched[at] = patched[at] & ~3 | ways.get(position, 2)
+    return code.replace(co_code=bytes(patched))
 
 
 def _qualified(code: CodeType) -> CodeType:

@@ -7,6 +7,7 @@ writing to them without ever blocking. What is written is no business of this mo
 from __future__ import annotations
 
 import _socket
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -17,13 +18,21 @@ class Descriptor:
 
     Were it closed by its number, a thread that is about to use it could use what
     somebody has opened meanwhile under that number.
+
+    Without the GIL this holds where the thread that has made it lets go of it: of what
+    another one has made, the count is only settled when that one runs again.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._open = [fd]
 
-    def __del__(self) -> None:
-        close_all([self.fd])
+    def close(self) -> None:
+        """Close it at once, which is for its only user."""
+        with contextlib.suppress(IndexError):
+            close_all([self._open.pop()])
+
+    __del__ = close
 
 
 class Sender:

@@ -69,6 +69,7 @@ class Engine:
             self._refuse(execution, f"could not start a thread: {problem}")
         finally:
             if not execution.is_queued:  # a signal handler raised, and nobody may take it
+                execution.claim(NOBODY)  # or a pair that another waits for would take it
                 execution.refuse("its start was interrupted")
 
     def _place(self, execution: Execution, environment: Environment, is_default: bool) -> None:

@@ -21,18 +21,20 @@ class Input:
         """`data` is all of it, unless it `is_open` for more, or `is_own`: what this process
         has for its own standard input. Raises `OSError` where no descriptors are left.
         """
-        self.reader: Descriptor | None = None  # until the snippet has it
         self.writer: Descriptor | None = None
         if is_own:
-            self.reader = Descriptor(os.dup(0))
+            reader = os.dup(0)
         else:
             reader, writer = os.pipe()
-            self.reader, self.writer = Descriptor(reader), Descriptor(writer)
+            self.writer = Descriptor(writer)
             os.set_blocking(writer, False)
+        self._reader = [Descriptor(reader)]  # until the snippet has it
         self.is_open = is_open
         self.changed = Bell()  # when there is less of it
-        self._waiting: deque[bytes] = deque([data] if data else [])
-        self._size = len(data)
+        self._arrived: deque[bytes] = deque([data] if data else [])
+        # These two are the execution's thread's own.
+        self._waiting: deque[bytes] = deque()
+        self._size = 0
 
     # -- from any thread
 
@@ -41,14 +43,21 @@ class Input:
         if not self.is_open or self.writer is None:
             return False
         if data:
-            self._size += len(data)
-            self._waiting.append(data)
+            self._arrived.append(data)
         if close:
             self.is_open = False
         return True
 
     def has_room(self) -> bool:
-        return self._size <= MOST or self.writer is None
+        size = self._size + sum(map(len, self._arrived.copy()))
+        return size <= MOST or self.writer is None
+
+    def take_reader(self) -> Descriptor | None:
+        """What the snippet is to read from: for one caller, which closes it."""
+        try:
+            return self._reader.pop()
+        except IndexError:
+            return None
 
     # -- from the execution's thread
 
@@ -58,6 +67,10 @@ class Input:
     def write(self) -> None:
         """Write as much as there is room for, and close it after the last."""
         writer = self.writer
+        is_all = not self.is_open  # looked at first: what came before is there then
+        while self._arrived:
+            self._size += len(self._arrived[0])  # first, so that nobody sees too little
+            self._waiting.append(self._arrived.popleft())
         try:
             while writer is not None and self._waiting:
                 data = self._waiting[0]
@@ -71,14 +84,18 @@ class Input:
             pass
         except OSError:
             self.end()  # nobody reads it any more
-        if not self._waiting and not self.is_open:
+        if not self._waiting and is_all:
             self.end()
         self.changed.ring()
 
     def end(self) -> None:
         """Nothing of it will be read any more."""
         self.is_open = False
-        self.reader = self.writer = None
+        for descriptor in (self.take_reader(), self.writer):
+            if descriptor is not None:
+                descriptor.close()
+        self.writer = None
+        self._arrived.clear()
         self._waiting.clear()
         self._size = 0
         self.changed.ring()

@@ -17,7 +17,7 @@ from .. import procfs, protocol
 from . import thread
 from .descriptors import close_all
 from .execution import Execution
-from .pair import LOOK_INTERVAL, Pair
+from .pair import LOOK_INTERVAL, NO_DESCRIPTORS, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
 from .waiting import Bell, block_signals, native
@@ -230,17 +230,11 @@ class Launcher:
         keeper_pid, is_ahead = map(int, text.split())
         fds = process.fds[:FDS_PER_PAIR]
         del process.fds[:FDS_PER_PAIR]
-        full = "this process has no descriptors left (see `ulimit -n`)"
         if len(fds) < FDS_PER_PAIR:  # the kernel leaves out those that find no place
             close_all(fds)
-            self.miss_pair(is_ahead == 1, full)
+            self.miss_pair(is_ahead == 1, NO_DESCRIPTORS)
             return
-        try:
-            pair = Pair(keeper_pid, fds, is_ahead == 1)
-        except OSError:
-            self.miss_pair(is_ahead == 1, full)
-            return
-        self._pairs[keeper_pid] = pair
+        pair = self._pairs[keeper_pid] = Pair(keeper_pid, fds, is_ahead == 1)
         try:
             native("_thread", "start_new_thread")(thread.main, (pair, self))
         except RuntimeError as problem:

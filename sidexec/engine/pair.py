@@ -43,13 +43,14 @@ MAX_WAIT = 86400.0  # for `poll`, which does not take just any number
 # How long a keeper may take to get ready, and how often to look whether it is stopped.
 READY_LIMIT = 60.0
 LOOK_INTERVAL = 1.0
+NO_DESCRIPTORS = "this process has no descriptors left (see `ulimit -n`)"
 
 Pids = tuple[int, ...]
 
 
 class Pair:
     def __init__(self, keeper_pid: int, fds: list[int], is_ahead: bool) -> None:
-        """Raises `OSError` where there is no descriptor left; `fds` are its own either way."""
+        """`fds` are its own from here on; all else begins with its thread."""
         self.keeper_pid = keeper_pid
         self.is_ahead = is_ahead
         self.snippet_pid = 0
@@ -58,16 +59,12 @@ class Pair:
         # Set by the launcher's thread: what it says of the keeper's end, and of its own.
         self.lost: tuple[int, Pids] | None = None
         self.launcher_fault: str | None = None
-        control, self.channel, out, err = fds
-        self._control: Sender | None = Sender(control)
-        self._channel: Sender | None = Sender(self.channel)
-        self._open = {out, err}
-        try:
-            self._wake: Wake | None = Wake()
-        except OSError:
-            self.close()
-            raise
-        self.control_fd, self.wake_fd = control, self._wake.fd
+        self.control_fd, self.channel, out, err = fds
+        self.wake_fd = -1
+        self._control: Sender | None = None
+        self._channel: Sender | None = None
+        self._wake: Wake | None = None
+        self._open = set(fds)
         self._inbox: Any = native("queue", "SimpleQueue")()
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
@@ -85,12 +82,6 @@ class Pair:
         # What can wait, and what can't.
         self._everything = native("select", "poll")()
         self._urgent = native("select", "poll")()
-        for poll in (self._everything, self._urgent):
-            poll.register(control, select.POLLIN)
-            poll.register(self.wake_fd, select.POLLIN)
-        for fd in (out, err):
-            os.set_blocking(fd, False)
-        self._open.add(self.channel)
 
     # -- from any thread
 
@@ -137,13 +128,32 @@ class Pair:
 
     # -- from its own thread: waiting
 
+    def _set_up(self) -> None:
+        """Make, in the thread that lets go of them, what several threads use."""
+        self._control = Sender(self.control_fd)
+        self._channel = Sender(self.channel)
+        self._open.discard(self.control_fd)  # which the sender closes
+        self._wake = Wake()
+        self.wake_fd = self._wake.fd
+        for poll in (self._everything, self._urgent):
+            poll.register(self.control_fd, select.POLLIN)
+            poll.register(self.wake_fd, select.POLLIN)
+        for fd in self._streams:
+            os.set_blocking(fd, False)
+
     def wait_until_ready(self) -> str | None:
         """Wait for the keeper's READY; else why it does not come."""
+        try:
+            self._set_up()
+        except OSError:
+            return NO_DESCRIPTORS
         keeper = f"the keeper (pid {self.keeper_pid})"
         fault = ""
         until = time.monotonic() + READY_LIMIT
         while time.monotonic() < until:
-            if not self._urgent.poll(LOOK_INTERVAL * 1000):
+            # The launcher's thread may have had nothing to wake this one with.
+            is_faulty = self.launcher_fault is not None
+            if not is_faulty and not self._urgent.poll(LOOK_INTERVAL * 1000):
                 if procfs.is_stopped(self.keeper_pid):
                     return f"{keeper} was stopped by a signal before it was ready"
                 continue
@@ -159,7 +169,7 @@ class Pair:
                     snippet_pid, has_tree = text.split()
                     self.snippet_pid = int(snippet_pid)
                     self.has_tree = has_tree == "1"
-                    self.ready_at = _boot_time()
+                    self.ready_at = procfs.now()
             if self.snippet_pid:
                 # Where END has come with READY, the snippet was killed while it waited.
                 self._has_ended = frames[-1][0] != protocol.READY
@@ -287,10 +297,11 @@ class Pair:
         frame = protocol.pack(protocol.RUN, request)
         execution.request = b""
         self._unsent = memoryview(frame)
-        input = execution.input
-        if input is not None and input.reader is not None and self._channel is not None:
-            self._unsent = self._unsent[self._channel.send_with(frame, input.reader.fd) :]
-            input.reader = None
+        reader = None if execution.input is None else execution.input.take_reader()
+        if reader is not None:
+            if self._channel is not None:
+                self._unsent = self._unsent[self._channel.send_with(frame, reader.fd) :]
+            reader.close()
         self._send_rest()
 
     def _send_rest(self) -> None:
@@ -306,7 +317,9 @@ class Pair:
 
     def close(self) -> None:
         """Close all of it, what another thread is about to write to as soon as it has."""
-        close_all(self._open - {self.channel})
+        if self._channel is not None:
+            self._open.discard(self.channel)  # which the sender closes
+        close_all(self._open)
         self._open.clear()
         self._control = self._channel = self._wake = None
 
@@ -332,8 +345,3 @@ def _available(fd: int) -> int:
     count = bytearray(4)
     fcntl.ioctl(fd, termios.FIONREAD, count)
     return int.from_bytes(count, sys.byteorder)
-
-
-def _boot_time() -> float:
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return math.inf if clock is None else time.clock_gettime(clock)

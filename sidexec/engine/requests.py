@@ -68,10 +68,11 @@ class Requests:
     def miss(self, is_ahead: bool, reason: str, *, was_killed: bool = False) -> None:
         """A pair that was asked for will not come: a request is refused for it.
 
-        Where the pair was killed, another is asked for first, a few times in a row.
+        Where the pair was killed, another is asked for first, a few times in a row. Where
+        one that came ahead of need has taken its request, those that wait have theirs.
         """
         self._has_come(is_ahead)
-        if is_ahead:
+        if is_ahead or len(self._coming) + len(self._wanted) >= len(self._waiting):
             return
         if was_killed and self._killed < MOST_KILLED:
             self._killed += 1
@@ -140,13 +141,14 @@ class Requests:
 
     def _refuse_one(self, reason: str) -> bool:
         """Refuse the request that has waited longest; whether there was one."""
-        try:
-            execution = self._waiting.popleft()
-        except IndexError:
-            return False
-        if execution.claim(NOBODY):
-            execution.refuse(reason)
-        return True
+        while True:
+            try:
+                execution = self._waiting.popleft()
+            except IndexError:
+                return False
+            if execution.claim(NOBODY):  # else it was withdrawn
+                execution.refuse(reason)
+                return True
 
     def _ask_for_pairs(self) -> None:
         while self._is_open and self._wanted:
@@ -155,4 +157,8 @@ class Requests:
             except IndexError:
                 return  # another thread has just asked
             self._coming.append(None)
-            self._ask(FORK)
+            try:
+                self._ask(FORK)
+            except BaseException:  # a signal handler's: it may not have been asked for
+                self._coming.pop()
+                raise

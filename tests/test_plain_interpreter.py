@@ -1,0 +1,120 @@
+"""Small programs, run by `python -c` and as a snippet: output, errors and exit code are the same.
+
+With a top-level `return` they are compiled in another way, and mean the same nevertheless.
+"""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ENVIRONMENT, finish, one_in
+from small_programs import ALONE, PROGRAMS
+
+
+# Each in a fork of one interpreter, which takes a fraction of a start, and as `python -c` runs
+# it: by the interpreter's own function for that, in a `__main__` that is still as it was.
+FORKS = """
+import ctypes, json, os, sys, tempfile
+results = os.dup(1)
+for code in json.load(sys.stdin):
+    files = [tempfile.TemporaryFile() for _ in range(2)]
+    pid = os.fork()
+    if pid == 0:
+        os.close(results)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for fd, file in enumerate(files, 1):
+            os.dup2(file.fileno(), fd)
+        del files, file
+        sys.exit(1 if ctypes.pythonapi.PyRun_SimpleStringFlags(code.encode(), None) else 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    texts = [os.pread(file.fileno(), 10**6, 0).decode() for file in files]
+    os.write(results, json.dumps([*texts, code]).encode() + b"\\n")
+"""
+MODES = {"plain": "{}", "return": "{}\nif 0:\n    return\n"}
+SHOWS_LINES = sys.version_info >= (3, 13)
+
+
+class PlainOnes:
+    """What the programs do in a plain interpreter, all in turn, as soon as it is known."""
+
+    def __init__(self):
+        self._names = iter([name for name in PROGRAMS if name not in ALONE])
+        self._known = {}
+        codes = [PROGRAMS[name] for name in PROGRAMS if name not in ALONE]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"exec({FORKS!r}, {{}})"],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with self._process.stdin as file:
+            json.dump(codes, file)
+
+    def __getitem__(self, name):
+        while name not in self._known:
+            line = self._process.stdout.readline()
+            self._known[next(self._names)] = outcome(*json.loads(line), lines=False)
+        return self._known[name]
+
+    def close(self):
+        with self._process:
+            self._process.kill()
+
+
+@pytest.fixture(scope="module")
+def plain_ones():
+    plain_ones = PlainOnes()
+    yield plain_ones
+    plain_ones.close()
+
+
+@functools.lru_cache(None)
+def plain(code, python=sys.executable, *, lines=SHOWS_LINES, **variables):
+    done = subprocess.run(
+        [python, "-c", code],
+        env={**ENVIRONMENT, **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return outcome(done.stdout, done.stderr, done.returncode, lines=lines)
+
+
+def outcome(output, errors, exit_code, *, lines=SHOWS_LINES):
+    """What a program did, less addresses, and less the source lines that `-c` does not show."""
+    errors = errors.replace('"<string>"', '"<snippet>"').replace("<string>:", "<snippet>:")
+    output, errors = (re.sub(r"0x\w+", "0x", text) for text in (output, errors))
+    if lines and "Warning: " not in errors and "SyntaxError: " not in errors:
+        return output, errors, exit_code
+    return output, re.sub(r"^ +(?!File ).*\n", "", errors, flags=re.MULTILINE), exit_code
+
+
+def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
+    data = finish(manager, MODES[mode].replace("{}", PROGRAMS.get(name, name)))
+    return outcome(data.output, data.error_output, data.exit_code, lines=lines)
+
+
+IN_TURN = [name for name in PROGRAMS if name not in ALONE]
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
+    assert snippet(shared, name, "return", lines=False) == plain_ones[name]
+
+
+@pytest.mark.parametrize("name", one_in(4, IN_TURN))
+def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
+    assert snippet(shared, name, lines=False) == plain_ones[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_does_what_it_does_in_an_interpreter_of_its_own(shared, name, mode):
+    assert snippet(shared, name, mode) == plain(PROGRAMS[name])
