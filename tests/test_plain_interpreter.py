@@ -13,7 +13,6 @@ import pytest
 from conftest import ENVIRONMENT, finish, one_in
 from small_programs import ALONE, PROGRAMS
 
-
 # Each in a fork of one interpreter, which takes a fraction of a start, and as `python -c` runs
 # it: by the interpreter's own function for that, in a `__main__` that is still as it was.
 FORKS = """
