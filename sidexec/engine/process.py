@@ -102,7 +102,10 @@ class Process:
     def umask(self) -> int | None:
         """From any thread: the host's own, without setting it; None where that can't be told."""
         status = self._status
-        return None if status is None else procfs.umask_in(os.pread(status.fd, 4096, 0))
+        try:
+            return None if status is None else procfs.umask_in(os.pread(status.fd, 4096, 0))
+        except OSError:  # the host has closed all its descriptors
+            return None
 
     def send(self, frame: bytes) -> bool:
         """From any thread; false where there is no room for it now."""
