@@ -40,11 +40,18 @@ class Sender:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._file = os.fstat(fd)
         self.socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
         self.socket.setblocking(False)
 
     def __del__(self) -> None:
         self.socket.close()
+
+    def is_open(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.fd), self._file)
+        except OSError:
+            return False
 
     def send(self, data: bytes) -> bool:
         """False where it is full; what nobody reads any more counts as sent."""

@@ -92,9 +92,9 @@ class Engine:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
                 return True
             if launcher.is_stopped():
-                launcher.abandon("was stopped by a signal: start anew")
+                launcher.abandon("was stopped by a signal: try again")
             elif time.monotonic() >= until:
-                launcher.abandon(f"did not answer for {START_LIMIT:g} s: start anew")
+                launcher.abandon(f"did not answer for {START_LIMIT:g} s: try again")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
         if not is_placed and not execution.is_decided():
             launcher.withdraw(execution)
@@ -192,8 +192,9 @@ class Engine:
 
         def find() -> Launcher | None:
             for each in list(self._launchers):
-                if each.is_up and each.environment == environment and each.identity == identity:
-                    return each
+                if each.environment == environment and each.identity == identity:
+                    if each.is_up and not each.is_cut_off():
+                        return each
             return None
 
         found = find()

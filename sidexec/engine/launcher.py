@@ -53,7 +53,7 @@ class Launcher:
         self.grace = settings.grace
         self.is_up = True  # it takes requests
         self.is_gone = False
-        self.changed = Bell()  # when it is gone
+        self.changed = Bell()  # when it is gone, or one of its pairs
         self._settings = settings
         self._on_gone = on_gone
         self._unstarted = [None]
@@ -107,6 +107,17 @@ class Launcher:
         process = self._process
         return process is not None and procfs.is_stopped(process.pid)
 
+    def is_cut_off(self) -> bool:
+        """Whether the host has closed all its descriptors; it is given up then."""
+        process = self._process
+        if process is None or not process.is_cut_off():
+            return False
+        self.abandon("can't be reached: this process has closed its descriptors")
+        process.kill()
+        # All that is left of it is closed by number, which may be the next one's by then.
+        self.changed.wait_for(lambda: self.is_gone and not self._pairs, EXIT_LIMIT)
+        return True
+
     def abandon(self, reason: str) -> None:
         """Give up on one that does not answer; what runs on it already may go on."""
         pid = None if self._process is None else self._process.pid
@@ -150,6 +161,7 @@ class Launcher:
     def release(self, pair: Pair) -> None:
         """The thread of `pair` has ended."""
         self._pairs.pop(pair.keeper_pid, None)
+        self.changed.ring()
 
     # -- asking the process
 

@@ -99,6 +99,11 @@ class Process:
         except ChildProcessError:
             return True
 
+    def is_cut_off(self) -> bool:
+        """From any thread: whether the host has closed the socket, as daemons close all."""
+        sender = self._sender
+        return sender is not None and not sender.is_open()
+
     def umask(self) -> int | None:
         """From any thread: the host's own, without setting it; None where that can't be told."""
         status = self._status
