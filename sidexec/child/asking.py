@@ -197,7 +197,7 @@ class Ask:
                 try:
                     loop.run_forever()
                 except SystemExit:
-                    pass  # passed on by a task, as said
+                    pass  # passed on by a task
             for task in tasks:
                 if not task.cancelled() and task.exception() is not None:
                     message = "unhandled exception during the stop"

@@ -106,7 +106,7 @@ class Channel:
                 raise OSError(
                     errno.EBADF,
                     f"nothing can be reported any more, since descriptor {self._fd} has been"
-                    " closed: leave it open, it leads to the manager",
+                    " closed: leave it open, as the manager reads from it",
                 )
             view = view[os.write(self._fd, view) :]
 
@@ -124,7 +124,7 @@ def _move(fd: int) -> int:
 
 
 def _identity(fd: int) -> tuple[int, int] | None:
-    """What tells a file from any other that gets its number; None where there is none."""
+    """What identifies the open file, if its number is reused; None if it is closed."""
     try:
         status = os.fstat(fd)
     except OSError:

@@ -34,9 +34,9 @@ GROUP_INTERVAL = 0.05
 # When to look whether the ask has been heard, from the first time to the last interval.
 FIRST_NUDGE = 0.005
 LAST_NUDGE = 1.0
-MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
-# How long a keeper stays after its END, in milliseconds: taking a process down keeps a
-# processor for half a one, and the host has just been woken on this very processor.
+MAX_TIMEOUT = 86400.0  # the most that `poll` takes
+# How long a keeper stays after its END, in milliseconds: ending a process costs about 0.5 ms
+# of CPU time, and the host has just been woken on this very processor.
 LINGER = 1
 # When to rehearse, in milliseconds: once nothing is waited for.
 REHEARSE_AFTER = 20
@@ -146,7 +146,7 @@ class Keeper:
         self._wait()
         self._reap()
         try:
-            os.waitpid(os.getpid(), os.WNOHANG)  # which says the same as for no child at all
+            os.waitpid(os.getpid(), os.WNOHANG)  # the same as if there were no child
         except ChildProcessError:
             os.waitstatus_to_exitcode(0)
 
@@ -225,7 +225,7 @@ class Keeper:
                 if now >= self._nudge_at:
                     self._nudge(now, now - self._asked_at)
                 timeout = min(timeout, self._nudge_at - now)
-        # Rounded up: to wake a moment before the deadline would be to spin until it.
+        # Rounded up: else it would wake just before the deadline, and spin until then.
         for fd, _ in self._poll.poll(None if timeout is None else int(timeout * 1000) + 1):
             if fd == self._wake:
                 _read(fd)
@@ -298,7 +298,7 @@ class Keeper:
         return set() if members == [] else {-self._leader}
 
     def _kill_all(self) -> list[int]:
-        """End what is left; returns what the kernel does not let go of."""
+        """Kill what is left; returns the pids that can't be killed."""
         left = sweeping.kill_all(self._find_left, self._wait_for_an_end)
         if left and not self._has_tree:
             # A group's zombies can't be told from its members without /proc.
@@ -320,11 +320,11 @@ class Keeper:
         try:
             os.write(self._control, pack(kind, text.encode()))
         except OSError:
-            pass  # the host is gone, or has let go of this keeper
+            pass  # the host is gone, or has closed its end
 
 
 def _read(fd: int, size: int = 4096) -> bytes | None:
-    """What is there; empty at the end of file, None where there is nothing yet."""
+    """Read what is there: empty at the end of the file, None if there is nothing yet."""
     try:
         return os.read(fd, size)
     except BlockingIOError:

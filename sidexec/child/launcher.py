@@ -48,7 +48,7 @@ WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
 WARM_UP_AFTER = 0.005
 # How long past its grace period a keeper may take when the host is gone.
 SWEEP_ALLOWANCE = 4.0
-MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
+MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 
 
 class Launcher:
@@ -111,7 +111,7 @@ class Launcher:
             self._deadline = float("inf")
 
     def _set_signals(self) -> None:
-        """Be deaf to what is meant for others, and pass on a clean slate.
+        """Ignore signals that are meant for others, and reset the rest for the snippets.
 
         A host's ignored and blocked signals would be the snippets' as well.
         """
@@ -205,7 +205,7 @@ class Launcher:
     # -- forking
 
     def _warm_up(self) -> bool:
-        """Load what later snippets share; false if the host has let go meanwhile."""
+        """Load what later snippets share; false if the host has closed its end."""
         if not self._is_warm:
             self._is_warm = True
             for name in WARM:
@@ -276,7 +276,7 @@ class Launcher:
                 self._send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
 
     def _find_orphans(self) -> set[int] | None:
-        """What keepers that were killed have left."""
+        """The orphans of keepers that were killed."""
         found = kernel.children(self._children) - self._keepers - self._bystanders
         found = {pid for pid in found if os.waitpid(pid, os.WNOHANG)[0] == 0}  # not reaped now
         # Twice nothing: the list may miss a child while another one ends.

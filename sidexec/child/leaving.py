@@ -1,8 +1,7 @@
-"""The end of a snippet: what an interpreter does at its own, less the 4 ms it takes for it.
+"""The end of a snippet: what an interpreter does at its own end, without the 4 ms it takes.
 
-Responsible for exit handlers, the finalizers of globals, and that everything which is
-buffered gets written. Where more is left to be done than a flush, it leaves that to the
-interpreter's own end.
+It runs exit handlers and the finalizers of globals, and writes everything that is buffered.
+If more than a flush is left to do, it leaves that to the interpreter's own end.
 """
 
 from __future__ import annotations

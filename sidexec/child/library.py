@@ -1,4 +1,4 @@
-"""The standard library, for what a snippet does on its own account.
+"""The standard library, for our own code in a snippet.
 
 Whatever the user's code has put on `sys.path` or into `sys.modules`, these are the
 interpreter's own modules; and whatever the user's code has put there stays.

@@ -1,4 +1,4 @@
-"""A moment in which no signal handler of the user's comes in between.
+"""Blocking signals for a moment, so that no handler of the user's runs.
 
 Responsible for the calling thread's signal mask. A signal that comes meanwhile is
 handled right afterwards; where the snippet has more threads, the system may hand it to

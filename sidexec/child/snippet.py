@@ -199,7 +199,7 @@ class Snippet:
         self._channel.send(PROGRESS, repr(float(percent)).encode())
 
     def _report_result(self, value: object) -> None:
-        """Keep `value` as the partial result, and again as it is when asked to stop."""
+        """Record `value` as the partial result; it is read again when asked to stop."""
         if os.getpid() != self._pid:
             raise RuntimeError("report_result works in the snippet's own process only")
         data = to_json(value, "the reported value", self._library)
@@ -329,7 +329,7 @@ def _returned_in_spite_of(error: BaseException) -> dict[int, object]:
 
 
 def _forget_launcher() -> None:
-    """Undo what would make this process act as the one it was forked from."""
+    """Undo what would make this process act like the one it was forked from."""
     modules = sys.modules
     # Exit handlers belong to the process in which they were registered: a module
     # loaded ahead would have every snippet remove the launcher's temporary files.

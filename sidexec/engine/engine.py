@@ -1,8 +1,8 @@
 """The engine of one manager: its launchers, its executions, and what is remembered of them.
 
-Responsible for which launcher a start goes to, for how long is waited until it has begun,
-and for the order in which everything is closed. Every method is for any thread and for
-signal handlers: what several of them change at once changes in one atomic step.
+It decides which launcher a start goes to, how long to wait until it has begun, and in which
+order everything is closed. Any thread and any signal handler may call every method: state
+that they share changes in one atomic step.
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ class Engine:
         self._running: dict[str, Execution] = {}
         self._launchers: list[Launcher] = []
         self._ended: deque[Execution] = deque()
-        # These two are only touched by who has the lock, and nobody waits for that.
+        # Only used by whoever holds the lock, for which nobody waits.
         self._counting = native("_thread", "allocate_lock")()
         self._counted: deque[Execution] = deque()
         self._bytes_held = 0
 
     def start(self, execution: Execution, environment: Environment, *, is_default: bool) -> None:
-        """Have it begin; its state and its `refusal` say whether it has.
+        """Start it; its state and its `refusal` tell whether that worked.
 
-        In the default environment a pair is forked ahead of need. Whatever a signal
-        handler raises in here, there is either nothing left, or an execution that runs
-        and can be listed.
+        In the default environment a pair is forked ahead of need. If a signal handler
+        raises in here, either nothing is left, or an execution that runs and is listed.
         """
         self.process = self.process or os.getpid()
         try:
@@ -71,11 +70,11 @@ class Engine:
                 execution.refuse("its start was interrupted")
 
     def _begin(self, execution: Execution, launcher: Launcher, until: float) -> None:
-        """Have it begin on `launcher`, unless that is not up any more."""
+        """Start it on `launcher`, unless that is not up any more."""
         launcher.boot()
         launcher.submit(execution)
-        # Known only now: a signal handler that came before, and waited for it, would wait
-        # for the very call that it has interrupted.
+        # Not earlier: a signal handler that waited for it would wait for the very call that
+        # it has interrupted.
         self.know(execution)
         if self.is_closing:
             self._refuse(execution, CLOSED)
@@ -83,15 +82,15 @@ class Engine:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
                 return
             if launcher.is_stopped():
-                launcher.abandon("was stopped by a signal: start anew")
+                launcher.abandon("was stopped by a signal: try again")
             elif time.monotonic() >= until:
-                launcher.abandon(f"did not answer for {START_LIMIT:g} s: start anew")
+                launcher.abandon(f"did not answer for {START_LIMIT:g} s: try again")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
         if not execution.is_decided():
             launcher.withdraw(execution)
 
     def know(self, execution: Execution) -> None:
-        """Let it be listed, by its start and by the thread that begins it."""
+        """Add it to the executions; its start and the thread that begins it both do."""
         self.executions[execution.id] = execution
         self._running[execution.id] = execution
         if execution.state in (State.ENDED, State.REFUSED):
@@ -99,7 +98,7 @@ class Engine:
 
     @property
     def foreign(self) -> str | None:
-        """Says that this process was forked from the one that the manager works in, if so."""
+        """An error message if this process was forked from the manager's, else None."""
         if self.process in (None, os.getpid()):
             return None
         return (
@@ -120,7 +119,7 @@ class Engine:
                 execution.delivery.wait(left)
 
     def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
-        """Whether it takes any; waits while too much of it waits to be read."""
+        """Returns whether its standard input is open; waits while too much is unread."""
         input, owner = execution.input, execution.owner
         if input is None or self.foreign is not None or not input.add(data, close=close):
             return False
@@ -135,7 +134,7 @@ class Engine:
         if self.foreign is None:
             for execution in executions:
                 execution.stop("requested", grace, caller)
-                logger.debug("%s is to stop", execution.id)
+                logger.debug("stopping %s", execution.id)
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
         self._wait_for_callbacks(executions, grace)
@@ -166,7 +165,7 @@ class Engine:
         self._wait_for_callbacks(list(self.executions.values()), grace)
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
-        """Let `on_output` have the rest, for so long in all; what it has not got is lost."""
+        """Wait for `on_output` to get the rest, at most `grace` seconds; the rest is lost."""
         until = time.monotonic() + grace
         for execution in executions:
             delivery = execution.delivery
@@ -220,7 +219,7 @@ class Engine:
             self.executions.pop(execution.id, None)
         elif execution.is_first_to_count():
             self._ended.append(execution)
-        # Who does not get the lock leaves its own to who has it, and looks again after.
+        # Whoever does not get the lock leaves its own to whoever has it.
         while self._ended and self._counting.acquire(False):
             try:
                 self._count_and_forget()
@@ -232,7 +231,7 @@ class Engine:
             execution = self._ended.popleft()
             self._counted.append(execution)
             self._bytes_held += execution.bytes_held
-        newest = 1  # is kept whatever it holds, or it could never be asked for
+        newest = 1  # the newest is always kept, however large it is
         while len(self._counted) > self._max_history or (
             self._bytes_held > MAX_REMEMBERED_BYTES and len(self._counted) > newest
         ):
