@@ -1,9 +1,8 @@
-"""The ask: how a snippet that is to stop hears of it, as one exception in its main thread.
+"""Asking a snippet to stop: SIGTERM raises one exception in its main thread.
 
-SIGTERM brings it. Responsible for where it is raised, so that the `finally` blocks of
-plain code, of every asyncio task and of exit handlers run, and that it is neither lost
-nor raised twice. It never ends the process by itself while user code runs, and never
-sends anything.
+This module decides where it is raised, so that the `finally` blocks of plain code, of
+every asyncio task and of exit handlers run, and so that it is neither lost nor raised
+twice. It never ends the process by itself while user code runs, and never sends anything.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ if TYPE_CHECKING:
 
 ASKED_EXIT_CODE = 128 + _signal.SIGTERM
 
-# What the ask does depends on how far the snippet is.
-WAITING = 0  # for its code: it leaves at once
-RUNNING = 1  # the user's code: it raises
-LEAVING = 2  # exit handlers and joined threads: it raises in those that take their time
-SETTLING = 3  # our own code, on the way out anyway: nothing
+# What SIGTERM does in each phase of a snippet.
+WAITING = 0  # for its request: the process exits at once
+RUNNING = 1  # user code: it raises
+LEAVING = 2  # exit handlers, joining threads: it raises in those that take long
+SETTLING = 3  # our own code at the end: nothing
 
 
 class StopRequested(SystemExit):
     """Raised once in the main thread of a snippet that is asked to stop.
 
     A `SystemExit`, since asyncio swallows every other exception raised in a
-    callback, and since code that cleans up on its way out knows it already.
+    callback, and since code that cleans up at its end handles it already.
     """
 
 
 class Ask:
-    _jumps: frozenset[int] | None = None  # the same for every one of them
+    _jumps: frozenset[int] | None = None  # the same for all instances
 
     def __init__(self, library: Library) -> None:
         self.phase = WAITING
@@ -49,8 +48,8 @@ class Ask:
         self._is_deferred = False
         self._is_scheduled = False
         self._has_raised = False
-        self._loop: Any = None  # that runs when it is raised
-        self._put_off = 0  # by so many nudges, the second of which comes after 0.1 s
+        self._loop: Any = None  # the one that runs when it is raised
+        self._put_off = 0  # for how many nudges; the second one comes after 0.1 s
         self._undo_trace: Callable[[], None] | None = None
         hooks = (Ask._before_fork, Ask._after_fork_in_parent)
         self._hooks = frozenset(hook.__code__ for hook in hooks)
@@ -71,8 +70,7 @@ class Ask:
     def rehearse(self, frame: FrameType) -> NoReturn:
         """Raise what an ask raises, and leave nothing changed.
 
-        By another one than this, so that a real ask in this moment is one that comes in
-        time: it ends the process.
+        Another `Ask` raises it, so that a real ask at this moment still ends the process.
         """
         report = sys.unraisablehook
         another = Ask(self._library)
@@ -102,7 +100,7 @@ class Ask:
         report = sys.unraisablehook
 
         def raise_again(unraisable: Any) -> None:
-            # A finalizer or an exit handler that it was raised in has ended by it.
+            # It was raised in a finalizer or an exit handler, and has ended that.
             if unraisable.exc_type is not StopRequested:
                 report(unraisable)
             elif self._may_raise():
@@ -117,12 +115,12 @@ class Ask:
             self._interrupt(frame)
 
     def _interrupt(self, frame: FrameType | None, *, at_once: bool = True) -> None:
-        """Raise the exception, where it does what the code around it expects."""
+        """Raise the exception at a place where the code around it can handle it."""
         events = sys.modules.get("asyncio.events")
         if events is not None:
             maker = _maker_of_a_loop(frame)
             if maker is not None:
-                self._raise_at_next_opcode(maker)  # half a loop could not be closed
+                self._raise_at_next_opcode(maker)  # a half-made loop could not be closed
                 return
             running = events._get_running_loop()
             loop = running or _loop_about_to_run(frame)
@@ -149,10 +147,10 @@ class Ask:
         ):
             self._raise_at_next_opcode(frame)
         else:
-            self._raise()  # at once, or what blocks would only be resumed
+            self._raise()  # at once, or a blocking call would just be resumed
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
-        """The keeper's, that interrupts a call which began too late to hear the ask."""
+        """Handle the keeper's SIGURG, which interrupts a call that began just after the ask."""
         # An exit handler or a callback is still at work, or the loop has not come to it:
         # the handler, callback or task holds it up, and may do so for ever.
         is_due = self._is_scheduled if self._put_off == 0 else self._put_off == 1
@@ -167,10 +165,10 @@ class Ask:
             self._raise()
 
     def _prepare_loop(self, loop: Any) -> None:
-        """Let the cleanup of every task come to its end, whichever of them was asked.
+        """Let every task finish its cleanup, whichever of them was asked.
 
-        The task in which the exception is raised ends with it, and passes it on to who
-        waits for that task: out of the loop again, in the middle of the others' cleanup.
+        The task in which the exception is raised ends with it, and passes it on to
+        whoever waits for that task: out of the loop, during the cleanup of the others.
         """
         if isinstance(loop, sys.modules["asyncio"].BaseEventLoop):
             self._loop = loop
@@ -213,7 +211,7 @@ class Ask:
             runners._cancel_all_tasks = cancel_all_tasks  # type: ignore[union-attr]
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:
-        """Raise where the code has got to, not at the jump that ends a loop's round.
+        """Raise at the next opcode, not at the jump that ends a loop's iteration.
 
         From CPython 3.11 on, an exception at such a jump can pass by the `finally` of
         the `try` that the loop stands in: the jump is not in that block's range.
@@ -240,7 +238,7 @@ class Ask:
         sys.settrace(trace)
 
     def _disarm(self) -> None:
-        """Take back what is to raise the exception later."""
+        """Cancel what would raise the exception later."""
         self._is_scheduled = False
         if self._undo_trace is not None:
             undo, self._undo_trace = self._undo_trace, None
@@ -257,7 +255,7 @@ class Ask:
         raise StopRequested(ASKED_EXIT_CODE)
 
     def _guard(self, handle: Any) -> None:
-        """Let a callback that was due before the ask not hold up the cleanup for ever.
+        """Keep a callback that was due before the ask from delaying the cleanup for ever.
 
         The exception went to the code that was running: this one begins later, and knows
         nothing of it. So it gets one of its own, which ends it and leaves the loop alone.
@@ -280,8 +278,8 @@ class Ask:
 
         handle._callback = call
 
-    # What the snippet forks is ended by SIGTERM, as children of any program are. Blocked
-    # meanwhile: one that came before its handler is gone would be noted, and forgotten.
+    # A child of the snippet is ended by SIGTERM, like any program's. SIGTERM is blocked during
+    # the fork: one that came before its handler is removed would be lost.
 
     def _before_fork(self) -> None:
         mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGTERM,))
@@ -298,7 +296,7 @@ class Ask:
         self._after_fork_in_parent()
 
     def _backward_jumps(self) -> frozenset[int]:
-        """The opcodes that end a loop's round, and at which signals are looked for."""
+        """The opcodes that end a loop's iteration, at which Python checks for signals."""
         if sys.version_info < (3, 11):
             return frozenset()  # there, each such jump is in its block's range
         if Ask._jumps is None:
@@ -310,8 +308,8 @@ class Ask:
 def _first_outside_asyncio(frame: FrameType | None) -> FrameType | None:
     """The frame that has called into asyncio's code; None if that is the loop alone.
 
-    What asyncio calls on its own behalf, to start a thread or to hand it something,
-    counts as its code: an exception there could leave a lock taken.
+    What asyncio calls itself, to start a thread or to pass it something, counts as its
+    code: an exception there could leave a lock taken.
     """
     innermost = None
     while frame is not None and frame.f_code.co_name != "_run_once":
