@@ -1,4 +1,4 @@
-"""Run Python on the side, and be able to stop it.
+"""Run Python snippets in child processes, and stop them with all that they have started.
 
     from sidexec import ExecutionManager
 
@@ -7,8 +7,7 @@
         stopped = manager.stop(started.id)
         print(stopped.data.status, len(stopped.data.output))
 
-An `ExecutionManager` runs snippets in child processes and stops them: gracefully,
-then by force, with everything that they have spawned. Importing starts nothing.
+`ExecutionManager` stops a snippet gracefully, then by force. Importing starts nothing.
 """
 
 from .engine.output import OutputChunk

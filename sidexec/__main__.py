@@ -22,7 +22,7 @@ BAD_USAGE = 2
 
 
 def main() -> int:
-    # What is worth saying is in the responses; and nobody may read standard error.
+    # The responses say what is worth saying.
     logging.getLogger(__package__).addHandler(logging.NullHandler())
     # Where one of the three is closed, a descriptor of ours would take its number.
     for fd in (0, STDOUT, STDERR):
@@ -103,7 +103,7 @@ def _parser() -> _Parser:
     )
     listing.set_defaults(call=_list_blocks, parser=listing)
     listing.add_argument("path", nargs="?", default=".", metavar="PATH", help="where to look")
-    listing.add_argument("--json", action="store_true", help="write the response itself")
+    listing.add_argument("--json", action="store_true", help="write the response as JSON")
     return parser
 
 

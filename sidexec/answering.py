@@ -1,7 +1,7 @@
-"""Responses, made of what is known of an execution.
+"""Responses, built from what is known about an execution.
 
-Reads what the engine has written down, at any time and from any thread, and changes none
-of it but the last sample of what a tree uses.
+Any thread may call these at any time. They change nothing in an execution but its last sample
+of memory and processor use.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .responses import (
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-# How old a figure of memory or processor use may be, in seconds, before it is read anew.
+# How old a figure of memory or processor use may be, in seconds, before it is read again.
 USAGE_AGE = 0.1
 
 
 def status_of(
     id: str, execution: Execution | None, foreign: str | None
 ) -> GetSideExecutionStatusResponse:
-    """`foreign` says that it runs in another process than this one, if it does."""
+    """`foreign` is an error message if the manager belongs to another process, else None."""
     if execution is None:
         data = StatusData(id, "not_found")
         return GetSideExecutionStatusResponse(data, False, None, _unknown(id))
@@ -62,7 +62,7 @@ def status_of(
     )
     error = None
     if end is None:
-        error = foreign  # what it was when that process was forked
+        error = foreign  # the data is from before the fork
     elif end.stuck:
         error = end.error
     message = f"the execution is {data.status}"
@@ -72,7 +72,7 @@ def status_of(
 
 
 def status_of_none(started: StartSideExecutionResponse) -> GetSideExecutionStatusResponse:
-    """The status of what could not be started."""
+    """The status of an execution that could not be started."""
     return GetSideExecutionStatusResponse(
         StatusData("", "failed", error=started.error),
         False,
@@ -113,7 +113,7 @@ def future_of(execution: Execution, grace: float) -> Future[GetSideExecutionStat
 def stop_of(
     id: str, execution: Execution | None, caller: object, unended: str
 ) -> StopSideExecutionResponse:
-    """`unended` says why it may have no end yet, although it was waited for."""
+    """`unended` is the error message if it has not ended although it was waited for."""
     if execution is None:
         return StopSideExecutionResponse(StopData(id, "not_found"), False, None, _unknown(id))
     end = execution.end
@@ -165,17 +165,17 @@ def _unknown(id: str) -> str:
 
 
 def _parse(result: bytes | None) -> Any:
-    """A result of its own for each response, so that none can change another's."""
+    """A new object for each response, so that changing one does not change another."""
     if result is None:
         return None
     try:
         return parse_result(result)
     except ValueError:
-        return None  # of one that is still running it may be anything
+        return None  # while it runs, the result is not checked yet
 
 
 def _usage(execution: Execution) -> tuple[int | None, float | None]:
-    """Memory in bytes and processor time in percent, read anew when they are old."""
+    """Memory in bytes and processor time in percent, at most `USAGE_AGE` seconds old."""
     owner = execution.owner
     if owner is None or not owner.keeper_pid:
         return None, None

@@ -1,4 +1,4 @@
-"""Finding action blocks, and reading what they say of themselves.
+"""Finding action blocks, and reading their metadata.
 
 Reads files and parses them; never runs or imports any of their code.
 """
@@ -18,7 +18,7 @@ from . import checks
 from .responses import ActionBlock, ListActionBlocksData, ListActionBlocksResponse
 
 MAIN = "__main__.py"
-_OWN = os.path.realpath(os.path.dirname(__file__))  # no block of the user's
+_OWN = os.path.realpath(os.path.dirname(__file__))  # not one of the user's action blocks
 
 # As PEP 723 has it.
 _SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
@@ -27,7 +27,7 @@ _TABLE = re.compile(r"(?m)^\[")
 
 
 def why_not_runnable(path: str) -> str | None:
-    """What keeps `path` from being an action block, in words; None if nothing does."""
+    """Why `path` is not an action block, as an error message; None if it is one."""
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, MAIN)):
             return f"no such action block: {path!r} is a directory without a {MAIN}"
@@ -141,7 +141,7 @@ def _load_dependencies(content: str) -> object:
 
 
 def _birth(status: os.stat_result) -> float:
-    """When the file was made, where the system tells, else when it last became another."""
+    """When the file was created if the system tells, else when it last changed."""
     birth: float = getattr(status, "st_birthtime", min(status.st_ctime, status.st_mtime))
     return birth
 

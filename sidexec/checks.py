@@ -1,4 +1,4 @@
-"""Checks of what callers pass: misuse raises at the call, and names the argument."""
+"""Checks of arguments: an invalid one raises at the call, and the message names it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MOST = 2**63 - 1  # what the system can count
+MOST = 2**63 - 1  # the largest number that the system takes
 
 
 def text(name: str, value: object) -> str:
@@ -40,7 +40,7 @@ def path(name: str, value: object) -> str:
 
 
 def absolute(path: str) -> str:
-    """`path` itself where the current directory is gone: nothing will be found there."""
+    """`path` unchanged if the current directory has been removed."""
     try:
         return os.path.abspath(path)
     except OSError:
@@ -48,7 +48,7 @@ def absolute(path: str) -> str:
 
 
 def is_directory(path: str) -> bool:
-    """Of what `absolute` made: a directory that is gone is still its own `.`."""
+    """For what `absolute` returned: `.` is a directory even after it has been removed."""
     return os.path.isabs(path) and os.path.isdir(path)
 
 
@@ -122,7 +122,7 @@ def environment(name: str, value: object) -> dict[str, str] | None:
 
 
 def params(name: str, value: object) -> dict[str, Any]:
-    """A copy of `value` as JSON has it."""
+    """A copy of `value`, converted to JSON and back."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -133,7 +133,7 @@ def params(name: str, value: object) -> dict[str, Any]:
         while pending:
             each = pending.pop()
             if isinstance(each, dict):
-                for key in each:  # JSON would make a str of some others, silently
+                for key in each:  # `json` silently turns some others into str
                     text(f"each key in {name}", key)
                 pending += each.values()
             elif isinstance(each, (list, tuple)):

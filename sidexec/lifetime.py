@@ -1,4 +1,4 @@
-"""What becomes of a manager that is garbage-collected, left, or copied."""
+"""What happens when a manager is garbage-collected, leaves its `with` block, or is copied."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Lifetime:
     def __del__(self) -> None:
         engine = self.__dict__.get("_engine")
         if engine is None or engine.is_closing or sys.is_finalizing() or engine.foreign:
-            return  # the launcher sees to it when the host has ended
+            return  # the launcher stops the executions when the host has ended
         runs = bool(engine.running())
         text = f"unclosed {self!r}: call close(), or use it in a `with` block"
         engine.close(self._grace, wait=False)
-        if runs:  # last, as a warning may be an error
+        if runs:  # last, as warnings may be raised as errors
             warnings.warn(text, ResourceWarning, source=self)

@@ -1,4 +1,4 @@
-"""What an execution's processes may use: checked here, set by the snippet itself."""
+"""Resource limits: checked here, set in the snippet's process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Limits:
     processes: how many the user may have when one more is forked (root is exempt).
     open_files: the number of descriptors.
 
-    Keyword-only. Raises `TypeError` or `ValueError` for what can't be a limit.
+    Keyword-only. Invalid limits raise `TypeError` or `ValueError`.
     """
 
     memory: int | None = None

@@ -1,6 +1,6 @@
-"""The public methods: ids, validation, and responses made of what is known.
+"""The public methods: they check arguments, call the engine, and build responses.
 
-Nothing here talks to a process or changes an execution: that is the engine's business. No
+Only the engine talks to processes and changes executions. No
 method holds a lock, so that a signal handler may interrupt any of them and call any other.
 """
 
@@ -45,8 +45,8 @@ STATUSES = ("running", "completed", "failed", "stopped")
 class ExecutionManager(Lifetime):
     """Runs Python snippets in processes of their own, and stops them.
 
-    python: the interpreter to run them with, by default `sys.executable`. A program
-        that is none, as a frozen one or a server that embeds Python, has to pass it.
+    python: the interpreter that runs them, by default `sys.executable`. A frozen
+        program, or a server that embeds Python, has to pass it.
     cwd, env: their current directory and environment; by default the host's, as
         they are at each start.
     default_timeout: seconds until an execution is stopped, unless its start says
@@ -165,7 +165,7 @@ class ExecutionManager(Lifetime):
         check: bool = False,
         **options: Any,
     ) -> GetSideExecutionStatusResponse:
-        """Start Python source, and wait for its end: its status then.
+        """Start Python source, wait for its end, and return its status.
 
         `options` are those of `start_with_code`. What interrupts the wait, be it Ctrl-C,
         stops the execution before it is raised. Where the start fails, `success` is false
@@ -225,7 +225,7 @@ class ExecutionManager(Lifetime):
     def wait(
         self, side_execution_id: str, timeout: float | None = None
     ) -> GetSideExecutionStatusResponse:
-        """Wait until an execution has ended, at most `timeout` seconds; its status then.
+        """Wait until an execution has ended, at most `timeout` seconds; returns its status.
 
         It returns once `on_output` has had everything. Past the timeout the status may
         still be `running`. An unknown id answers at once.
@@ -235,7 +235,7 @@ class ExecutionManager(Lifetime):
         execution = self._engine.executions.get(id)
         if execution is not None:
             self._engine.wait(execution, limit)
-        # Of the one that was waited for, which may be forgotten already.
+        # This execution may be forgotten by now: look it up no second time.
         return answering.status_of(id, execution, self._engine.foreign)
 
     def future(self, side_execution_id: str) -> Future[GetSideExecutionStatusResponse]:
@@ -291,7 +291,7 @@ class ExecutionManager(Lifetime):
         return execution
 
     def list_executions(self, status: str | None = None) -> ListSideExecutionsResponse:
-        """The executions that are known, or those of them that are of `status`."""
+        """The executions that are known, or only those with the status `status`."""
         if status is not None and checks.text("status", status) not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
         found = [answering.summary_of(each) for each in list(self._engine.executions.values())]
@@ -328,9 +328,9 @@ class ExecutionManager(Lifetime):
         return self._stop(running, self._grace_of(grace, force))
 
     def close(self, *, grace: float | None = None) -> None:
-        """Stop everything and give all processes, threads and descriptors back.
+        """Stop everything, and release all processes, threads and descriptors.
 
-        Later starts fail; what has ended can still be asked about. A second call
+        Later starts fail; the status of ended executions can still be read. A second call
         waits for the first one.
         """
         seconds = self._grace_of(grace, False)

@@ -1,4 +1,4 @@
-"""One run in a manager of its own."""
+"""`run`: one snippet in a new manager."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run(
     timeout: float | None = 300.0,
     **options: Any,
 ) -> GetSideExecutionStatusResponse:
-    """Run Python source in a manager of its own, which is closed afterwards; its status.
+    """Run Python source in a new manager, close the manager, and return the status.
 
     `options` are those of `ExecutionManager` and of its method `run`.
     """

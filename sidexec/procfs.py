@@ -1,9 +1,8 @@
-"""What /proc tells of other processes, to both sides.
+"""Reading /proc, for both sides.
 
-Reads only, and imports next to nothing. The pid may have gone to another process
-meanwhile: whoever goes on to signal has to pin the process first. Every answer is None or
-empty where there is no /proc, or only that of another PID namespace, in which the same pid
-is another process.
+Imports next to nothing. A pid may belong to another process by now: open a pidfd before
+you signal one. Everything returns None or is empty if there is no /proc, or only that of
+another PID namespace, in which the same pid is another process.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def is_ours() -> bool:
 
 
 def usage_of_tree(keeper_pid: int) -> Usage | None:
-    """What all descendants of the keeper use together."""
+    """The memory and processor time of all descendants of the keeper."""
     memory = 0
     ticks = 0
     pids = children(keeper_pid)
@@ -104,7 +103,7 @@ def _tick() -> float:
 
 
 def _stat(pid: int) -> list[bytes] | None:
-    """The fields behind the name, which may hold anything, brackets and blanks too."""
+    """The fields after the name, which may contain anything, brackets and spaces too."""
     if not is_ours():
         return None
     try:

@@ -1,10 +1,10 @@
 """The frames that host, launcher, keeper and snippet exchange.
 
 A frame is one byte for its kind, four for the length of its payload, most
-significant first, and the payload. This module packs frames and takes byte
-streams apart again, with a bound on each kind's length, since one of the peers
+significant first, and the payload. This module packs frames and splits byte
+streams into frames, with a bound on each kind's length, since one of the peers
 is never trusted. It never reads or writes a descriptor, and imports nothing:
-both sides run it. How deep a result may be is judged here as well, as both do that.
+both sides run it. Both also check here how deep a result is.
 """
 
 HEADER = 5
@@ -40,8 +40,8 @@ ERROR = b"x"  # the text for a failed execution's `error`
 
 MAX_RESULT = 8 * 1024 * 1024
 MAX_ERROR = 1024 * 1024
-# Levels of lists and dicts in a result: deeper ones fail whoever copies or pickles
-# them, at a depth that is another for each.
+# Levels of lists and dicts in a result: `copy` and `pickle` fail on deeper ones, each at
+# its own depth.
 MAX_DEPTH = 100
 
 FROM_SNIPPET = {PROGRESS: 64, RESULT: MAX_RESULT, ERROR: MAX_ERROR}
@@ -51,17 +51,17 @@ FROM_HOST = {FORK: 0, FORK_AHEAD: 0, KILL: 64, STOP: 64}
 
 
 class ProtocolError(Exception):
-    """A peer sent what is not a frame, or more than its kind may hold."""
+    """A peer sent something that is not a frame, or a frame that is too long."""
 
 
 def is_too_deep(json: bytes) -> bool:
-    """Whether lists and dicts stand in each other more than `MAX_DEPTH` deep.
+    """Whether lists and dicts are nested more than `MAX_DEPTH` deep.
 
-    Judged without parsing: a parser that recurses could take a thread's whole stack.
+    Checked without parsing: a parser that recurses could take a thread's whole stack.
     """
     if json.count(b"[") + json.count(b"{") <= MAX_DEPTH:
         return False
-    # Escapes stand in strings only, and strings between every second pair of quotes.
+    # Escapes occur in strings only; split at quotes, every second part is a string.
     outside = b"".join(json.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
     brackets = outside.translate(_AS_ONE_KIND, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
@@ -78,7 +78,7 @@ def pack(kind: bytes, payload: bytes = b"") -> bytes:
 
 
 class Inbox:
-    """Takes a byte stream apart into frames of the kinds it may hold."""
+    """Splits a byte stream into frames, of the kinds that are allowed."""
 
     def __init__(self, limits: "dict[bytes, int]") -> None:
         self._limits = limits

@@ -2,7 +2,7 @@
 
 Python attributes hold Python values (seconds, aware datetimes); the wire form holds
 milliseconds, ISO 8601 strings and camelCase keys. This module imports nothing of
-ours and starts nothing: a response is what it was, wherever it is unpickled.
+ours and starts nothing, so a response can be unpickled anywhere.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ StopReason = Literal["requested", "timeout", "closed"]
 class SideExecutionError(Exception):
     """What `raise_for_error` and `check` raise, and `follow` for an unknown id.
 
-    `response` is the response that it is about; the text is its `error`. Made from text
-    alone, as task queues do, it has a response that holds just this text.
+    `response` is the response, and the text its `error`. If it is made from text alone, as
+    task queues do, its response has only this text.
     """
 
     def __init__(self, response: Response | str, text: str | None = None) -> None:
         if isinstance(response, str):
             response = Response(None, success=False, error=response)
-        # In `args`, the text alone: pickling and copying take `response` along.
+        # `args` has the text alone; pickling and copying keep `response` as an attribute.
         super().__init__(text or response.error or response.message or response.type)
         self.response = response
 
@@ -94,7 +94,7 @@ class StartData(_Wire):
     timeout: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As for the others, with the one of `code` and `actionBlock` that was started."""
+        """The wire form, with either `code` or `actionBlock`."""
         wire = super().to_dict()
         del wire["code" if self.code is None else "actionBlock"]
         return wire
@@ -132,8 +132,8 @@ class StatusData(_Wire):
 class StopData(_Wire):
     """`status` is stopped, already_stopped, completed, failed or not_found.
 
-    It is running where the call could not stop it, as in a process that was forked from
-    the manager's.
+    It is running if the call could not stop it: in a process that was forked from the
+    manager's.
     """
 
     side_execution_id: str
@@ -201,7 +201,7 @@ def _new_id() -> str:
 
 @dataclass(frozen=True, repr=False)
 class Response(_Wire):
-    """What every method answers with: whether it succeeded, and its data.
+    """What every method returns: whether it succeeded, and its data.
 
     `message` says in words what happened, `error` what went wrong and what to do.
     `message_id` is new for each response; `thread_id` is the one given at start.
@@ -225,7 +225,7 @@ class Response(_Wire):
         return json.dumps(self.to_dict())
 
     def raise_for_error(self: _Self) -> _Self:
-        """The response itself; `SideExecutionError`, with it, where it is no success."""
+        """Return the response, or raise `SideExecutionError` if `success` is false."""
         if not self.success:
             raise SideExecutionError(self)
         return self
@@ -240,7 +240,7 @@ class StartSideExecutionResponse(Response):
 
     @property
     def id(self) -> str:
-        """What every other method takes; `SideExecutionError` where it did not start."""
+        """The id for all other methods; raises `SideExecutionError` if it did not start."""
         id = self.data.side_execution_id
         if id is None:
             raise SideExecutionError(self)
@@ -255,9 +255,9 @@ class GetSideExecutionStatusResponse(Response):
     data: StatusData
 
     def check(self) -> GetSideExecutionStatusResponse:
-        """The response itself; `SideExecutionError`, with it, unless it completed.
+        """Return the response, or raise `SideExecutionError` unless it completed.
 
-        Where the execution failed, the text is its error and traceback.
+        If the execution failed, the text is its error and traceback.
         """
         data = self.raise_for_error().data
         if data.status != "completed":

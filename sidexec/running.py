@@ -1,7 +1,7 @@
 """One run of the command line, from the start of its execution to the exit code.
 
-The main thread waits, draws the progress and takes the signals. It never waits for
-whoever reads the output: `on_output` writes that, in a thread of its own.
+The main thread waits, draws the progress and handles signals. It never writes output, which
+could block: `on_output` does, in a thread of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOT_STARTED = 125
 BY_SIGNAL = 128
 
 TICK = 0.1
-# How long the reader of the output has, in seconds, when a stop by force is through.
+# How long to wait for a reader of the output, in seconds, after a stop by force.
 LAST_WORDS = 1.0
 # Between the end of an execution and the answer of the call that has stopped it.
 ANSWER_LIMIT = 5.0
@@ -64,15 +64,15 @@ class Run:
         if id is None:
             self._end(started.error, started)
             return NOT_STARTED
-        if self._signals:  # they may have come before there was anything to stop
+        if self._signals:  # a signal may have come before the start
             self._ask(force=len(self._signals) > 1)
         _thread.start_new_thread(lambda: self._ended.put(self._manager.wait(id)), ())
         try:
             status = self._watch(id)
-        except queue.Empty:  # nobody reads what is written, nor would they read more
+        except queue.Empty:  # nobody reads the output
             self._screen.hide_bar()
             return BY_SIGNAL + self._signals[0]
-        _handle(signal.SIGTSTP, signal.SIG_DFL)  # nothing is left that would go on meanwhile
+        _handle(signal.SIGTSTP, signal.SIG_DFL)  # there is nothing left to suspend
         response: Response = status
         if status.data.stop_reason == "requested":
             with contextlib.suppress(queue.Empty):
@@ -101,10 +101,10 @@ class Run:
             parser.error(str(error))
 
     def _watch(self, id: str) -> GetSideExecutionStatusResponse:
-        """Wait until all is over and written; `queue.Empty` where nobody reads it.
+        """Wait until it has ended and its output is written; `queue.Empty` if nobody reads it.
 
-        In short waits: where the system hands a signal to another thread, Python runs
-        the handler only when this one wakes.
+        In short waits: if the system delivers a signal to another thread, Python runs
+        the handler only when this one wakes up.
         """
         stop_at = time.monotonic() + self._arguments.stop_after
         while True:
@@ -145,7 +145,7 @@ class Run:
         suspending.signal_all(self._manager._engine.running(), signal.SIGCONT)
 
     def _ask(self, force: bool = False) -> None:
-        """Have it stopped, without waiting for that: a signal handler must be short."""
+        """Start to stop it, and don't wait: this is called by signal handlers."""
         _thread.start_new_thread(self._stop, (force,))
 
     def _stop(self, force: bool) -> None:
@@ -163,7 +163,7 @@ class Run:
             self._ask()  # for the first failure
 
     def _end(self, line: str | None, response: Response) -> None:
-        """Write the last lines; whoever signals twice waits for no reader of them."""
+        """Write the last lines; after a second signal, don't wait for a reader of them."""
         wire = encode(response.to_json() + "\n") if self._arguments.json else b""
         lines = [one_line(line)] if line else []
         written: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -180,7 +180,7 @@ class Run:
                 return
 
     def _judge(self, status: GetSideExecutionStatusResponse) -> tuple[int, str | None]:
-        """The exit code, and in words what neither that nor the snippet's output says."""
+        """The exit code, and a message if neither that nor the snippet's output says it all."""
         data = status.data
         if not status.success:
             return FAILED, status.error
@@ -200,13 +200,13 @@ class Run:
 
 
 def _handle(signum: int, handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
-    if signal.getsignal(signum) is not signal.SIG_IGN:  # as `nohup` and `&` want it
+    if signal.getsignal(signum) is not signal.SIG_IGN:  # set by `nohup` and `&`, and kept
         signal.signal(signum, handler)
 
 
 def report(failure: OSError) -> int:
     """Say that the output could not be written; returns the exit code."""
     if failure.errno == errno.EPIPE:
-        return BY_SIGNAL + signal.SIGPIPE  # whoever closed the pipe knows
+        return BY_SIGNAL + signal.SIGPIPE  # no message: whoever closed the pipe knows
     tell(f"could not write the output: {failure.strerror}")
     return FAILED

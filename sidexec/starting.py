@@ -43,7 +43,7 @@ INHERITED: Any = object()
 
 @dataclasses.dataclass
 class Request:
-    """What a start was called with; `check` makes of it what it means."""
+    """The arguments of a start; `check` validates and converts them."""
 
     code: str | None = None
     block: str | None = None
@@ -60,7 +60,7 @@ class Request:
     stderr: Any = None
 
     def check(self) -> None:
-        """Raises `TypeError` or `ValueError`, which name the argument."""
+        """Invalid arguments raise `TypeError` or `ValueError`, which name the argument."""
         if self.code is not None:
             self.code = checks.utf8("code", self.code)
         self.args = checks.arguments("args", self.args)
@@ -88,7 +88,7 @@ class Request:
             raise ValueError(f"stderr must be None or subprocess.STDOUT, not {self.stderr!r}")
 
     def why_not(self) -> str | None:
-        """What can be seen to be wrong before anything is started."""
+        """Why it can't be started, as far as that can be told before it is; else None."""
         patcher = sys.modules.get("eventlet.patcher")
         if patcher is not None and patcher.is_monkey_patched("thread"):
             return (
@@ -175,7 +175,7 @@ def interpreter(python: Path | None) -> str:
 
 
 def current_environment() -> dict[Any, Any]:
-    # As the system has it, where `os.environ` keeps that: its own copy decodes each item.
+    # The bytes, if `os.environ` has them: copying it would decode each item.
     raw: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
     while True:
         try:

@@ -1,8 +1,7 @@
 """Signals to a whole tree of processes, to suspend and to resume it.
 
-Each process is signalled by a pidfd, opened before it is looked at whose child it is:
-a number that has gone to somebody else meanwhile signals nobody. Without /proc or
-pidfds nothing is signalled.
+Each process is signalled by a pidfd, which is opened before its parent is checked: so a
+pid that has been reused is never signalled. Without /proc or pidfds nothing is.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def signal_all(executions: list[Execution], signum: int) -> None:
 def signal_tree(keeper_pid: int, signum: int) -> None:
     """Signal all descendants of the keeper, and not the keeper itself.
 
-    From the top down: a parent that is stopped forks nothing that would be missed.
+    From the top down: a stopped parent can't fork a child that would be missed.
     """
     launcher_pid = procfs.parent_of(keeper_pid)
     if launcher_pid is None or procfs.parent_of(launcher_pid) != os.getpid():

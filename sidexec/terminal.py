@@ -1,7 +1,7 @@
 """The command line's standard output and error, and the progress bar.
 
-The cursor stays at the beginning of the bar. Where a window is made narrower, and the
-terminal wraps the bar, all its rows are behind the cursor, and are cleared with it.
+The cursor stays at the beginning of the bar. If a window is made narrower and the terminal
+wraps the bar, all its rows are after the cursor, and are cleared too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLEAR = b"\r\x1b[J"  # from the beginning of the line to the end of the screen
 
 
 def encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # as paths and arguments come
+    return text.encode("utf-8", "surrogateescape")  # as Python decoded paths and arguments
 
 
 def one_line(text: str, who: str = NAME) -> bytes:
@@ -34,12 +34,12 @@ def tell(text: str, who: str = NAME) -> None:
 
 
 def write(fd: int, data: bytes) -> None:
-    """Write all of it now: nothing stays in a buffer that could fail at the exit."""
+    """Write all of it now, so that no buffer is left that could fail at exit."""
     rest = memoryview(data)
     while rest:
         try:
             rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:  # whoever else holds the terminal or pipe set it so
+        except BlockingIOError:  # another process has made the terminal or pipe non-blocking
             select.select([], [fd], [])
 
 
@@ -48,7 +48,7 @@ class Screen:
         self.failure: OSError | None = None  # of the first write that failed
         self._terminals = {fd for fd in (STDOUT, STDERR) if os.isatty(fd)}
         self.has_bar = STDERR in self._terminals and os.environ.get("TERM") != "dumb"
-        self._lock = threading.Lock()  # of what the terminal shows, and never for a pipe
+        self._lock = threading.Lock()  # for the terminal, not for pipes
         self._percent: float | None = None
         self._bar = b""  # as it is drawn
         self._line_is_open = False  # the terminal's last line has no end yet
@@ -66,7 +66,7 @@ class Screen:
         self.refresh()
 
     def notify(self, line: bytes) -> None:
-        """Have a line of ours written to standard error, without waiting for that.
+        """Write a line of ours to standard error, from another thread.
 
         For signal handlers: they may have interrupted a call that holds the lock. And a
         pipe that takes a line now may be full by the time that it is written.
@@ -78,7 +78,7 @@ class Screen:
             _thread.start_new_thread(self._show, ())
 
     def refresh(self, percent: float | None = None) -> None:
-        """Draw what is new on a terminal, unless something is being written."""
+        """Draw notices and the bar, unless something is being written."""
         if percent is not None:
             self._percent = percent
         if self.has_bar:

@@ -427,7 +427,7 @@ wait_for_note("held")
     stopped = manager.stop(id)
     assert not trace.noted("below")[0].is_alive
     assert stopped.error == (
-        f"the kernel does not let go of process {process.pid}: end it by hand, if it can be"
+        f"process {process.pid} can't be killed, the kernel holds it: end it by hand"
     )
 
 

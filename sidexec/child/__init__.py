@@ -5,24 +5,24 @@ The host never imports this package. It starts an interpreter with a few lines o
 takes them out of `sys.modules`, so that the user's code finds no package of ours. A
 snippet's process leaves all that it was forked in, and is run by these lines again.
 
-    interpreter ── its version ─────────────────▶ host       over the launcher's socket
-    interpreter ◀─ these modules ─────────────── host
-    launcher ── LOADED ────────────────────────▶ host        it is up, or why it is not
-    launcher ◀─ FORK, FORK_AHEAD, KILL ───────── host
-    launcher ── PAIR, REFUSED, LOST, FAULT ────▶ host
-    keeper ◀─ STOP ───────────────────────────── host        over the control socket
-    keeper ── READY, REFUSED, END, FAULT ──────▶ host
-    snippet ◀─ RUN ───────────────────────────── host        over the channel, a socket
-    snippet ── PROGRESS, RESULT, ERROR ────────▶ host
-    snippet ── what it prints ─────────────────▶ host        over two pipes
+    interpreter --> host  its version                      over the launcher's socket
+    interpreter <-- host  these modules
+    launcher --> host     LOADED                           it is up, or why it is not
+    launcher <-- host     FORK, FORK_AHEAD, KILL
+    launcher --> host     PAIR, REFUSED, LOST, FAULT
+    keeper <-- host       STOP                             over the control socket
+    keeper --> host       READY, REFUSED, END, FAULT
+    snippet <-- host      RUN                              over the channel, a socket
+    snippet --> host      PROGRESS, RESULT, ERROR
+    snippet --> host      what it prints                   over two pipes
 
 There is one launcher for each manager and environment. PAIR carries the host's ends of
 the control socket, the channel and the pipes, so that nothing of an execution passes
-through the launcher. `protocol` says what stands in each frame. An execution, in order:
+through the launcher. `protocol` says what each frame contains. An execution, in order:
 
 1. FORK: the launcher forks a keeper and says PAIR; the keeper forks a snippet and says
    READY. FORK_AHEAD is the same ahead of need, so that a pair is most often there; the
-   snippet then also rehearses. REFUSED says what the system did not give.
+   snippet then also rehearses. REFUSED says which resource was not available.
 2. RUN goes straight to the snippet, which takes it as soon as it waits for it.
 3. PROGRESS and RESULT come as the code reports them, and RESULT or ERROR at its end.
 4. STOP has the keeper ask the snippet, by SIGTERM and once, and kill it when the grace

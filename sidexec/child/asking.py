@@ -1,9 +1,8 @@
-"""The ask: how a snippet that is to stop hears of it, as one exception in its main thread.
+"""Asking a snippet to stop: SIGTERM raises one exception in its main thread.
 
-SIGTERM brings it. Responsible for where it is raised, so that the `finally` blocks of
-plain code, of every asyncio task and of exit handlers run, and that it is neither lost
-nor raised twice. It never ends the process by itself while user code runs, and never
-sends anything.
+This module decides where it is raised, so that the `finally` blocks of plain code, of
+every asyncio task and of exit handlers run, and so that it is neither lost nor raised
+twice. It never ends the process by itself while user code runs, and never sends anything.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ if TYPE_CHECKING:
 
 ASKED_EXIT_CODE = 128 + _signal.SIGTERM
 
-# What the ask does depends on how far the snippet is.
-WAITING = 0  # for its code: it leaves at once
-RUNNING = 1  # the user's code: it raises
-LEAVING = 2  # exit handlers and joined threads: it raises in those that take their time
-SETTLING = 3  # our own code, on the way out anyway: nothing, until it is LEAVING
+# What SIGTERM does in each phase of a snippet.
+WAITING = 0  # for its request: the process exits at once
+RUNNING = 1  # user code: it raises
+LEAVING = 2  # exit handlers, joining threads: it raises in those that take long
+SETTLING = 3  # our own code at the end: nothing, until it is LEAVING
 
-# How long an exit handler or a callback may take that begins after the ask, in seconds: by
-# the second nudge it is over.
+# How long an exit handler or a callback that begins after the ask may take, in seconds. It
+# is over before the second nudge.
 PATIENCE = 0.05
 
 
@@ -40,12 +39,12 @@ class StopRequested(SystemExit):
     """Raised once in the main thread of a snippet that is asked to stop.
 
     A `SystemExit`, since asyncio swallows every other exception raised in a
-    callback, and since code that cleans up on its way out knows it already.
+    callback, and since code that cleans up at its end handles it already.
     """
 
 
 class Ask:
-    _jumps: frozenset[int] | None = None  # the same for every one of them
+    _jumps: frozenset[int] | None = None  # the same for all instances
 
     def __init__(self, library: Library) -> None:
         self.phase = WAITING
@@ -77,8 +76,7 @@ class Ask:
     def rehearse(self, frame: FrameType) -> NoReturn:
         """Raise what an ask raises, and leave nothing changed.
 
-        By another one than this, so that a real ask in this moment is one that comes in
-        time: it ends the process.
+        Another `Ask` raises it, so that a real ask at this moment still ends the process.
         """
         report = sys.unraisablehook
         another = Ask(self._library)
@@ -108,7 +106,7 @@ class Ask:
         report = sys.unraisablehook
 
         def raise_again(unraisable: Any) -> None:
-            # A finalizer or an exit handler that it was raised in has ended by it.
+            # It was raised in a finalizer or an exit handler, and has ended that.
             if unraisable.exc_type is not StopRequested:
                 report(unraisable)
             elif self._may_raise():
@@ -123,12 +121,12 @@ class Ask:
             self._interrupt(frame)
 
     def _interrupt(self, frame: FrameType | None, *, at_once: bool = True) -> None:
-        """Raise the exception, where it does what the code around it expects."""
+        """Raise the exception at a place where the code around it can handle it."""
         events = sys.modules.get("asyncio.events")
         if events is not None:
             maker = loops.maker_of_a_loop(frame)
             if maker is not None:
-                self._raise_at_next_opcode(maker)  # half a loop could not be closed
+                self._raise_at_next_opcode(maker)  # a half-made loop could not be closed
                 return
             running = events._get_running_loop()
             loop = running or loops.loop_about_to_run(frame)
@@ -155,10 +153,10 @@ class Ask:
         ):
             self._raise_at_next_opcode(frame)
         else:
-            self._raise()  # at once, or what blocks would only be resumed
+            self._raise()  # at once, or a blocking call would just be resumed
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
-        """The keeper's, that interrupts a call which began too late to hear the ask."""
+        """Handle the keeper's SIGURG, which interrupts a call that began just after the ask."""
         # An exit handler or a callback is still at work, or the loop has not come to it:
         # the handler, callback or task holds it up, and may do so for ever.
         due_at = self._due_at
@@ -177,10 +175,10 @@ class Ask:
             self._raise()
 
     def _prepare_loop(self, loop: Any) -> None:
-        """Let the cleanup of every task come to its end, whichever of them was asked.
+        """Let every task finish its cleanup, whichever of them was asked.
 
-        The task in which the exception is raised ends with it, and passes it on to who
-        waits for that task: out of the loop again, in the middle of the others' cleanup.
+        The task in which the exception is raised ends with it, and passes it on to
+        whoever waits for that task: out of the loop, during the cleanup of the others.
         """
         if isinstance(loop, sys.modules["asyncio"].BaseEventLoop):
             self._loop = loop
@@ -207,7 +205,7 @@ class Ask:
                 try:
                     loop.run_forever()
                 except SystemExit:
-                    pass  # passed on by a task, as said
+                    pass  # passed on by a task
             for task in tasks:
                 if not task.cancelled() and task.exception() is not None:
                     message = "unhandled exception during the stop"
@@ -223,7 +221,7 @@ class Ask:
             runners._cancel_all_tasks = cancel_all_tasks  # type: ignore[union-attr]
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:
-        """Raise where the code has got to, not at the jump that ends a loop's round.
+        """Raise at the next opcode, not at the jump that ends a loop's iteration.
 
         From CPython 3.11 on, an exception at such a jump can pass by the `finally` of
         the `try` that the loop stands in: the jump is not in that block's range.
@@ -250,7 +248,7 @@ class Ask:
         sys.settrace(trace)
 
     def _disarm(self) -> None:
-        """Take back what is to raise the exception later."""
+        """Cancel what would raise the exception later."""
         self._is_scheduled = False
         if self._undo_trace is not None:
             undo, self._undo_trace = self._undo_trace, None
@@ -267,7 +265,7 @@ class Ask:
         raise StopRequested(ASKED_EXIT_CODE)
 
     def _guard(self, handle: Any) -> None:
-        """Let a callback that was due before the ask not hold up the cleanup for ever.
+        """Keep a callback that was due before the ask from delaying the cleanup for ever.
 
         The exception went to the code that was running: this one begins later, and knows
         nothing of it. So it gets one of its own, which ends it and leaves the loop alone.
@@ -291,8 +289,8 @@ class Ask:
 
         handle._callback = call
 
-    # What the snippet forks is ended by SIGTERM, as children of any program are. Blocked
-    # meanwhile: one that came before its handler is gone would be noted, and forgotten.
+    # A child of the snippet is ended by SIGTERM, like any program's. SIGTERM is blocked during
+    # the fork: one that came before its handler is removed would be lost.
 
     def _before_fork(self) -> None:
         mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGTERM,))
@@ -309,7 +307,7 @@ class Ask:
         self._after_fork_in_parent()
 
     def _backward_jumps(self) -> frozenset[int]:
-        """The opcodes that end a loop's round, and at which signals are looked for."""
+        """The opcodes that end a loop's iteration, at which Python checks for signals."""
         if sys.version_info < (3, 11):
             return frozenset()  # there, each such jump is in its block's range
         if Ask._jumps is None:

@@ -1,7 +1,7 @@
-"""The snippet's way to the host: whole frames, from any thread or signal handler.
+"""Sending frames to the host, whole, from any thread or signal handler.
 
-Responsible for the channel's descriptor, and for that nothing is ever written to
-another file that has been given its number. It never looks into what it sends.
+Nothing is ever written to another file that has been given the number of the channel's
+descriptor.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..protocol import PROGRESS, pack
 from .asking import Ask
 from .masking import Masked
 
-# A write of as many bytes to the channel is done at once, or not at all.
+# A write of up to this many bytes is done at once, or not at all.
 UNDIVIDED = 4096
-# Above what daemons close when they begin, most often 3 to 256.
+# Above the descriptors that daemons close when they begin, most often 3 to 256.
 OUT_OF_REACH = 1000
 
 
@@ -31,7 +31,7 @@ class Channel:
         self._lock = _thread.RLock()
         self._is_sending = False
         self._unsent: list[tuple[bytes, bytes]] = []
-        self._progress = b""  # that was sent last
+        self._progress = b""  # the one that was sent last
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def _after_fork_in_child(self) -> None:
@@ -40,7 +40,7 @@ class Channel:
         self._unsent = []
 
     def read(self, size: int) -> bytes:
-        """Wait for so many bytes; a host that is gone ends the wait and the process."""
+        """Read `size` bytes; if the host is gone, the process exits."""
         parts = []
         while size:
             part = os.read(self._fd, size)
@@ -72,7 +72,7 @@ class Channel:
                     self._send_all()
                 finally:
                     self._is_sending = False
-            if not self._unsent:  # or a handler came after the last look
+            if not self._unsent:  # or a handler came after the last check
                 return
 
     def _send_all(self) -> None:
@@ -83,7 +83,7 @@ class Channel:
             while self._unsent:
                 kind, payload = self._unsent.pop(0)
                 if kind == PROGRESS:
-                    # Looked at here, as another thread may have sent a progress meanwhile.
+                    # Checked with the lock, as another thread may have sent a progress.
                     if payload == self._progress:
                         continue
                     self._progress = payload
@@ -106,13 +106,13 @@ class Channel:
                 raise OSError(
                     errno.EBADF,
                     f"nothing can be reported any more, since descriptor {self._fd} has been"
-                    " closed: leave it open, it leads to the manager",
+                    " closed: leave it open, as the manager reads from it",
                 )
             view = view[os.write(self._fd, view) :]
 
 
 def _move(fd: int) -> int:
-    """Move a descriptor to where it is not closed by habit, if there is room."""
+    """Move a descriptor to a number that programs rarely close, if there is room."""
     if _identity(OUT_OF_REACH) is None:
         try:
             os.dup2(fd, OUT_OF_REACH, inheritable=False)
@@ -124,7 +124,7 @@ def _move(fd: int) -> int:
 
 
 def _identity(fd: int) -> tuple[int, int] | None:
-    """What tells a file from any other that gets its number; None where there is none."""
+    """What identifies the open file, if its number is reused; None if it is closed."""
     try:
         status = os.fstat(fd)
     except OSError:

@@ -1,7 +1,7 @@
-"""What is told of a snippet's error: the text of a traceback, less any frame of ours.
+"""The text of a snippet's error: a traceback without any frame of ours.
 
-Responsible for the snippet's source lines in tracebacks, for the user's `excepthook`,
-and for what goes to standard error. It sends nothing.
+It adds the snippet's source lines to tracebacks, calls the user's `excepthook`, and writes to
+standard error. It sends nothing.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The keeper: one for each execution, the parent of whatever the snippet leaves.
+"""The keeper: one for each execution, the parent of all that the snippet leaves.
 
-Responsible for asking the snippet, for its end after the grace period, and for the sweep
-that follows every end: when a keeper says END, no process of its execution is left, or END
-says which are. It never runs user code, never believes what a snippet says, and signals no
-process but its own unreaped children and the group of one, so that no pid can have gone to
-somebody else; `sweeping` reaches further. When the host is gone, it continues its launcher,
-which may be stopped.
+It asks the snippet to stop, kills it after the grace period, and sweeps after every end:
+when a keeper says END, no process of its execution is left, or END says which are. It never
+runs user code, never trusts what a snippet sends, and signals no process but its own
+unreaped children and the group of one, so that no pid can have been reused; `sweeping`
+reaches further. When the host is gone, it sends SIGCONT to its launcher, which may be
+stopped.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
 parent ends, wherever that descendant has moved and whatever it has emptied: the
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-# How often to look where no SIGCHLD tells.
+# How often to check where no SIGCHLD comes, in seconds.
 GROUP_INTERVAL = 0.05
-# When to look whether the ask has been heard, from the first time to the last interval.
+# When to send the first SIGURG after an ask, and the longest interval between two.
 FIRST_NUDGE = 0.005
 LAST_NUDGE = 1.0
-MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
-# How long a keeper stays after its END, in milliseconds: taking a process down keeps a
-# processor for half a one, and the host has just been woken on this very processor.
+MAX_TIMEOUT = 86400.0  # the most that `poll` takes
+# How long a keeper stays after its END, in milliseconds: ending a process costs about 0.5 ms
+# of CPU time, and the host has just been woken on this very processor.
 LINGER = 1
-# When to rehearse, in milliseconds: once nothing is waited for.
+# When to rehearse, in milliseconds: when nobody waits for anything.
 REHEARSE_AFTER = 20
 
 
@@ -136,10 +136,9 @@ class Keeper:
         return " ".join(map(str, numbers))
 
     def _rehearse(self, wake_end: int) -> None:
-        """Go through a stop, short of any signal and of all that the host would hear.
+        """Go through a stop, without signalling the snippet or telling the host.
 
-        The pages that this writes to are the keeper's own then, and need not be copied
-        while somebody waits.
+        The pages that this writes to need not be copied later, while somebody waits.
         """
         self._obey(pack(STOP, b"0"))
         self._deadline = None
@@ -150,12 +149,12 @@ class Keeper:
         self._wait()
         self._reap()
         try:
-            os.waitpid(os.getpid(), os.WNOHANG)  # which says the same as for no child at all
+            os.waitpid(os.getpid(), os.WNOHANG)  # the same as if there were no child
         except ChildProcessError:
             os.waitstatus_to_exitcode(0)
 
     def _look_after(self) -> bool:
-        """Until nothing is left, or what is left has had its time; whether nothing is."""
+        """Wait until nothing is left, or time is up; returns whether nothing is left."""
         while True:
             if self._reap():
                 return True
@@ -169,7 +168,7 @@ class Keeper:
     # -- asking
 
     def _stop(self, grace: float) -> None:
-        """Ask once; every further call can only bring the end nearer."""
+        """Ask once; further calls can only shorten the grace period."""
         deadline = time.monotonic() + grace
         if self._deadline is None or deadline < self._deadline:
             self._deadline = deadline
@@ -178,15 +177,15 @@ class Keeper:
         # The leader alone: its cleanup may need the helpers that it has started.
         if self._asked_at is None:
             kernel.signal_process(self._leader, _signal.SIGTERM)
-            kernel.signal_process(self._leader, _signal.SIGCONT)  # a stopped one is deaf
+            kernel.signal_process(self._leader, _signal.SIGCONT)  # it may be stopped
             self._asked_at = time.monotonic()
             self._nudge_at = self._asked_at + FIRST_NUDGE
 
     def _nudge(self, now: float, waited: float) -> None:
-        """Interrupt the call that the snippet sits in, in case it has missed the ask.
+        """Interrupt the system call that the snippet is in, in case it has missed the ask.
 
-        Python only takes note of a signal, and looks at its notes between opcodes: one
-        that comes after such a look and before a system call waits for its end.
+        Python only notes a signal, and checks for it between opcodes: one that comes
+        after such a check and before a system call waits for that call to end.
         """
         kernel.signal_process(self._leader, _signal.SIGURG)
         self._nudge_at = now + min(10 * (waited + FIRST_NUDGE), LAST_NUDGE)
@@ -202,7 +201,7 @@ class Keeper:
             kernel.signal_process(target, _signal.SIGCONT)
 
     def _target(self, pid: int) -> int:
-        """What to signal for a stray: its group where that is the snippet's, else itself.
+        """What to signal for a stray: the snippet's group if it is in that, else the stray.
 
         The stray, our unreaped child, keeps the number of its group from being reused.
         """
@@ -224,7 +223,7 @@ class Keeper:
                 if now >= self._nudge_at:
                     self._nudge(now, now - self._asked_at)
                 timeout = min(timeout, self._nudge_at - now)
-        # Rounded up: to wake a moment before the deadline would be to spin until it.
+        # Rounded up: else it would wake just before the deadline, and spin until then.
         for fd, _ in self._poll.poll(None if timeout is None else int(timeout * 1000) + 1):
             if fd == self._wake:
                 _read(fd)
@@ -256,10 +255,10 @@ class Keeper:
                 self._stop(float(payload))
 
     def _drain_for_host(self) -> None:
-        """Read the output that nobody reads any more, and throw it away.
+        """Read and discard the output, as the host no longer does.
 
-        Without a reader the first line that the snippet's cleanup prints would end
-        it, by a broken pipe or by waiting for ever.
+        Else the first line that the snippet's cleanup prints would end it, by a broken
+        pipe, or block it for ever.
         """
         for fd in self._outputs:
             os.set_blocking(fd, False)
@@ -268,7 +267,7 @@ class Keeper:
     # -- reaping
 
     def _reap(self) -> bool:
-        """Reap what has ended; whether there is nothing left to wait for."""
+        """Reap what has ended; returns whether nothing is left to wait for."""
         while True:
             try:
                 ended = kernel.reap()
@@ -276,7 +275,7 @@ class Keeper:
                 return self._has_tree or not self._strays()
             if ended is None:
                 return False
-            # A second one of this pid is a stray that was given the number of the first.
+            # A second process with this pid is a stray that has been given the same number.
             if ended[0] == self._leader and not self._leader_reaped:
                 self._leader_reaped = True
                 self._exit_code = ended[1]
@@ -286,7 +285,7 @@ class Keeper:
         return found if self._leader_reaped else found - {self._leader}
 
     def _group_strays(self) -> set[int]:
-        """The same where orphans go to init: the group, if it has a member left."""
+        """The same on systems where orphans go to init: the group, if it has members."""
         members = procfs.group(self._leader)
         if members is None:
             try:
@@ -296,7 +295,7 @@ class Keeper:
         return set() if members == [] else {-self._leader}
 
     def _kill_all(self) -> list[int]:
-        """End what is left; returns what the kernel does not let go of."""
+        """Kill what is left; returns the pids that can't be killed."""
         left = sweeping.kill_all(self._find_left, self._wait_for_an_end)
         if left and not self._has_tree:
             # A group's zombies can't be told from its members without /proc.
@@ -318,11 +317,11 @@ class Keeper:
         try:
             os.write(self._control, pack(kind, text.encode()))
         except OSError:
-            pass  # the host is gone, or has let go of this keeper
+            pass  # the host is gone, or has closed its end
 
 
 def _read(fd: int, size: int = 4096) -> bytes | None:
-    """What is there; empty at the end of file, None where there is nothing yet."""
+    """Read what is there: empty at the end of the file, None if there is nothing yet."""
     try:
         return os.read(fd, size)
     except BlockingIOError:

@@ -1,7 +1,7 @@
-"""What launcher, keeper and sweep ask of the kernel beyond the `os` module.
+"""System calls for launcher, keeper and sweep that the `os` module does not have.
 
-Each function says whether it could; where the platform has no such thing, the
-callers fall back on the process group. Nothing here keeps state or decides.
+Each function returns whether it worked; on platforms without the call, its callers
+fall back on the process group. Nothing here keeps state or decides.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def reap() -> tuple[int, int] | None:
             return None
         if not os.WIFSTOPPED(status):
             return pid, os.waitstatus_to_exitcode(status)
-        # It has asked to be traced by its parent, and so is held at each signal. Let go
-        # of, it gets this one; but for what it is sent when it executes a program.
+        # It has asked to be traced by its parent, and so is held at each signal. Once detached,
+        # it gets this one, unless that was only sent because it executes a program.
         if _ptrace is not None:
             signum = os.WSTOPSIG(status)
             _ctypes.call_function(

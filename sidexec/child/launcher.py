@@ -1,13 +1,13 @@
 """The launcher: started once by the host, forks a keeper whenever it is told to.
 
-Responsible for what all executions share (an interpreter that is up, modules that
-are loaded) and for the orphans of a keeper that was killed. It is single-threaded,
-runs no user code but the modules to preload, and never looks at what a snippet
-sends: the descriptors of each keeper and snippet go to the host at once.
+It has what all executions share (an interpreter that is up, modules that are loaded),
+and adopts the orphans of keepers that are killed. It is single-threaded, runs no user
+code but the modules to preload, and never reads what a snippet sends: it passes the
+descriptors of each keeper and snippet to the host at once.
 
 It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED,
 LOST and FAULT. When its host is gone it closes the lifeline, which tells every keeper, and
-waits for them. It ends those that take too long, and then itself.
+waits for them. It kills those that take too long, and then exits.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 # What every snippet may need of the standard library: loaded once the first snippet
 # is on its way, so that later ones share it.
 WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
-# A host that needs one execution only shall not wait for these at its end.
+# Later, so that a host that runs one snippet only need not wait for these at its end.
 WARM_UP_AFTER = 0.005
 # How long past its grace period a keeper may take when the host is gone.
 SWEEP_ALLOWANCE = 4.0
-MAX_TIMEOUT = 86400.0  # for `poll`, which does not take just any number
+MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 
 
 class Launcher:
@@ -62,7 +62,7 @@ class Launcher:
         # No pipe: a snippet could open that by way of /proc, and hold it open.
         self._lifeline, self._lifeline_end = (end.detach() for end in _socket.socketpair())
         os.set_blocking(self._lifeline, False)
-        self._preloaded: list[Any] = []  # what of theirs has a finalizer
+        self._preloaded: list[Any] = []  # their objects that have finalizers
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
         self._is_warm = False
@@ -111,7 +111,7 @@ class Launcher:
             self._deadline = float("inf")
 
     def _set_signals(self) -> None:
-        """Be deaf to what is meant for others, and pass on a clean slate.
+        """Ignore signals that are meant for others, and reset the rest for the snippets.
 
         A host's ignored and blocked signals would be the snippets' as well.
         """
@@ -135,7 +135,7 @@ class Launcher:
         if lines is not None:
             lines.cache.pop("<string>", None)
             getattr(lines, "_interactive_cache", {}).clear()
-        streams.replace()  # before a module keeps the ones there are
+        streams.replace()  # before a module keeps a reference to the old ones
         own_path = sys.path[:]
         sys.path[:] = self._path
         name = ""
@@ -143,7 +143,7 @@ class Launcher:
             try:
                 os.chdir(self._config["cwd"])
             except OSError:
-                pass  # only a start's own directory has to be there
+                pass  # only a start's own directory has to exist
         try:
             for name in self._config["preload"]:
                 __import__(name)
@@ -156,9 +156,9 @@ class Launcher:
         self._bystanders = kernel.children(self._children)
         if self._config["preload"]:
             self._preloaded = leaving.find_open()
-            # Or every snippet would write what they hold back.
+            # Else every snippet would write what is in their buffers.
             leaving.flush_buffers(self._preloaded)
-        # Until here it went to the host, for the error of a start that failed.
+        # Until now it went to the host, as part of the error of a failed start.
         os.dup2(0, 2)
         self._send(LOADED)
         return True
@@ -187,7 +187,7 @@ class Launcher:
             self._on_host_gone()
 
     def _on_host_gone(self) -> None:
-        """The host is gone: so will be every keeper, by the end of the lifeline."""
+        """The host is gone: close the lifeline, which ends every keeper."""
         if self._lifeline_end >= 0:
             self._poll.unregister(self._socket.fileno())
             if self._host is not None:
@@ -199,13 +199,13 @@ class Launcher:
             os.close(self._lifeline_end)
             self._lifeline_end = -1
             for pid in self._keepers:
-                kernel.signal_process(pid, _signal.SIGCONT)  # a stopped one is deaf
+                kernel.signal_process(pid, _signal.SIGCONT)  # a stopped one would not notice
             self._deadline = time.monotonic() + self._config["grace"] + SWEEP_ALLOWANCE
 
     # -- forking
 
     def _warm_up(self) -> bool:
-        """Load what later snippets share; false if the host has let go meanwhile."""
+        """Load what later snippets share; false if the host has closed its end."""
         if not self._is_warm:
             self._is_warm = True
             for name in WARM:
@@ -276,7 +276,7 @@ class Launcher:
                 self._send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
 
     def _find_orphans(self) -> set[int] | None:
-        """What keepers that were killed have left."""
+        """The orphans of keepers that were killed."""
         found = kernel.children(self._children) - self._keepers - self._bystanders
         found = {pid for pid in found if os.waitpid(pid, os.WNOHANG)[0] == 0}  # not reaped now
         # Twice nothing: the list may miss a child while another one ends.

@@ -1,8 +1,7 @@
-"""The end of a snippet: what an interpreter does at its own, less the 4 ms it takes for it.
+"""The end of a snippet: what an interpreter does at its own end, without the 4 ms it takes.
 
-Responsible for exit handlers, the finalizers of globals, and that everything which is
-buffered gets written. Where more is left to be done than a flush, it leaves that to the
-interpreter's own end.
+It runs exit handlers and the finalizers of globals, and writes everything that is buffered.
+If more than a flush is left to do, it leaves that to the interpreter's own end.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
 
 INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
 
-# All that the end of an interpreter does with these is to flush them, text first. No
-# other class: it may have a `close` of its own.
+# An interpreter's end only flushes these, text first. Not their subclasses, which may have
+# a `close` of their own.
 _BUFFERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-# And with these, nothing.
+# With these it does nothing.
 _HARMLESS = {io.FileIO, io.BufferedReader, io.BufferedRWPair, io.BytesIO, io.StringIO, Whole}
 
-# Through these, everything leads to everything.
+# Not followed: through these, every object is reachable from every other.
 _OPAQUE = (type, type(sys), type(lambda: 0))
 
 
@@ -62,8 +61,8 @@ def leave(
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
     ask.phase = SETTLING
-    # Threads would see their globals vanish: the interpreter knows how to silence them.
-    # A child that the snippet forked is not ours to hurry.
+    # Not with threads, whose globals would vanish: the interpreter's own end handles that.
+    # Nor in a child that the snippet forked.
     is_quick = is_snippet and not _thread._count()
     if is_quick:
         let_go(take_globals)
@@ -72,12 +71,12 @@ def leave(
     flush([sys.stdout, sys.stderr])
     if not finish(preloaded, may_close=is_quick):
         is_quick = False
-        gc.unfreeze()  # or what hangs on a module that was there before would be missed
+        gc.unfreeze()  # else what is reachable only from an older module would be missed
     if not is_quick:
-        # They are the launcher's: a temporary file would be gone for the other snippets.
+        # They are the launcher's: other snippets still need its temporary files, for example.
         kernel.keep_for_ever([each for each in preloaded if not _is_file(each)])
         if exit_code == INTERRUPTED:
-            sys.excepthook = lambda *error: None  # it has been told
+            sys.excepthook = lambda *error: None  # it has been reported
             raise KeyboardInterrupt
         raise SystemExit(exit_code)
     kernel.flush_c()
@@ -89,7 +88,7 @@ def leave(
 
 
 def _end_workers() -> None:
-    """Ask what `multiprocessing` would wait for, be it for ever, as the sweep would."""
+    """Terminate the children that `multiprocessing` would wait for, as the sweep would."""
     processes = sys.modules.get("multiprocessing.process")
     if processes is not None:
         for child in processes.active_children():
@@ -99,8 +98,8 @@ def _end_workers() -> None:
 def let_go(take_globals: Callable[[], object]) -> None:
     """Run the finalizers of globals, in the order that an interpreter runs them in."""
     if not finish([], may_close=True):
-        # It sorts what it goes through, so that the next one finds what buffers something
-        # before the file that this is for.
+        # A collection reorders its objects: the next one then finds a buffer before the file
+        # that it writes to.
         gc.collect()
     sys.modules.pop("__main__", None)
     take_globals()  # nothing else refers to them, but for functions of their own
@@ -108,7 +107,7 @@ def let_go(take_globals: Callable[[], object]) -> None:
 
 
 def finish(preloaded: list[Any], *, may_close: bool) -> bool:
-    """Have what is still open written; false where there are finalizers left to run."""
+    """Write what is still open; returns false if there are finalizers left to run."""
     left = find_open() + [each for each in preloaded if _is_file(each) and not _is_done(each)]
     flush_buffers(left)
     special = {id(each) for each in left if type(each) not in _BUFFERS}
@@ -124,7 +123,7 @@ def finish(preloaded: list[Any], *, may_close: bool) -> bool:
 
 
 def _from_inside_out(objects: list[Any]) -> list[Any]:
-    """The objects and all that they lead to, each after what it leads to."""
+    """The objects and all that they refer to, each after what it refers to."""
     found, seen, pending = [], set(), [(each, False) for each in reversed(objects)]
     while pending:
         each, is_through = pending.pop()

@@ -1,4 +1,4 @@
-"""The standard library, for what a snippet does on its own account.
+"""The standard library, for our own code in a snippet.
 
 Whatever the user's code has put on `sys.path` or into `sys.modules`, these are the
 interpreter's own modules; and whatever the user's code has put there stays.
@@ -34,21 +34,21 @@ class Library:
         if module is None:
             module = sys.modules.get(name)
             if module is None or not _is_own(name):
-                # A signal handler of the user's that reports would find half a module.
+                # Else a signal handler of the user's could find a half-loaded module.
                 with Masked():
                     module = self._load(name)
             elif getattr(module.__spec__, "_initializing", False):
-                __import__(name)  # waits for another thread that has come half its way
+                __import__(name)  # waits for the thread that is importing it
             self._modules[name] = module
         return module
 
     def _load(self, name: str) -> ModuleType:
         theirs = {each: sys.modules.pop(each) for each in _shadows(name)}
         finders = sys.meta_path
-        # Another list, as another thread may be going through that one.
+        # A new list, as another thread may be iterating over the old one.
         own_first = sys.meta_path = [_Finder(self._path), *finders]
         try:
-            # What this one imports has to be our own as well, and the same.
+            # What it imports has to be the interpreter's as well, and the same as before.
             known = dict(self._modules)
             sys.modules.update({each: known[each] for each in known if each in theirs})
             __import__(name)

@@ -1,8 +1,8 @@
-"""A moment in which no signal handler of the user's comes in between.
+"""Blocking signals for a moment, so that no handler of the user's runs.
 
-Responsible for the calling thread's signal mask. A signal that comes meanwhile is
-handled right afterwards; where the snippet has more threads, the system may hand it to
-one of those, and Python then runs the handler all the same.
+Only the calling thread's signals are blocked. One that comes meanwhile is handled right
+afterwards; if the snippet has more threads, the system may deliver it to one of those, and
+Python then runs the handler all the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a snippet returns or reports, as JSON, or what is wrong with it and where."""
+"""Converting what a snippet returns or reports to JSON, and saying why it can't be."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def to_json(value: object, what: str, library: Library) -> bytes:
 
 
 def _find_problem(value: object) -> str | None:
-    """Where the first part stands that is no JSON, and what to do about it."""
+    """Where the first part is that is not JSON, and what to do about it."""
     pending: list[tuple[Any, str, tuple[int, ...]]] = [(value, "result", ())]
     while pending:
         each, place, outer = pending.pop()

@@ -1,10 +1,9 @@
-"""The snippet: runs the user's code in a process of its own, and ends as asked.
+"""The snippet: runs the user's code in a process of its own.
 
-Responsible for what the code finds (a clean `__main__`, its parameters, the
-functions to report with) and for what is sent to the host (progress, results, the
-text of an error). How it hears that it is to stop is `asking`, how it ends `leaving`.
-It never looks after processes: the keeper does that, and goes by how this process
-ends, not by what it says.
+It provides what the code finds (a clean `__main__`, its parameters, the functions to
+report with) and sends progress, results and the text of an error to the host. `asking`
+is how it is asked to stop, `leaving` how it ends. It never handles other processes: the
+keeper does that, and trusts how this process ends, not what it says.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ REHEARSAL: dict[str, Any] = {
 
 
 class Forked(BaseException):
-    """Takes a new snippet from where it was forked to the bottom of the stack."""
+    """Raised in a new snippet, to get from where it was forked to the bottom of the stack."""
 
     def __init__(self, snippet: Snippet, *, rehearse: bool) -> None:
         self.snippet = snippet
@@ -73,12 +72,12 @@ class Snippet:
         self._lifted: list[tuple[int, tuple[int, int]]] = []
 
     def prepare(self, *, rehearse: bool) -> None:
-        """Do ahead of the request whatever does not depend on it, and wait for that."""
+        """Do what does not depend on the request, and then wait for the request."""
         _forget_launcher()
         self.ask.listen()
         if rehearse:
-            # The pages that this writes to are the process's own once the request
-            # comes, which then runs in a third of the time.
+            # The pages that this writes to need not be copied when the request comes,
+            # which then runs in a third of the time.
             path = sys.path[:]
             code = self._load({**REHEARSAL, "params": {"ask": self.ask.rehearse}})
             try:
@@ -103,7 +102,7 @@ class Snippet:
             os.dup2(1, 2)
 
     def begin(self) -> None:
-        """Have the user's code called by the first look at what it has returned."""
+        """Prepare `returned`: reading its item 0 calls the user's code."""
         code = self._load(self._request)
         call = _functools.partial(eval, code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
@@ -112,20 +111,20 @@ class Snippet:
             run, self.clean_up = _run_and_close(asyncio)
             self._coroutine = call()
             call = _functools.partial(run, self._coroutine)
-        # Asked for 0, it calls the code and keeps what that returns, in one opcode: between
-        # two, an ask could be raised.
+        # It calls the code and keeps what that returns in one opcode: between two opcodes, an
+        # ask could be raised.
         self.returned = _collections.defaultdict(call)
         self.ask.phase = RUNNING
 
     def end(self) -> NoReturn:
-        """Send what came of the code, and leave."""
+        """Send the result or the error, and exit."""
         failure, self.failure = self.failure, None
         exit_code = 0
         if self._coroutine is not None:
             if failure is not None and not self.returned:
                 self.returned.update(_returned_in_spite_of(failure))
             try:
-                self._coroutine.close()  # where it has not been begun
+                self._coroutine.close()  # if it has not begun
             except BaseException as error:
                 failure = failure or error
         if isinstance(failure, StopRequested):
@@ -200,7 +199,7 @@ class Snippet:
         self._channel.send(PROGRESS, repr(float(percent)).encode())
 
     def _report_result(self, value: object) -> None:
-        """Keep `value` as the partial result, and again as it is when asked to stop."""
+        """Record `value` as the partial result; it is read again when asked to stop."""
         if os.getpid() != self._pid:
             raise RuntimeError("report_result works in the snippet's own process only")
         data = to_json(value, "the reported value", self._library)
@@ -215,7 +214,7 @@ class Snippet:
     # -- what came of it
 
     def _send_result(self, failure: BaseException | None) -> BaseException | None:
-        """Send the result there is; returns the failure that there is afterwards."""
+        """Send the result, if there is one; returns the failure, perhaps a new one."""
         candidates: list[tuple[str, Callable[[], object]]] = []
         returned = self.returned.get(0)
         if returned is not None:
@@ -283,7 +282,7 @@ _OWN_FILES = {each.__code__.co_filename for each in _OWN_CODE}
 
 
 def _run_and_close(asyncio: Any) -> tuple[Callable[..., object], Callable[[], object]]:
-    """`asyncio.run` in two parts: what is returned is kept where the second is stopped."""
+    """`asyncio.run` in two parts: the result is kept if the second part is stopped."""
     if hasattr(asyncio, "Runner"):
         runner = asyncio.Runner()
         return runner.run, runner.close
@@ -315,7 +314,7 @@ def _returned_in_spite_of(error: BaseException) -> dict[int, object]:
 
 
 def _forget_launcher() -> None:
-    """Undo what would make this process act as the one it was forked from."""
+    """Undo what would make this process act like the one it was forked from."""
     modules = sys.modules
     # Exit handlers belong to the process in which they were registered: a module
     # loaded ahead would have every snippet remove the launcher's temporary files.

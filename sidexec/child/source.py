@@ -8,7 +8,7 @@ imports.
 `await` is the compiler's own top-level await. The compiler has no top-level
 `return`; code that uses one is put into a function whose every name is declared
 global, and the flags that make a code object a function's are then taken off it.
-What a function may not hold, or takes in another way, is rewritten: annotated globals, star
+What a function can't contain, or treats differently, is rewritten: annotated globals, star
 imports and lazy ones.
 """
 
@@ -39,8 +39,8 @@ def prepare(
 ) -> tuple[CodeType, CodeType | None]:
     """Compile `source` for `namespace`: the code, and its last `return` expression.
 
-    The expression is there only where it is built from names, constants and
-    displays. Raises what `compile` raises.
+    The expression is there only if it is made of names, constants and literals of
+    lists, dicts and tuples. Raises what `compile` raises.
     """
     try:
         return _compile(source, filename), None
@@ -117,7 +117,7 @@ def _with_top_level_return(
 
 
 class _Statements:
-    """What a function may not hold, or takes in another way than a module, rewritten for it."""
+    """Rewrites what a function can't contain, or treats differently from a module."""
 
     def __init__(self, prelude: list[ast.stmt], namespace: dict[str, Any]) -> None:
         import ast

@@ -1,8 +1,8 @@
-"""Standard streams that keep nothing back.
+"""Standard streams without buffers.
 
 What a snippet prints has to be in the pipe before the next line runs, since SIGKILL
-leaves no time to flush. `python -u` writes through as well, but lets go of the rest
-of a large write that a signal has cut short.
+leaves no time to flush. `python -u` writes through as well, but drops the rest
+of a large write that a signal has interrupted.
 """
 
 from __future__ import annotations

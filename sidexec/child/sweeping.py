@@ -18,12 +18,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# How long the kernel may take over a SIGKILL before a process counts as stuck.
+# How long a process may take to end after SIGKILL before it counts as stuck.
 STUCK_AFTER = 2.0
 
 
 def kill_all(find: Callable[[], set[int] | None], wait: Callable[[], object]) -> set[int]:
-    """Kill what `find` names until it says None; returns what the kernel does not let go of.
+    """Kill what `find` names until it says None; returns the pids that can't be killed.
 
     `find` names unreaped children, or a group by its negative number. However long the
     sweep takes, it goes on for as long as anything ends or turns up.

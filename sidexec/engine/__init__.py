@@ -1,4 +1,4 @@
-"""This side: what happens in the host's process, below the manager's public methods.
+"""The host's side, below the public methods of the manager.
 
     caller's thread                   the thread of a pair                other processes
     start: Engine.start
@@ -10,16 +10,16 @@
              claims, and tells  ---------------------------------------->  keeper: asks, sweeps
              waits for the bell <---  tells whoever waits, last
 
-    engine.py     which launcher a start goes to, what is remembered, the end of it all
-    launcher.py   one launcher, and the thread that hears it
+    engine.py     which launcher a start goes to, what is remembered, closing
+    launcher.py   one launcher, and the thread that reads from it
     process.py    its process: an interpreter that is started, given its code, and reaped
     requests.py   the requests that wait for a pair, and the pairs that match them
     thread.py     one execution's thread: from a ready pair to the end
     pair.py       a keeper and its snippet as descriptors
-    descriptors.py   what several threads read and write, and who closes it
-    execution.py  what is known of one execution, and how it is stopped
-    output.py, delivery.py   what it has written, and handing that to `on_output`
-    input.py      what it reads from its standard input
+    descriptors.py   descriptors that several threads use, and closing them
+    execution.py  what is known about one execution, and how it is stopped
+    output.py, delivery.py   its output, and passing that to `on_output`
+    input.py      its standard input
     waiting.py    waiting in a way that no signal handler can break
     payload.py    the other side's code, as it is sent to the launcher
 

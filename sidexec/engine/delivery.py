@@ -1,9 +1,9 @@
-"""Handing an execution's output to `on_output`, in a thread of its own.
+"""Passing an execution's output to `on_output`, in a thread of its own.
 
-Every chunk is handed over, in order. While the callback is far behind, no more output is
-read, and the snippet waits as it would for any slow reader: but not once it is asked to
-stop, since its cleanup must not wait for the very callback that stops it. What is never
-handed over is logged, in bytes.
+Every chunk is passed on, in order. While the callback is far behind, no more output is
+read, and the snippet waits as it would for any slow reader; but not once it is asked to
+stop, since that may have been done by this very callback. The bytes that are never passed
+on are counted in the log.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .waiting import Bell, block_signals, native
 
 logger = logging.getLogger(__name__)
 
-# The backlog, in bytes, at which reading pauses, and the most that is kept where it can't.
+# The backlog, in bytes, at which reading pauses, and at which output is dropped if it can't.
 PAUSE_AT = 1024 * 1024
 MOST = 16 * 1024 * 1024
 
@@ -36,7 +36,7 @@ class Delivery:
         self._when_over: Callable[[], object] | None = None
         self._over = Bell()
         self._thread: int | None = None
-        # The caller's: what the callback starts inherits it.
+        # The caller's signal mask, which threads that the callback starts inherit.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._wake: Callable[[], object] | None = None
 
@@ -61,11 +61,11 @@ class Delivery:
         if self._backlog <= PAUSE_AT:
             return False
         self._wake = wake
-        # Looked at again: room that was made meanwhile has woken nobody.
+        # Check again: the other thread may have made room before `wake` was set.
         return self._backlog > PAUSE_AT // 2
 
     def end(self, when_over: Callable[[], object]) -> None:
-        """Nothing more will be put; `when_over` is called when nothing is left to hand over."""
+        """No more output follows; `when_over` is called when all has been passed on."""
         self._when_over = when_over
         if self._thread is None:
             self._finish()
@@ -78,13 +78,13 @@ class Delivery:
         return self._put - self._taken - self._dropped
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until all of it is handed over, but not for oneself; whether it is."""
+        """Wait until all is passed on, but not in its own thread; returns whether it is."""
         if self._thread == _thread.get_ident():
             return True
         return self._over.wait_for(lambda: self.is_over, timeout)
 
     def abandon(self) -> None:
-        """Hand over nothing more once the callback returns, and say so."""
+        """Pass on nothing more once the callback returns, and log that."""
         if not self._is_abandoned:
             self._is_abandoned = True
             self._finish()
@@ -131,8 +131,8 @@ class Delivery:
             try:
                 self._call(chunk)
             except BaseException:
-                # Whatever it is, it is the callback's own affair: even `SystemExit`
-                # would only end this thread, and the output after it would be lost.
+                # Even `SystemExit`: it would end this thread, and the output after it
+                # would be lost.
                 logger.exception("on_output of %s raised", self._id)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

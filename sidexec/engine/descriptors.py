@@ -1,7 +1,7 @@
-"""Descriptors that several threads of this side use.
+"""Descriptors that several threads of the host use.
 
-Responsible for closing them when the last thread lets go of them, and not before, and for
-writing to them without ever blocking. What is written is no business of this module.
+They are closed when the last thread releases them, and not before. Writing to one never
+blocks.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Iterable
 
 
 class Descriptor:
-    """A descriptor that several threads use; it closes when the last lets go of it.
+    """A descriptor that several threads use; it closes when the last releases it.
 
-    Were it closed by its number, a thread that is about to use it could use what
-    somebody has opened meanwhile under that number.
+    Else a thread that is about to use it could use another file, which has been given the
+    same number.
 
-    Without the GIL this holds where the thread that has made it lets go of it: of what
-    another one has made, the count is only settled when that one runs again.
+    Without the GIL this holds if the thread that made it also releases it: the references
+    to what another thread made are only settled when that thread runs again.
     """
 
     def __init__(self, fd: int) -> None:
@@ -54,7 +54,7 @@ class Sender:
             return False
 
     def send(self, data: bytes) -> bool:
-        """False where it is full; what nobody reads any more counts as sent."""
+        """False if it is full. If nobody reads it any more, it counts as sent."""
         try:
             self.send_some(data)
         except BlockingIOError:
@@ -64,24 +64,24 @@ class Sender:
         return True
 
     def send_some(self, data: bytes | memoryview) -> int:
-        """As much as there is room for; raises what `send` of a socket raises."""
+        """Send as much as there is room for; raises what `socket.send` raises."""
         # The host may have SIGPIPE end it.
         return self.socket.send(data, getattr(_socket, "MSG_NOSIGNAL", 0))
 
     def send_with(self, data: bytes, fd: int) -> int:
-        """Send the beginning of `data` along with a descriptor; how much that was."""
+        """Send a descriptor with the beginning of `data`; returns how much that was."""
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
         try:
             return self.socket.sendmsg([data], rights, getattr(_socket, "MSG_NOSIGNAL", 0))
         except OSError:
-            return 0  # it has ended, as the next write will say
+            return 0  # the peer has ended: the next write fails
 
     def shut(self) -> None:
         """End the connection in both directions, which wakes the thread that reads from it."""
         try:
             self.socket.shutdown(_socket.SHUT_RDWR)
         except OSError:
-            pass  # it has ended by itself
+            pass  # the peer has ended
 
 
 class Wake:
@@ -112,7 +112,7 @@ class Wake:
 
 
 def read(fd: int, size: int) -> bytes | None:
-    """What is there; empty at the end of the file; None where there is nothing."""
+    """Read what is there: empty at the end of the file, None if there is nothing yet."""
     try:
         return os.read(fd, size)
     except BlockingIOError:

@@ -1,8 +1,8 @@
 """The engine of one manager: its launchers, its executions, and what is remembered of them.
 
-Responsible for which launcher a start goes to, for how long is waited until it has begun,
-and for the order in which everything is closed. Every method is for any thread and for
-signal handlers: what several of them change at once changes in one atomic step.
+It decides which launcher a start goes to, how long to wait until it has begun, and in which
+order everything is closed. Any thread and any signal handler may call every method: state
+that they share changes in one atomic step.
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ class Engine:
         self._running: dict[str, Execution] = {}
         self._launchers: list[Launcher] = []
         self._ended: deque[Execution] = deque()
-        # These two are only touched by who has the lock, and nobody waits for that.
+        # Only used by whoever holds the lock, for which nobody waits.
         self._counting = native("_thread", "allocate_lock")()
         self._counted: deque[Execution] = deque()
         self._bytes_held = 0
 
     def start(self, execution: Execution, environment: Environment, *, is_default: bool) -> None:
-        """Have it begin; its state and its `refusal` say whether it has.
+        """Start it; its state and its `refusal` tell whether that worked.
 
-        In the default environment a pair is forked ahead of need. Whatever a signal
-        handler raises in here, there is either nothing left, or an execution that runs
-        and can be listed.
+        In the default environment a pair is forked ahead of need. If a signal handler
+        raises in here, either nothing is left, or an execution that runs and is listed.
         """
         self.process = self.process or os.getpid()
         try:
@@ -83,8 +82,8 @@ class Engine:
         """Have it begin on `launcher`, unless that is not up any more; whether a pair has it."""
         launcher.boot()
         is_placed = launcher.submit(execution)
-        # Known only now: a signal handler that came before, and waited for it, would wait
-        # for the very call that it has interrupted.
+        # Not earlier: a signal handler that waited for it would wait for the very call that
+        # it has interrupted.
         self.know(execution)
         if self.is_closing and not self._refuse(execution, CLOSED):
             execution.stop("closed", 0.0)  # a pair has just begun it
@@ -101,7 +100,7 @@ class Engine:
         return is_placed
 
     def know(self, execution: Execution) -> None:
-        """Let it be listed, by its start and by the thread that begins it."""
+        """Add it to the executions; its start and the thread that begins it both do."""
         self.executions[execution.id] = execution
         self._running[execution.id] = execution
         if execution.state in (State.ENDED, State.REFUSED):
@@ -109,7 +108,7 @@ class Engine:
 
     @property
     def foreign(self) -> str | None:
-        """Says that this process was forked from the one that the manager works in, if so."""
+        """An error message if this process was forked from the manager's, else None."""
         if self.process in (None, os.getpid()):
             return None
         return (
@@ -130,7 +129,7 @@ class Engine:
                 execution.delivery.wait(left)
 
     def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
-        """Whether it takes any; waits while too much of it waits to be read."""
+        """Returns whether its standard input is open; waits while too much is unread."""
         input, owner = execution.input, execution.owner
         if input is None or self.foreign is not None or not input.add(data, close=close):
             return False
@@ -145,7 +144,7 @@ class Engine:
         if self.foreign is None:
             for execution in executions:
                 execution.stop("requested", grace, caller)
-                logger.debug("%s is to stop", execution.id)
+                logger.debug("stopping %s", execution.id)
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
         self._wait_for_callbacks(executions, grace)
@@ -176,7 +175,7 @@ class Engine:
         self._wait_for_callbacks(list(self.executions.values()), grace)
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
-        """Let `on_output` have the rest, for so long in all; what it has not got is lost."""
+        """Wait for `on_output` to get the rest, at most `grace` seconds; the rest is lost."""
         until = time.monotonic() + grace
         for execution in executions:
             delivery = execution.delivery
@@ -234,7 +233,7 @@ class Engine:
             self.executions.pop(execution.id, None)
         elif execution.is_first_to_count():
             self._ended.append(execution)
-        # Who does not get the lock leaves its own to who has it, and looks again after.
+        # Whoever does not get the lock leaves its own to whoever has it.
         while self._ended and self._counting.acquire(False):
             try:
                 self._count_and_forget()
@@ -246,7 +245,7 @@ class Engine:
             execution = self._ended.popleft()
             self._counted.append(execution)
             self._bytes_held += execution.bytes_held
-        newest = 1  # is kept whatever it holds, or it could never be asked for
+        newest = 1  # the newest is always kept, however large it is
         while len(self._counted) > self._max_history or (
             self._bytes_held > MAX_REMEMBERED_BYTES and len(self._counted) > newest
         ):

@@ -1,8 +1,8 @@
-"""One execution as this side knows it: what came of it so far, how it is stopped, how it ended.
+"""One execution as the host knows it: its results so far, its stop, and its end.
 
-Any thread may read it, at any time, and stop it. All else is set by its one owner: the
-thread that took its request, or whoever claimed it before one did. It neither reads
-descriptors nor judges an end.
+Any thread may read and stop it at any time. All else is set by its one owner: the thread
+that took its request, or whoever claimed it before one did. It reads no descriptors, and
+does not decide how an execution has ended.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class End:
     forced: bool
     error: str | None
     result: bytes | None  # JSON
-    stuck: tuple[int, ...]  # pids that the kernel does not let go of
+    stuck: tuple[int, ...]  # pids that can't be killed
     cpu_time: float | None
     peak_memory: int | None
 
@@ -65,7 +65,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the tree was last seen to use."""
+    """The last figures of what the tree uses."""
 
     at: float
     cpu: float
@@ -130,7 +130,7 @@ class Execution:
         self.refusal: str | None = None  # why it could not be started
         self.progress: float | None = None
         self.reported: bytes | None = None  # JSON
-        self.usage: Sample | None = None  # readers keep it here, as it serves them alone
+        self.usage: Sample | None = None  # set by readers, for readers
         self.changed = Bell()  # when the state has changed
         self._on_begin = on_begin
         self._on_end = on_end
@@ -167,24 +167,24 @@ class Execution:
         return cast("End | None", self._claims.get("end"))
 
     def is_decided(self) -> bool:
-        """Whether it has begun, or will not."""
+        """Whether it has begun or was refused."""
         return self.state is not State.WAITING
 
     def claim(self, owner: Owner) -> bool:
-        """Make `owner` the one that says what becomes of it; false if another one was first."""
+        """Make `owner` the owner; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner
 
     def is_first_to_count(self) -> bool:
-        """True once: for whoever is to count it among those that have ended."""
+        """True for the first call only, which counts it among the ended executions."""
         token = object()
         return self._claims.setdefault("counted", token) is token
 
     def is_stopped(self) -> bool:
-        """Whether it is to end as stopped; one that is not can't be stopped from here on."""
+        """Whether it ends as stopped; if not, it can't be stopped from here on."""
         return self._claims.setdefault("stop", None) is not None
 
     def stop(self, reason: StopReason, grace: float, caller: object = None) -> None:
-        """Ask it to stop, or bring its end nearer; the first caller is the one that stops it.
+        """Ask it to stop, or shorten its grace period; the first caller is the one that stops it.
 
         Never blocks. A handler may raise between the two steps, so every call asks; the
         keeper passes on the first of them.
@@ -202,7 +202,7 @@ class Execution:
             owner.ask(grace)
 
     def when_through(self, call: Callable[[], object]) -> None:
-        """Call it once, when this has ended and `on_output` has had everything."""
+        """Call `call` once, when this has ended and `on_output` has had everything."""
         self._calls.append(call)
         self._call_if_through()
 
@@ -227,7 +227,7 @@ class Execution:
         return self._claims.setdefault("promise", True) is True
 
     def begin(self) -> bool:
-        """False where it has been refused meanwhile, as its start was interrupted."""
+        """False if it has been refused, since its start was interrupted."""
         if self._claims.setdefault("fate", self) is not self:
             return False
         self._on_begin(self)
@@ -260,7 +260,7 @@ class Execution:
         cpu_time: float | None = None,
         peak_memory: int | None = None,
     ) -> None:
-        """Say how it ended; the first call counts, and every call tells whoever waits."""
+        """Set how it ended; the first call counts, and every call wakes those who wait."""
         duration = time.monotonic() - self.started_at
         end = End(
             status,
@@ -308,8 +308,8 @@ _HUGE = re.compile(rb"[0-9]{300}|[eE][+]?[0-9]{3}")
 
 
 def parse_result(data: bytes) -> Any:
-    """The value of a result's JSON; raises `ValueError` for what no response can hold."""
-    # Judged first: the interpreter's parser recurses in C, on the stack of this thread.
+    """The value of a result's JSON; raises `ValueError` if it is invalid or too deep."""
+    # Checked first: the interpreter's parser recurses in C, on the stack of this thread.
     if is_too_deep(data):
         raise ValueError("JSON that is nested too deeply")
     try:
@@ -322,5 +322,5 @@ def parse_result(data: bytes) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no number in JSON")
+        raise ValueError(f"{text[:20]} is not a JSON number")
     return value

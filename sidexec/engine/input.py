@@ -1,6 +1,6 @@
-"""What a snippet reads from its standard input, on its way there.
+"""A snippet's standard input, until it is written.
 
-Any thread adds to it; the execution's own thread writes it, as far as there is room. It
+Any thread adds to it; the execution's own thread writes as much as there is room for. It
 never blocks that thread, and waits for no lock that another one could hold.
 """
 
@@ -12,7 +12,7 @@ from collections import deque
 from .descriptors import Descriptor
 from .waiting import Bell
 
-# So much may wait to be read, in bytes, before whoever adds to it has to wait.
+# How much may be unread, in bytes, before whoever adds more has to wait.
 MOST = 1024 * 1024
 
 
@@ -39,7 +39,7 @@ class Input:
     # -- from any thread
 
     def add(self, data: bytes, *, close: bool) -> bool:
-        """False where it takes no more."""
+        """False if it is closed."""
         if not self.is_open or self.writer is None:
             return False
         if data:

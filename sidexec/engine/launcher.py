@@ -1,8 +1,7 @@
-"""A launcher as this side sees it, and the thread that hears it.
+"""A launcher as the host sees it, and the thread that reads from it.
 
-Responsible for the interpreter coming up, for handing what it says to the pairs and
-requests that it is about, and for its end. Which request a pair takes is the business of
-`requests`, and what happens on a pair that of the pair's own thread.
+The thread starts the interpreter, passes what it says to pairs and requests, and ends it.
+`requests` decides which request a pair takes; the pair's own thread does the rest.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Launcher:
         self._requests.keeps_spare = value
 
     def boot(self) -> None:
-        """Have its thread start the interpreter; every call but the first does nothing."""
+        """Start the thread that starts the interpreter; only the first call does anything."""
         if self._unstarted:
             native("_thread", "start_new_thread")(self._run, ())
 
@@ -98,7 +97,7 @@ class Launcher:
             self.let_go()
 
     def let_go(self) -> None:
-        """Have it end as soon as nothing runs on it."""
+        """End it as soon as nothing runs on it."""
         self.is_kept = False
         if not self._running and not self.is_gone:
             self.retire()
@@ -119,7 +118,7 @@ class Launcher:
         return True
 
     def abandon(self, reason: str) -> None:
-        """Give up on one that does not answer; what runs on it already may go on."""
+        """Give up on it, as it does not answer; what runs on it may go on."""
         pid = None if self._process is None else self._process.pid
         self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
         self.is_up = self.is_kept = False
@@ -128,7 +127,7 @@ class Launcher:
             self._process.kill()
 
     def retire(self) -> None:
-        """Have it end, once its keepers have; the bell rings when it has."""
+        """End it once its keepers have ended; the bell rings when it has."""
         self.is_up = self.is_kept = False
         self.boot()  # so that a thread is there to end it
         self._let_go_of_spares()
@@ -254,7 +253,7 @@ class Launcher:
             self.miss_pair(is_ahead == 1, f"could not start a thread for the execution: {problem}")
 
     def _end(self) -> None:
-        """The process has ended, or is to: let go of all that there was of it."""
+        """The process has ended, or has to: release everything."""
         was_expected = not self.is_up and self._failure is None
         self.is_up = False
         try:

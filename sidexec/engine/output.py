@@ -1,7 +1,7 @@
 """What an execution has written: the newest bytes of each stream, and following them.
 
-The loop's thread adds; any thread reads, without a lock, since what it reads is
-made of immutable chunks that carry their offset. Nothing here reads descriptors.
+The execution's thread adds; any thread reads, without a lock, since all chunks are
+immutable and know their offset. Nothing here reads descriptors.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ class Output:
         self._limit = limit
         self._kept = {stream: _Kept() for stream in STREAMS}
         self._sequence = 0
-        self._texts = texts  # the text that was last asked for, among all executions
+        self._texts = texts  # the text that was last asked for, shared by all executions
         self.changed = Bell()
 
-    # -- from the loop's thread
+    # -- from the execution's thread
 
     def add(self, stream: Stream, data: bytes) -> None:
         for start in range(0, len(data), CHUNK):
@@ -164,12 +164,12 @@ class Output:
 
     @property
     def size(self) -> int:
-        """The bytes that are kept."""
+        """How many bytes are kept."""
         return sum(self._kept[stream].end - self._start(stream) for stream in STREAMS)
 
     @property
     def dropped(self) -> int:
-        """The bytes that were let go."""
+        """How many bytes were dropped."""
         return sum(self._start(stream) for stream in STREAMS)
 
     def text(self, stream: Stream) -> str:
@@ -195,7 +195,7 @@ class Output:
         decoders = {stream: Decoder(stream) for stream in STREAMS}
         positions = {stream: 0 for stream in STREAMS}
         while True:
-            over = is_over()  # looked at first: what came before the end is then there
+            over = is_over()  # checked first: what came before the end is then there
             news = sorted(
                 (chunk.sequence, stream, chunk)
                 for stream in STREAMS

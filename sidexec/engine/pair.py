@@ -1,8 +1,8 @@
-"""A keeper and its snippet, as this side holds them: a control socket, a channel, two pipes.
+"""A keeper and its snippet, as the host holds them: a control socket, a channel, two pipes.
 
-Responsible for waiting for these, for reading and writing them without ever blocking, and
-for closing them. What is read is the thread's business, which waits here. From any other
-thread comes only `ask`, and what the launcher says of the keeper's end. It signals nothing.
+The pair's thread waits for these here, reads and writes them without ever blocking, and
+closes them. Other threads only call `ask`, and pass on what the launcher says about the
+keeper's end. Nothing here sends signals.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PIPE_SIZE = 1024 * 1024
 DEFAULT_PIPE_SIZE = 64 * 1024
 F_SETPIPE_SZ = 1031  # Linux
 
-# What brings little at a time, again and again, is left alone for a moment: to wake for
-# each line costs more than to read it. The first bytes after a silence are read at once,
-# and nothing is lost meanwhile, as it waits in the pipe. In seconds.
+# How long to leave a pipe alone that brings little at a time, in seconds: to wake up for
+# each line costs more than to read it. The first bytes after a silence are read at once;
+# the rest waits in the pipe.
 BUSY_GAP = 0.006  # between two reads
 BUSY_READS = 8
 BUSY_PAUSE = 0.005
@@ -86,7 +86,7 @@ class Pair:
     # -- from any thread
 
     def ask(self, grace: float) -> None:
-        """Have the keeper ask the snippet, and end it after `grace` seconds. Never blocks."""
+        """Tell the keeper to ask the snippet, and kill it after `grace` seconds. Never blocks."""
         self._deadlines.append(time.monotonic() + grace)
         control = self._control
         if control is not None:
@@ -113,7 +113,7 @@ class Pair:
             return [each for each in found if each is not None]
 
     def release(self) -> None:
-        """Let go of a pair that waits for a request."""
+        """Close a pair that waits for a request."""
         self._inbox.put(None)
 
     def wake(self) -> None:
@@ -240,7 +240,7 @@ class Pair:
         return [(kind, body.decode("utf-8", "replace")) for kind, body in frames], data != b""
 
     def read_channel(self, size: int = READ_SIZE) -> list[tuple[bytes, bytes]]:
-        """The frames that the snippet has sent; `ProtocolError` for what is none."""
+        """The frames that the snippet has sent; `ProtocolError` if it sent anything else."""
         if self._unsent:
             self._send_rest()
             if not self._unsent:

@@ -1,7 +1,7 @@
-"""The process of a launcher: an interpreter that is started, given its code, heard and reaped.
+"""The process of a launcher: starting an interpreter, sending it its code, reading, reaping.
 
-Only the launcher's own thread uses it, which may wait here, but for what is said
-to be for any thread. What the frames mean is the launcher's business.
+Only the launcher's own thread uses it, unless a method says otherwise. `launcher` knows what
+the frames mean.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Process:
         return sender is None or sender.send(frame)
 
     def quit(self, *, at_once: bool) -> None:
-        """From any thread: have it end, which it does once its keepers have."""
+        """From any thread: tell it to end once its keepers have."""
         if at_once:
             self._popen.kill()
         sender = self._sender
@@ -126,7 +126,7 @@ class Process:
             sender.shut()
 
     def hear(self, seconds: float | None) -> list[tuple[bytes, str]] | None:
-        """Wait for frames, at most so long; None once there will be no more."""
+        """Wait for frames, at most `timeout` seconds; None once there will be no more."""
         if self._is_over:
             return None
         limit = None if seconds is None else math.ceil(1000 * max(0.0, seconds))
@@ -145,12 +145,12 @@ class Process:
         return frames
 
     def kill_tree(self) -> None:
-        """End it with what it has started: a script, perhaps, in the place of an interpreter."""
+        """Kill it and what it has started, as `python` may be a script."""
         _kill_descendants(self.pid)
         self._popen.kill()
 
     def end(self) -> str:
-        """Reap it, by force where it does not end by itself; how it has ended, in words."""
+        """Reap it, and kill it if it does not end by itself; returns how it has ended."""
         code: int | None = None
         for _ in range(2):
             try:
@@ -164,7 +164,7 @@ class Process:
             pass
         self._sender = self._status = None
         close_all(fd for fd in (self._errors, self._pidfd, *self.fds) if fd >= 0)
-        return "the kernel does not let go of it" if code is None else describe_exit(code)
+        return "it can't be killed" if code is None else describe_exit(code)
 
     @property
     def said(self) -> str:
@@ -184,7 +184,7 @@ class Process:
         except BlockingIOError:
             return False
         except protocol.ProtocolError as error:
-            self._fail(f"the interpreter {self._python!r} answers with {error}")
+            self._fail(f"the interpreter {self._python!r} sent {error}")
         except OSError:
             self._is_over = True
         return not self._is_over

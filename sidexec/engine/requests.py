@@ -1,8 +1,8 @@
 """The requests of one launcher, and the pairs that take them.
 
 A request goes to a pair that is ready ahead of need; where there is none it waits, and the
-launcher is asked for one. A pair that gets ready takes a request that waits, or is the
-spare one for the next. Each step is atomic, since it may come from any thread, and from a
+launcher is asked for one. A pair that gets ready takes a waiting request, or is kept as the
+spare for the next one. Each step is atomic, since it may come from any thread, and from a
 signal handler that has interrupted the same step.
 """
 
@@ -104,7 +104,7 @@ class Requests:
         if self._spares or not self.keeps_spare:
             return None
         self._spares.append(pair)
-        # Looked at again: what has come meanwhile has seen no spare, or an open launcher.
+        # Check again: a request that came just now has seen no spare, or an open launcher.
         if self._waiting or self._is_closed:
             with contextlib.suppress(ValueError):  # a call has taken it just now
                 self._spares.remove(pair)
@@ -160,5 +160,6 @@ class Requests:
             try:
                 self._ask(FORK)
             except BaseException:  # a signal handler's: it may not have been asked for
-                self._coming.pop()
+                with contextlib.suppress(IndexError):  # one has just come instead
+                    self._coming.pop()
                 raise

@@ -1,11 +1,11 @@
 """One execution's thread: from a ready pair to the end, and who is told.
 
-    a ready pair ─▶ a request ─▶ RUN ─▶ output, frames, time ─▶ END, or LOST ─▶ the end
+    a ready pair -> a request -> RUN -> output, frames, time -> END, or LOST -> the end
 
-Responsible for everything that happens to one execution, and for judging how it ended. It
-may wait as it likes, since nobody else waits for this thread. It leaves processes to the
-keeper, and goes by what the keeper says of the end: what the snippet sends says only what
-the result is, and how an error reads.
+It does everything for one execution, and decides how it ended. It may wait as long as it
+likes, since nobody else waits for this thread. It leaves processes to the keeper, and trusts
+what the keeper says about the end; the snippet only says what the result is, and the text of
+an error.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class _Run:
     # -- keepers and launchers that end, or do not answer
 
     def _look_after_keeper(self) -> None:
-        """Bring the end about where the keeper does not."""
+        """End it if the keeper does not."""
         pair = self._pair
         if self._keeper is Keeper.DONE:
             return
@@ -224,7 +224,7 @@ class _Run:
         self._keeper = Keeper.DONE
 
     def _kill_group(self) -> None:
-        """All that can be done where nobody adopts what a keeper leaves.
+        """All that can be done on systems without subreapers, once a keeper has been killed.
 
         The keeper may have reaped the leader of a group that had no other member, and
         its number may have gone to somebody else: who then began after the snippet.
@@ -264,7 +264,7 @@ class _Run:
                 error = (self._error if told else None) or describe_exit(code)
         if self._stuck:
             pids = ", ".join(map(str, self._stuck))
-            error = f"the kernel does not let go of process {pids}: end it by hand, if it can be"
+            error = f"process {pids} can't be killed, the kernel holds it: end it by hand"
         execution.finish(
             status,
             code,

@@ -2,7 +2,7 @@
 
 A handler may interrupt any call here and make the same call again, or raise. So
 nobody waits for a lock that somebody could be holding: every wait has a lock of
-its own, which the bell lets go of. (`threading.Event` and `Condition` share one
+its own, which the bell releases. (`threading.Event` and `Condition` share one
 lock among their callers, and a handler that comes back in finds it taken.)
 """
 
@@ -42,7 +42,7 @@ def native_subprocess() -> Any:
 
 
 def block_signals() -> None:
-    """For a thread of ours: a signal meant for the host must not come where no handler runs.
+    """Block signals in a thread of ours, so that the host's own threads get them.
 
     But for those that the thread's own fault raises, which must reach whoever reports them.
     """
@@ -57,7 +57,7 @@ class Bell:
         self._waiting: dict[int, _thread.LockType] = {}
 
     def ring(self) -> None:
-        """Make those who wait look again. Never blocks."""
+        """Make all waiting threads check their condition. Never blocks."""
         while self._waiting:
             try:
                 _, lock = self._waiting.popitem()
@@ -75,7 +75,7 @@ class Bell:
             lock.acquire()
             self._waiting[id(lock)] = lock
             try:
-                # Looked at after the bell knows of the lock: a ring in between is heard.
+                # Checked after the lock is registered, so that no ring in between is missed.
                 if condition():
                     return True
                 if sys.is_finalizing():
