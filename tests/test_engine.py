@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from commands import state_of
 from conftest import begin, children, descriptors, eventually, is_alive
 from test_misbehaving_hosts import run_host
 
@@ -125,6 +126,7 @@ def test_a_spare_that_ends_as_it_is_handed_a_request(launcher_of, monkeypatch, s
     manager, launcher = launcher_of
     spare = spare_of(manager)
     if stopped:
+        eventually(lambda: state_of(launcher) == "S")  # it has closed the spare's descriptors
         os.kill(launcher, signal.SIGSTOP)
     answers = iter([False])  # when it is handed over, and then what is true
     is_gone = Pair.is_gone
