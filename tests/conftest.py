@@ -1,5 +1,6 @@
 """What all tests share: managers that are closed, and a check that nothing is left."""
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -55,6 +56,23 @@ def one_in(every, values):
         value if number % every == 0 else pytest.param(value, marks=pytest.mark.slow)
         for number, value in enumerate(values)
     ]
+
+
+def ahead(request, function, argument_of):
+    """For a module's fixture: `function`, called ahead of the tests, which run meanwhile.
+
+    `argument_of` says for each test of the module that is selected what it will ask for.
+    """
+    wanted = [argument_of(item) for item in request.session.items if item.module is request.module]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = {each: pool.submit(function, each) for each in wanted if each is not None}
+        yield lambda each: found[each].result() if each in found else function(each)
+        pool.shutdown(cancel_futures=True)
+
+
+def argument(item, name):
+    """What a test is parametrized with; None where it is not."""
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
 
 
 def children(pid="self"):
