@@ -58,6 +58,15 @@ def one_in(every, values):
     ]
 
 
+def crossed(every, rows, columns):
+    """For `parametrize`: each of the one with each of the other, one pair in so many not slow."""
+    return [
+        pytest.param(row, column, marks=() if (i + j) % every == 0 else pytest.mark.slow)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
+
+
 def ahead(request, function, argument_of):
     """For a module's fixture: `function`, called ahead of the tests, which run meanwhile.
 
