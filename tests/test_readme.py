@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import ahead, argument
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,20 +48,30 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 10
 
 
+@pytest.fixture(scope="module")
+def examples(request, tmp_path_factory):
+    """How each ends; they run ahead of the tests."""
+
+    def run(number):
+        code = EXAMPLES[number]
+        code += "".join(added for word, added in ADDED.items() if word in code)
+        script = tmp_path_factory.mktemp("example") / "example.py"
+        script.write_text(code, encoding="utf-8")
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-X", "dev", str(script)],
+            env=environment(),
+            cwd=script.parent,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    yield from ahead(request, run, lambda item: argument(item, "number"))
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example(number, tmp_path):
-    code = EXAMPLES[number]
-    code += "".join(added for word, added in ADDED.items() if word in code)
-    script = tmp_path / "example.py"
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", str(script)],
-        env=environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_example(number, examples):
+    done = examples(number)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" or "HTTP/1.1" in done.stderr
 

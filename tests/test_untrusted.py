@@ -140,9 +140,9 @@ def test_a_stop_during_a_violation_answers(manager, name):
 NO_JSON = {
     "empty": b"",
     "text": b"hello",
-    "million_brackets": b"[" * 1_000_000,
-    "million_braces": b'{"a":' * 1_000_000,
-    "closed_brackets": b"[" * 100_000 + b"]" * 100_000,  # a million: in `test_engine`
+    "brackets": b"[" * 100_000,  # a million: in `test_engine`
+    "braces": b'{"a":' * 100_000,
+    "closed_brackets": b"[" * 100_000 + b"]" * 100_000,
     "nan": b"NaN",
     "nan_inside": b'{"a": [1, NaN]}',
     "infinity": b"-Infinity",
