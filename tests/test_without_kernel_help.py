@@ -141,7 +141,7 @@ def ends(request, tmp_path_factory):
         pairs = [
             (argument(item, "kind"), argument(item, "end"))
             for item in request.session.items
-            if "ends" in item.fixturenames
+            if item.module is request.module and "ends" in item.fixturenames
         ]
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(pairs)))
         found = {}
