@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 
 import pytest
@@ -185,12 +186,13 @@ def contents(directory):
 @pytest.fixture(scope="module")
 def plain(request, shared, tmp_path_factory):
     """What an interpreter of its own makes of each: they run ahead of the tests."""
+    base = tmp_path_factory.mktemp("there")
 
     def run(name):
-        directory = tmp_path_factory.mktemp("there")
+        directory = tempfile.mkdtemp(dir=base)
         done = subprocess.run(
             [sys.executable, "-c", WRITTEN[name]],
-            env={**ENVIRONMENT, "LEFT_OPEN": str(directory / "file")},
+            env={**ENVIRONMENT, "LEFT_OPEN": os.path.join(directory, "file")},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
