@@ -206,11 +206,22 @@ def manager(make_manager):
 
 
 @pytest.fixture(scope="module")
-def shared():
-    """A manager for all tests of a module that need none of their own."""
+def shared(request):
+    """A manager for all tests of a module that need none of their own.
+
+    A module's `SHARED` are options of its own.
+    """
     options = {"grace_period": 5.0, "default_timeout": 60.0, "env": ENVIRONMENT}
+    options |= getattr(request.module, "SHARED", {})
     with nothing_left(), sidexec.ExecutionManager(**options) as manager:
         yield manager
+
+
+@pytest.fixture
+def shared_manager(shared):
+    """For a module whose `manager` it is: no test leaves executions running."""
+    yield shared
+    assert not shared.stop_all(force=True), "the test has left executions running"
 
 
 @pytest.fixture

@@ -16,15 +16,9 @@ import zipfile
 
 import pytest
 from conftest import ENVIRONMENT, ahead, argument, finish
+from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    assert not shared.stop_all(force=True), "the test has left executions running"
-
 
 PATH = (
     "import os, sys\npath = os.environ.get('LEFT_OPEN') or params['path']\nDATA = 'kept ' * 600\n"

@@ -50,9 +50,7 @@ def patient(make_manager, monkeypatch):
 # -- timeouts
 
 
-@pytest.mark.parametrize(
-    "default, timeout", [(0.2, sidexec.DEFAULT), (None, 0), (60, 0.1)]
-)
+@pytest.mark.parametrize("default, timeout", [(0.2, sidexec.DEFAULT), (None, 0), (60, 0.1)])
 def test_a_timeout_at_the_start_replaces_the_default(make_manager, default, timeout):
     manager = make_manager(default_timeout=default)
     started = manager.start_with_code("import time; time.sleep(600)", None, timeout)

@@ -3,27 +3,15 @@
 import json
 
 import pytest
-from conftest import ENVIRONMENT, crossed, eventually, finish, nothing_left, one_in
+from conftest import crossed, eventually, finish, one_in
+from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
 
 MEBIBYTE = 1024 * 1024
 
 
-@pytest.fixture(scope="module")
-def shared():
-    with nothing_left():
-        with sidexec.ExecutionManager(
-            default_timeout=60.0, grace_period=10.0, env=ENVIRONMENT, preload=["asyncio"]
-        ) as manager:
-            yield manager
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    left = shared.stop_all(force=True)
-    assert not left, "the test has left executions running"
+SHARED = {"grace_period": 10.0, "preload": ["asyncio"]}
 
 
 @pytest.fixture

@@ -14,18 +14,12 @@ import textwrap
 
 import pytest
 from conftest import ENVIRONMENT, ahead, argument, eventually, finish, one_in
+from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
 
 NEW = sys.version_info
 OURS = ("params", "report_progress", "report_result")
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    left = shared.stop_all(force=True)
-    assert not left, "the test has left executions running"
 
 
 def run_plain(code, *arguments, **options):
@@ -866,9 +860,7 @@ def test_the_preloaded_modules_are_there(tmp_path):
         for _ in range(3):
             code = "import sys, os\nprint('mine' in sys.modules, 'json.tool' in sys.modules)\n"
             code += "import mine\nreturn [mine.pid, os.getpid()]"
-            data = completed(
-                manager.wait(manager.start_with_code(code).id).data
-            )
+            data = completed(manager.wait(manager.start_with_code(code).id).data)
             assert data.output == "True True\n"
             assert data.result[0] != data.result[1]
             pids.add(data.result[0])

@@ -18,9 +18,9 @@ from conftest import (
     finish,
     has_printed,
     is_alive,
-    nothing_left,
     one_in,
 )
+from conftest import shared_manager as manager  # noqa: F401
 from programs import DEAF as IGNORES_SIGTERM
 from programs import POLITE, Process, when_asked
 
@@ -31,29 +31,14 @@ GRACE = 15.0  # that nothing but a hang uses up
 PRELOADED = ["asyncio", "importlib.abc", "json"]
 
 
-@pytest.fixture(scope="module")
-def shared():
-    with nothing_left():
-        with sidexec.ExecutionManager(
-            default_timeout=60.0, grace_period=GRACE, env=ENVIRONMENT, preload=PRELOADED
-        ) as manager:
-            yield manager
+SHARED = {"grace_period": GRACE, "preload": PRELOADED}
 
 
 @pytest.fixture(scope="module")
 def hasty(shared):
     """For what may hang. It ends before `shared`, whose check of what is left covers both."""
-    with sidexec.ExecutionManager(
-        grace_period=2.0, env=ENVIRONMENT, preload=PRELOADED
-    ) as manager:
+    with sidexec.ExecutionManager(grace_period=2.0, env=ENVIRONMENT, preload=PRELOADED) as manager:
         yield manager
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    left = shared.stop_all(force=True)
-    assert not left, "the test has left executions running"
 
 
 def is_graceful(data):

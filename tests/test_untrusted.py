@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 from conftest import begin, eventually, finish, one_in, within
+from conftest import shared_manager as manager  # noqa: F401
 from test_misbehaving_hosts import run_host
 
 # The snippet's end of its channel, found as an attacker would: it is its only socket.
@@ -43,12 +44,6 @@ def check_response(response):
     assert repr(response)
     for text in (response.data.output, response.data.error_output):
         text.encode()
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    assert not shared.stop_all(force=True), "the test has left executions running"
 
 
 @contextlib.contextmanager
