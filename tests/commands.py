@@ -112,6 +112,11 @@ class Commands:
             options["stdin"] = subprocess.PIPE
         return finish(self.start(*arguments, **options), input)
 
+    def each(self, *commands, **options):
+        """What `run` returns of each; they run side by side."""
+        started = [self.start(*arguments, **options) for arguments in commands]
+        return [finish(process) for process in started]
+
     def left(self):
         return marked(self.mark)
 

@@ -1,5 +1,6 @@
 """What all tests share: managers that are closed, and a check that nothing is left."""
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -59,6 +60,32 @@ def one_in(every, values):
         value if number % every == 0 else pytest.param(value, marks=pytest.mark.slow)
         for number, value in enumerate(values)
     ]
+
+
+def crossed(every, rows, columns):
+    """For `parametrize`: each of the one with each of the other, one pair in so many not slow."""
+    return [
+        pytest.param(row, column, marks=() if (i + j) % every == 0 else pytest.mark.slow)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
+
+
+def ahead(request, function, argument_of):
+    """For a module's fixture: `function`, called ahead of the tests, which run meanwhile.
+
+    `argument_of` says for each test of the module that is selected what it will ask for.
+    """
+    wanted = [argument_of(item) for item in request.session.items if item.module is request.module]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = {each: pool.submit(function, each) for each in wanted if each is not None}
+        yield lambda each: found[each].result() if each in found else function(each)
+        pool.shutdown(cancel_futures=True)
+
+
+def argument(item, name):
+    """What a test is parametrized with; None where it is not."""
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
 
 
 def children(pid="self"):
@@ -183,11 +210,22 @@ def manager(make_manager):
 
 
 @pytest.fixture(scope="module")
-def shared():
-    """A manager for all tests of a module that need none of their own."""
+def shared(request):
+    """A manager for all tests of a module that need none of their own.
+
+    A module's `SHARED` are options of its own.
+    """
     options = {"grace_period": 5.0, "default_timeout": 60.0, "env": ENVIRONMENT}
+    options |= getattr(request.module, "SHARED", {})
     with nothing_left(), sidexec.ExecutionManager(**options) as manager:
         yield manager
+
+
+@pytest.fixture
+def shared_manager(shared):
+    """For a module whose `manager` it is: no test leaves executions running."""
+    yield shared
+    assert not shared.stop_all(force=True), "the test has left executions running"
 
 
 @pytest.fixture

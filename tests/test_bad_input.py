@@ -13,7 +13,17 @@ import subprocess
 import sys
 
 import pytest
-from conftest import children, descriptors, eventually, is_alive, nothing_left, tree
+from conftest import (
+    children,
+    crossed,
+    descriptors,
+    eventually,
+    finish,
+    is_alive,
+    nothing_left,
+    one_in,
+    tree,
+)
 
 import sidexec.engine.launcher
 from sidexec import ExecutionManager, Limits
@@ -206,21 +216,20 @@ def test_odd_params(run):
 
 def test_infinite_and_huge_times(make_manager):
     manager = make_manager(default_timeout=float("inf"), grace_period=float("inf"))
-    id = manager.start_with_code(FOREVER, timeout=1e300).data.side_execution_id
+    id = manager.start_with_code(FOREVER, timeout=1e300).id
     eventually(lambda: manager.get_status(id).data.output)
     assert manager.stop(id).data.status == "stopped"
-    id = manager.start_with_code(FOREVER).data.side_execution_id
+    id = manager.start_with_code(FOREVER).id
     eventually(lambda: manager.get_status(id).data.output)
     assert manager.stop(id, grace=1e300).data.status == "stopped"
-    id = manager.start_with_code("return 1").data.side_execution_id
+    id = manager.start_with_code("return 1").id
     assert manager.wait(id, float("inf")).data.result == 1
     assert manager.wait(id, 1e300).data.result == 1
 
 
-def test_code_of_no_lines_and_of_many(run):
+def test_code_of_no_lines(run):
     assert run("").status == "completed"
     assert run("\n\n   \n# nothing").status == "completed"
-    assert run("x = 1\n" * 20_000 + "return x").result == 1
 
 
 def test_code_with_a_null_fails_by_itself(run):
@@ -276,7 +285,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", one_in(2, BROKEN))
 def test_an_interpreter_that_is_none(make_manager, tmp_path, kind):
     python = str(tmp_path / "interpreter")
     if BROKEN[kind] is not None:
@@ -292,8 +301,7 @@ def test_an_interpreter_that_is_none(make_manager, tmp_path, kind):
     with contextlib.suppress(FileNotFoundError):
         os.unlink(python)
     os.symlink(os.path.realpath(sys.executable), python)
-    started = manager.start_with_code("return 1").raise_for_error()
-    assert manager.wait(started.data.side_execution_id).data.result == 1
+    assert finish(manager, "return 1").result == 1
 
 
 @pytest.mark.parametrize("python", ["/bin/false", "/bin/true", "/bin/cat", "/", "/etc/passwd"])
@@ -303,7 +311,9 @@ def test_a_program_that_is_no_interpreter(make_manager, python):
     assert repr(python) in error
 
 
-@pytest.mark.parametrize("command", ["exec sleep 600", "sleep 600\nexit", "sleep 600 &\nexec cat"])
+@pytest.mark.parametrize(
+    "command", one_in(2, ["sleep 600\nexit", "exec sleep 600", "sleep 600 &\nexec cat"])
+)
 def test_an_interpreter_that_never_answers(make_manager, tmp_path, monkeypatch, command):
     monkeypatch.setattr(sidexec.engine.launcher, "BOOT_LIMIT", 0.3)
     pids = tmp_path / "pids"
@@ -341,7 +351,7 @@ OLD = [
 ]
 
 
-@pytest.mark.parametrize("python", [*OLD, "fake"])
+@pytest.mark.parametrize("python", ["fake", *one_in(3, OLD)])
 def test_an_interpreter_that_is_too_old(make_manager, tmp_path, python):
     if python == "fake":
         python = script(
@@ -362,8 +372,7 @@ def test_a_broken_interpreter_does_not_harm_other_managers(make_manager, run):
     assert run("return 1").result == 1
 
 
-@pytest.mark.parametrize("kind", ["missing", "file", "odd"])
-@pytest.mark.parametrize("of", ["manager", "start"])
+@pytest.mark.parametrize("kind, of", crossed(2, ["missing", "file", "odd"], ["manager", "start"]))
 def test_a_cwd_that_is_none(make_manager, tmp_path, kind, of):
     cwd = str(tmp_path / (os.fsdecode(b"odd \xff") if kind == "odd" else "cwd"))
     if kind == "file":
@@ -372,25 +381,22 @@ def test_a_cwd_that_is_none(make_manager, tmp_path, kind, of):
     options = {"cwd": cwd} if of == "start" else {}
     error = leaves_nothing(lambda: manager.start_with_code("pass", **options))
     assert repr(cwd) in error and "cwd" in error
-    good = manager.start_with_code("return 1", cwd=tmp_path).raise_for_error()
-    assert manager.wait(good.data.side_execution_id).data.result == 1
+    assert finish(manager, "return 1", cwd=tmp_path).result == 1
 
 
 def test_a_cwd_that_goes_away(make_manager, tmp_path):
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     manager = make_manager(cwd=cwd)
-    id = manager.start_with_code("return 1").data.side_execution_id
-    assert manager.wait(id).data.result == 1
+    assert finish(manager, "return 1").result == 1
     cwd.rmdir()
     response = manager.start_with_code("pass")
     assert not response.success and str(cwd) in response.error
     cwd.mkdir()
-    id = manager.start_with_code("return 2").raise_for_error().data.side_execution_id
-    assert manager.wait(id).data.result == 2
+    assert finish(manager, "return 2").result == 2
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "text", "fifo", "link", "odd"])
+@pytest.mark.parametrize("kind", one_in(2, ["missing", "text", "directory", "link", "fifo"]))
 def test_an_action_block_that_is_none(manager, tmp_path, kind):
     path = tmp_path / "block.py"
     if kind == "directory":
@@ -408,8 +414,8 @@ def test_an_action_block_that_is_none(manager, tmp_path, kind):
     if kind == "directory":
         assert "__main__.py" in error
     (tmp_path / "good.py").write_text("return 1")
-    started = manager.start_with_action_block(tmp_path / "good.py").raise_for_error()
-    assert manager.wait(started.data.side_execution_id).data.result == 1
+    id = manager.start_with_action_block(tmp_path / "good.py").id
+    assert manager.wait(id).data.result == 1
 
 
 def test_an_action_block_that_can_not_be_read(manager, tmp_path):
@@ -472,7 +478,7 @@ def few_descriptors(more):
             os.close(fd)
 
 
-@pytest.mark.parametrize("more", range(16))
+@pytest.mark.parametrize("more", one_in(3, range(16)))
 def test_the_system_is_out_of_descriptors(make_manager, more):
     manager = make_manager()
     with few_descriptors(more):
@@ -486,15 +492,15 @@ def test_the_system_is_out_of_descriptors(make_manager, more):
     if response.success:
         data = manager.wait(response.data.side_execution_id).data
         assert (data.status, data.result) == ("completed", 1)
-    id = manager.start_with_code("return 2").raise_for_error().data.side_execution_id
-    assert manager.wait(id).data.result == 2
+    assert finish(manager, "return 2").result == 2
 
 
-@pytest.mark.parametrize("more", range(1, 14, 3))
+@pytest.mark.parametrize("more", one_in(2, range(1, 14, 3)))
 def test_the_system_runs_out_of_descriptors_meanwhile(manager, run, more):
     run("pass")
     with few_descriptors(more):
-        responses = [manager.start_with_code(FOREVER) for _ in range(5)]
+        # Of the execution before, some may be closed only now.
+        responses = [manager.start_with_code(FOREVER) for _ in range(8)]
         assert not responses[-1].success
         assert "descriptors" in responses[-1].error or "files" in responses[-1].error
         for response in responses:
@@ -513,8 +519,7 @@ def test_the_system_is_out_of_processes(make_manager, monkeypatch):
         patch.setattr(os, "posix_spawn", fail)
         error = leaves_nothing(lambda: manager.start_with_code("pass"))
     assert os.strerror(errno.EAGAIN) in error
-    id = manager.start_with_code("return 1").raise_for_error().data.side_execution_id
-    assert manager.wait(id).data.result == 1
+    assert finish(manager, "return 1").result == 1
 
 
 @pytest.mark.parametrize("process, word", [("launcher", "keeper"), ("keeper", "snippet")])
@@ -542,8 +547,7 @@ os.fork = fork
         assert os.strerror(11) in response.error
     (tmp_path / "nofork.pyx").unlink()
     for n in range(3):
-        started = manager.start_with_code("return params['n']", {"n": n}).raise_for_error()
-        assert manager.wait(started.data.side_execution_id).data.result == n
+        assert finish(manager, "return params['n']", {"n": n}).result == n
 
 
 @pytest.mark.parametrize("how_many", [0, 1])
@@ -571,70 +575,6 @@ def test_the_system_is_out_of_threads(make_manager, monkeypatch, how_many):
     started = manager.start_with_code("print(1)", on_output=got.append).raise_for_error()
     manager.wait(started.data.side_execution_id)
     assert "".join(chunk.text for chunk in got) == "1\n"
-
-
-# -- what a snippet sends
-
-FIND_CHANNEL = """
-import os, socket, stat, struct
-for name in os.listdir("/proc/self/fd"):
-    if os.path.exists(f"/proc/self/fd/{name}") or True:
-        try:
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                channel = int(name)
-        except OSError:
-            pass
-def frame(kind, payload):
-    return kind + struct.pack(">I", len(payload)) + payload
-def send(data):
-    view = memoryview(data)
-    while view:
-        view = view[os.write(channel, view):]
-"""
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "send(b'garbage garbage garbage')",
-        "send(os.urandom(100_000) + b'\\0' * 100)",
-        "send(b'v' + struct.pack('>I', 2**32 - 1))",
-        "while True: send(b'v' * 2**20)",
-        "send(frame(b'v', b'[' * 10**6))",
-        "send(frame(b'v', b'NaN'))",
-        "send(frame(b'v', b'{\"a\": '))",
-        "send(frame(b'v', b'\\xff\\xfe'))",
-        "send(frame(b'p', b'nan'))",
-        "send(frame(b'p', b'101'))",
-        "send(frame(b'p', b'half'))",
-        "send(frame(b'p', b'1' * 10**5))",
-        "send(frame(b'e', b'0 0'))",
-    ],
-)
-def test_what_a_snippet_sends_is_not_trusted(manager, start, run, code):
-    other = start(FOREVER)
-    data = run(FIND_CHANNEL + code)
-    assert data.status == "failed"
-    assert data.error
-    assert data.result is None
-    assert manager.get_status(data.side_execution_id).to_json()
-    assert manager.get_status(other).data.status == "running"
-    assert run("return 1").result == 1
-
-
-def test_a_snippet_that_closes_its_channel(run, manager):
-    data = run(FIND_CHANNEL + "os.close(channel)\nprint('still here')")
-    assert data.output == "still here\n"
-    assert data.status == "completed"
-
-
-def test_a_partial_result_that_is_no_json_is_not_believed(manager, start):
-    id = start(
-        FIND_CHANNEL + "send(frame(b'v', b'[' * 10**6))\nimport time\nprint('ready')\n"
-        "while True: time.sleep(600)"
-    )
-    assert manager.get_status(id).data.result is None
-    assert manager.stop(id).data.result is None
 
 
 # -- what nobody expects
@@ -684,8 +624,7 @@ def test_an_environment_that_changes_while_it_is_copied(make_manager, monkeypatc
 
     manager = make_manager()
     monkeypatch.setattr(os, "environ", Changing(os.environ))
-    started = manager.start_with_code("return 1").raise_for_error()
-    assert manager.wait(started.data.side_execution_id).data.result == 1
+    assert finish(manager, "return 1").result == 1
 
 
 def test_an_interpreter_is_found_from_where_the_manager_was_made(
@@ -695,8 +634,7 @@ def test_an_interpreter_is_found_from_where_the_manager_was_made(
     monkeypatch.chdir(tmp_path)
     manager = make_manager(python="./interpreter")
     monkeypatch.chdir("/")
-    started = manager.start_with_code("return 1").raise_for_error()
-    assert manager.wait(started.data.side_execution_id).data.result == 1
+    assert finish(manager, "return 1").result == 1
 
 
 def test_a_relative_path_in_a_directory_that_is_gone_is_an_answer(

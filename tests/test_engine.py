@@ -11,7 +11,7 @@ import time
 
 import pytest
 from commands import state_of
-from conftest import begin, children, descriptors, eventually, is_alive
+from conftest import begin, children, descriptors, eventually, finish, is_alive
 from test_misbehaving_hosts import run_host
 
 from sidexec.engine import payload
@@ -28,14 +28,21 @@ def host(tmp_path):
 
 
 def result_of(manager, code):
-    return manager.wait(manager.start_with_code(code).raise_for_error().id).data.result
+    return finish(manager, code).result
 
 
 # -- starts that would hang
 
 
 @pytest.fixture
-def launcher_of(make_manager):
+def looks_often(monkeypatch):
+    """A start looks ten times a second whether what it waits for has been stopped."""
+    for name in ("engine", "launcher", "pair"):
+        monkeypatch.setattr(f"sidexec.engine.{name}.LOOK_INTERVAL", 0.1)
+
+
+@pytest.fixture
+def launcher_of(make_manager, looks_often):
     """A manager, and the pid of its launcher, which has forked a pair ahead of need."""
     before = set(children())
     # An environment of its own: pytest changes that of this process from phase to phase.
@@ -49,7 +56,7 @@ def launcher_of(make_manager):
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
     manager, launcher = launcher_of
-    running = manager.start_with_code(SLEEP).raise_for_error().id
+    running = manager.start_with_code(SLEEP).id
     if not runs:
         manager.stop(running)
     os.kill(launcher, signal.SIGSTOP)
@@ -67,7 +74,7 @@ def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
 @pytest.mark.parametrize("moment", ["idle", "running"])
 def test_a_launcher_that_is_killed_is_followed_by_another(launcher_of, moment):
     manager, launcher = launcher_of
-    id = manager.start_with_code(SLEEP).raise_for_error().id if moment == "running" else None
+    id = manager.start_with_code(SLEEP).id if moment == "running" else None
     os.kill(launcher, signal.SIGKILL)
     if id is not None:
         data = manager.wait(id).data
@@ -76,7 +83,7 @@ def test_a_launcher_that_is_killed_is_followed_by_another(launcher_of, moment):
     assert result_of(manager, "return 2") == 2
 
 
-def test_an_interpreter_that_is_stopped_while_it_comes_up(make_manager, tmp_path):
+def test_an_interpreter_that_is_stopped_while_it_comes_up(make_manager, looks_often, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nkill -STOP $$\n")
     python.chmod(0o755)
@@ -88,7 +95,9 @@ def test_an_interpreter_that_is_stopped_while_it_comes_up(make_manager, tmp_path
     assert result_of(manager, "return 1") == 1
 
 
-def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, monkeypatch, tmp_path):
+def test_a_keeper_that_is_stopped_before_it_is_ready(
+    make_manager, looks_often, monkeypatch, tmp_path
+):
     flag = tmp_path / "stop"
     load = payload._load
 
@@ -125,8 +134,9 @@ def spare_of(manager):
 def test_a_spare_that_ends_as_it_is_handed_a_request(launcher_of, monkeypatch, stopped):
     manager, launcher = launcher_of
     spare = spare_of(manager)
+    for pid in (launcher, spare.snippet_pid):  # which close what is the keeper's
+        eventually(lambda pid=pid: state_of(pid) == "S")
     if stopped:
-        eventually(lambda: state_of(launcher) == "S")  # it has closed the spare's descriptors
         os.kill(launcher, signal.SIGSTOP)
     answers = iter([False])  # when it is handed over, and then what is true
     is_gone = Pair.is_gone
@@ -203,7 +213,7 @@ def test_who_has_dropped_its_privileges_runs_no_snippet_with_them(host, tmp_path
     manager = sidexec.ExecutionManager(cwd="/")
     code = "import os; return [os.getresuid(), os.getresgid(), os.getgroups(), os.umask(0)]"
     def ids():
-        return manager.wait(manager.start_with_code(code).raise_for_error().id).data.result
+        return manager.wait(manager.start_with_code(code).id).data.result
     found = [ids()]
     os.umask(0o027)
     found.append(ids())
@@ -227,7 +237,7 @@ def test_who_has_changed_its_limits_runs_snippets_with_those(host):
     found = []
     for soft in (soft, 100, soft - 1):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        id = manager.start_with_code(code).raise_for_error().id
+        id = manager.start_with_code(code).id
         found.append([manager.wait(id).data.result, limit()])
     manager.close()
     report(found)
@@ -297,7 +307,7 @@ manager = sidexec.ExecutionManager(grace_period=5)
 def run(n):
     got = []
     started = manager.start_with_code("print(1); return params['n']", {"n": n}, on_output=got.append)
-    data = manager.wait(started.raise_for_error().id).data
+    data = manager.wait(started.id).data
     assert (data.result, data.output, got[0].text[:1]) == (n, "1\\\\n", "1"), (data, got)
 if sys.argv[2] == "after":
     run(0)
@@ -305,7 +315,7 @@ patch()
 for n in range(5):
     run(n)
 code = "import time\\\\ntry: print('up', flush=True); time.sleep(60)\\\\nfinally: print('down')"
-id = manager.start_with_code(code).raise_for_error().id
+id = manager.start_with_code(code).id
 while manager.get_status(id).data.output != "up\\n":
     originals["time", "sleep"](0.005)
 assert manager.stop(id).data.output == "up\\\\ndown\\\\n"

@@ -11,28 +11,14 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 
 import pytest
-from conftest import nothing_left
+from conftest import ENVIRONMENT, ahead, argument, finish
+from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
-
-ENVIRONMENT = {key: os.environ[key] for key in os.environ if key != "PYTEST_CURRENT_TEST"}
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with nothing_left():
-        with sidexec.ExecutionManager(default_timeout=60.0, env=ENVIRONMENT) as manager:
-            yield manager
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    assert not shared.stop_all(force=True), "the test has left executions running"
-
 
 PATH = (
     "import os, sys\npath = os.environ.get('LEFT_OPEN') or params['path']\nDATA = 'kept ' * 600\n"
@@ -80,68 +66,81 @@ OPENERS = {
     "gzip text": ("import gzip\n", "gzip.open(path, 'wt')"),
     "lzma text": ("import lzma\n", "lzma.open(path, 'wt')"),
 }
-WRITTEN = {
-    f"{opener} in {holder}": PATH + before + HOLDERS[holder].format(call)
-    for opener, (before, call) in OPENERS.items()
-    for holder in HOLDERS
+OTHERS = {
+    "gzip binary": "import gzip\nf = gzip.open(path, 'wb')\nf.write(DATA.encode())",
+    "gzip binary in a module": "import gzip, json\njson.f = gzip.open(path, 'wb')\njson.f.write(DATA.encode())",
+    "bz2 text": "import bz2\nf = bz2.open(path, 'wt')\nf.write(DATA)",
+    "bz2 binary": "import bz2\nf = [bz2.open(path, 'wb')]\nf[0].write(DATA.encode())",
+    "lzma binary": "import lzma\nf = lzma.open(path, 'wb')\nf.write(DATA.encode())",
+    "gzip of an own file": "import gzip\nraw = open(path, 'wb')\nf = gzip.GzipFile(fileobj=raw, mode='wb')\nf.write(DATA.encode())",
+    "text of an own gzip": "import gzip, io\ng = gzip.open(path, 'wb')\nf = io.TextIOWrapper(g)\nf.write(DATA)",
+    "after an exit": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nsys.exit(0)",
+    "after a failure": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\n1 / 0",
+    "zipfile": "import zipfile\nz = zipfile.ZipFile(path, 'w')\nz.writestr('a', DATA)",
+    "zipfile in a module": "import zipfile, json\njson.z = zipfile.ZipFile(path, 'w')\njson.z.writestr('a', DATA)",
+    "tarfile": "import tarfile, io\nt = tarfile.open(path, 'w')\ni = tarfile.TarInfo('a')\ni.size = len(DATA)\n"
+    "t.addfile(i, io.BytesIO(DATA.encode()))",
+    "tarfile gz": "import tarfile, io\nt = tarfile.open(path, 'w:gz')\ni = tarfile.TarInfo('a')\ni.size = len(DATA)\n"
+    "t.addfile(i, io.BytesIO(DATA.encode()))",
+    "codecs": "import codecs\nf = codecs.open(path, 'w', 'utf-16')\nf.write(DATA)",
+    "codecs in a module": "import codecs, json\njson.f = codecs.open(path, 'w', 'utf-16')\njson.f.write(DATA)",
+    "temporary": "import tempfile\nf = tempfile.NamedTemporaryFile('w', delete=False)\nf.write(DATA)\nos.rename(f.name, path)",
+    "temporary, removed": "import tempfile\nf = tempfile.NamedTemporaryFile('w', delete=True)\nf.write(DATA)\n"
+    "open(path, 'w').write('gone')",
+    "a writer with its own close": f"{CLOSING_WRITER}f = Writer(io.FileIO(path, 'w'))\nf.write(b'kept ')",
+    "such a writer in a list": f"{CLOSING_WRITER}f = [Writer(io.FileIO(path, 'w'))]\nf[0].write(b'kept ')",
+    "such a writer in a module": f"{CLOSING_WRITER}import json\njson.f = Writer(io.FileIO(path, 'w'))\njson.f.write(b'kept ')",
+    "such a writer, and text": f"{CLOSING_WRITER}f = io.TextIOWrapper(Writer(io.FileIO(path, 'w')))\nf.write('kept ')",
+    "a raw file of one's own": f"{RAW}f = io.TextIOWrapper(io.BufferedWriter(Raw()))\nf.write(DATA)",
+    "such a raw file in a module": f"{RAW}import json\njson.f = io.TextIOWrapper(io.BufferedWriter(Raw()))\njson.f.write(DATA)",
+    "pairs": "import io\nr, w = os.pipe()\nf = io.BufferedRWPair(open(r, 'rb', 0), open(path, 'wb', 0))\nf.write(b'kept')",
+    "read and write": "f = open(path, 'w+b')\nf.write(b'kept')\nf.seek(1)\nf.write(b'KEPT')",
+    "shelve": "import shelve, dbm.dumb\ns = shelve.Shelf(dbm.dumb.open(path), writeback=True)\ns['a'] = [1]\n"
+    "s['a'].append(2)\nimport atexit\natexit.register(lambda: None)\n",
+    "dumb dbm in a list": "import dbm.dumb\nd = [dbm.dumb.open(path)]\nd[0]['key'] = b'value'",
+    "__del__ that writes": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = C()",
+    "__del__ in a list": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = [C()]",
+    "__del__ in a module": "import json\nclass C:\n    def __del__(self, path=path, os=os): os.write(os.open(path, 65), b'del')\n"
+    "json.c = C()",
+    "__del__ that writes to a global": "f = open(path, 'w')\nclass C:\n    def __del__(self): f.write('late')\nc = C()",
+    "gzip, and a __del__": "import gzip\nclass C:\n    def __del__(self): pass\nc = C()\nf = gzip.open(path, 'wt')\nf.write(DATA)",
+    "lzma in a class, and a __del__": "import lzma\nclass C:\n    f = lzma.open(path, 'wt')\n    def __del__(self): pass\n"
+    "c = C()\nC.f.write(DATA)",
+    "gzip in a module, and a __del__": "import gzip, json\nclass C:\n    def __del__(self): pass\njson.c = C()\n"
+    "json.f = gzip.open(path, 'wt')\njson.f.write(DATA)",
+    "a suspended generator": "def g():\n    with open(path, 'w') as f:\n        f.write('begun ')\n        try:\n"
+    "            yield\n        finally:\n            f.write('ended')\nimport json\njson.g = g()\nnext(json.g)",
+    "a stack of contexts": "import contextlib\ns = contextlib.ExitStack()\nf = s.enter_context(open(path, 'w'))\nf.write(DATA)",
+    "a pipe to a process": "import subprocess\np = subprocess.Popen(['cat'], stdin=-1, stdout=open(path, 'wb'), text=True)\n"
+    "p.stdin.write(DATA)\np.stdin.close()\np.wait()",
+    "logging": "import logging\nlogging.basicConfig(filename=path)\nlogging.warning('kept')",
+    "logging in memory": "import logging.handlers\nh = logging.FileHandler(path)\n"
+    "m = logging.handlers.MemoryHandler(100, target=h)\nlogging.getLogger().addHandler(m)\nlogging.error('kept')",
+    "a forked child": "import gzip\nif os.fork():\n    os.wait()\nelse:\n    f = gzip.open(path, 'wt')\n    f.write(DATA)",
+    "closed already": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nf.close()",
+    "a file for reading": "open(path, 'w').write('kept')\nimport json\njson.f = open(path)\njson.f.read(1)",
+    "a thread's stack": "import threading, time\ne = threading.Event()\ndef g():\n    f = open(path, 'w')\n"
+    "    f.write('kept')\n    f.flush()\n    e.set()\n    time.sleep(60)\n"
+    "threading.Thread(target=g, daemon=True).start()\ne.wait()",
+    "written at exit": "import atexit\nf = open(path, 'w')\natexit.register(f.write, 'kept')",
+    "written by __del__": "class C:\n    def __del__(self): self.f.write('kept')\nc = C()\nc.f = open(path, 'w')",
+    "C stdio": "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.fopen.restype = ctypes.c_void_p\n"
+    "file = ctypes.c_void_p(libc.fopen(path.encode(), b'w'))\nlibc.fputs(b'kept', file)",
+    "csv writer": "import csv\ncsv.writer(open(path, 'w', newline='')).writerow(['kept'])",
 }
-WRITTEN.update(
-    (name, PATH + code)
-    for name, code in {
-        "gzip binary": "import gzip\nf = gzip.open(path, 'wb')\nf.write(DATA.encode())",
-        "gzip binary in a module": "import gzip, json\njson.f = gzip.open(path, 'wb')\njson.f.write(DATA.encode())",
-        "bz2 text": "import bz2\nf = bz2.open(path, 'wt')\nf.write(DATA)",
-        "bz2 binary": "import bz2\nf = [bz2.open(path, 'wb')]\nf[0].write(DATA.encode())",
-        "lzma binary": "import lzma\nf = lzma.open(path, 'wb')\nf.write(DATA.encode())",
-        "gzip of an own file": "import gzip\nraw = open(path, 'wb')\nf = gzip.GzipFile(fileobj=raw, mode='wb')\nf.write(DATA.encode())",
-        "text of an own gzip": "import gzip, io\ng = gzip.open(path, 'wb')\nf = io.TextIOWrapper(g)\nf.write(DATA)",
-        "after an exit": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nsys.exit(0)",
-        "after a failure": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\n1 / 0",
-        "zipfile": "import zipfile\nz = zipfile.ZipFile(path, 'w')\nz.writestr('a', DATA)",
-        "zipfile in a module": "import zipfile, json\njson.z = zipfile.ZipFile(path, 'w')\njson.z.writestr('a', DATA)",
-        "tarfile": "import tarfile, io\nt = tarfile.open(path, 'w')\ni = tarfile.TarInfo('a')\ni.size = len(DATA)\n"
-        "t.addfile(i, io.BytesIO(DATA.encode()))",
-        "tarfile gz": "import tarfile, io\nt = tarfile.open(path, 'w:gz')\ni = tarfile.TarInfo('a')\ni.size = len(DATA)\n"
-        "t.addfile(i, io.BytesIO(DATA.encode()))",
-        "codecs": "import codecs\nf = codecs.open(path, 'w', 'utf-16')\nf.write(DATA)",
-        "codecs in a module": "import codecs, json\njson.f = codecs.open(path, 'w', 'utf-16')\njson.f.write(DATA)",
-        "temporary": "import tempfile\nf = tempfile.NamedTemporaryFile('w', delete=False)\nf.write(DATA)\nos.rename(f.name, path)",
-        "temporary, removed": "import tempfile\nf = tempfile.NamedTemporaryFile('w', delete=True)\nf.write(DATA)\n"
-        "open(path, 'w').write('gone')",
-        "a writer with its own close": f"{CLOSING_WRITER}f = Writer(io.FileIO(path, 'w'))\nf.write(b'kept ')",
-        "such a writer in a list": f"{CLOSING_WRITER}f = [Writer(io.FileIO(path, 'w'))]\nf[0].write(b'kept ')",
-        "such a writer in a module": f"{CLOSING_WRITER}import json\njson.f = Writer(io.FileIO(path, 'w'))\njson.f.write(b'kept ')",
-        "such a writer, and text": f"{CLOSING_WRITER}f = io.TextIOWrapper(Writer(io.FileIO(path, 'w')))\nf.write('kept ')",
-        "a raw file of one's own": f"{RAW}f = io.TextIOWrapper(io.BufferedWriter(Raw()))\nf.write(DATA)",
-        "such a raw file in a module": f"{RAW}import json\njson.f = io.TextIOWrapper(io.BufferedWriter(Raw()))\njson.f.write(DATA)",
-        "pairs": "import io\nr, w = os.pipe()\nf = io.BufferedRWPair(open(r, 'rb', 0), open(path, 'wb', 0))\nf.write(b'kept')",
-        "read and write": "f = open(path, 'w+b')\nf.write(b'kept')\nf.seek(1)\nf.write(b'KEPT')",
-        "shelve": "import shelve, dbm.dumb\ns = shelve.Shelf(dbm.dumb.open(path), writeback=True)\ns['a'] = [1]\n"
-        "s['a'].append(2)\nimport atexit\natexit.register(lambda: None)\n",
-        "dumb dbm in a list": "import dbm.dumb\nd = [dbm.dumb.open(path)]\nd[0]['key'] = b'value'",
-        "__del__ that writes": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = C()",
-        "__del__ in a list": "class C:\n    def __del__(self): os.write(os.open(path, 65), b'del')\nc = [C()]",
-        "__del__ in a module": "import json\nclass C:\n    def __del__(self, path=path, os=os): os.write(os.open(path, 65), b'del')\n"
-        "json.c = C()",
-        "__del__ that writes to a global": "f = open(path, 'w')\nclass C:\n    def __del__(self): f.write('late')\nc = C()",
-        "gzip, and a __del__": "import gzip\nclass C:\n    def __del__(self): pass\nc = C()\nf = gzip.open(path, 'wt')\nf.write(DATA)",
-        "lzma in a class, and a __del__": "import lzma\nclass C:\n    f = lzma.open(path, 'wt')\n    def __del__(self): pass\n"
-        "c = C()\nC.f.write(DATA)",
-        "gzip in a module, and a __del__": "import gzip, json\nclass C:\n    def __del__(self): pass\njson.c = C()\n"
-        "json.f = gzip.open(path, 'wt')\njson.f.write(DATA)",
-        "a suspended generator": "def g():\n    with open(path, 'w') as f:\n        f.write('begun ')\n        try:\n"
-        "            yield\n        finally:\n            f.write('ended')\nimport json\njson.g = g()\nnext(json.g)",
-        "a stack of contexts": "import contextlib\ns = contextlib.ExitStack()\nf = s.enter_context(open(path, 'w'))\nf.write(DATA)",
-        "a pipe to a process": "import subprocess\np = subprocess.Popen(['cat'], stdin=-1, stdout=open(path, 'wb'), text=True)\n"
-        "p.stdin.write(DATA)\np.stdin.close()\np.wait()",
-        "logging": "import logging\nlogging.basicConfig(filename=path)\nlogging.warning('kept')",
-        "logging in memory": "import logging.handlers\nh = logging.FileHandler(path)\n"
-        "m = logging.handlers.MemoryHandler(100, target=h)\nlogging.getLogger().addHandler(m)\nlogging.error('kept')",
-        "a forked child": "import gzip\nif os.fork():\n    os.wait()\nelse:\n    f = gzip.open(path, 'wt')\n    f.write(DATA)",
-        "closed already": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nf.close()",
-        "a file for reading": "open(path, 'w').write('kept')\nimport json\njson.f = open(path)\njson.f.read(1)",
-    }.items()
-)
+WRITTEN = {
+    f"{opener} in {holder}": PATH + before + code.format(call)
+    for holder, code in HOLDERS.items()
+    for opener, (before, call) in OPENERS.items()
+} | {name: PATH + code for name, code in OTHERS.items()}
+# Each holder with one of the openers; the others are slow ones.
+CASES = [
+    pytest.param(
+        f"{opener} in {holder}", marks=() if (first - second) % 3 == 0 else pytest.mark.slow
+    )
+    for first, holder in enumerate(HOLDERS)
+    for second, opener in enumerate(OPENERS)
+]
 
 
 def content(path):
@@ -178,24 +177,36 @@ def contents(directory):
     return found
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_what_a_plain_interpreter_writes_is_written(tmp_path, run, name):
-    for place in ("here", "there"):
-        (tmp_path / place).mkdir()
-    code = WRITTEN[name]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**ENVIRONMENT, "LEFT_OPEN": str(tmp_path / "there" / "file")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    data = run(code, {"path": str(tmp_path / "here" / "file")})
+@pytest.fixture(scope="module")
+def plain(request, shared, tmp_path_factory):
+    """What an interpreter of its own makes of each: they run ahead of the tests."""
+    base = tmp_path_factory.mktemp("there")
+
+    def run(name):
+        directory = tempfile.mkdtemp(dir=base)
+        done = subprocess.run(
+            [sys.executable, "-c", WRITTEN[name]],
+            env={**ENVIRONMENT, "LEFT_OPEN": os.path.join(directory, "file")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done, contents(directory)
+
+    def name_of(item):
+        return argument(item, "name") if "plain" in item.fixturenames else None
+
+    yield from ahead(request, run, name_of)
+
+
+@pytest.mark.parametrize("name", [*CASES, *OTHERS])
+def test_what_a_plain_interpreter_writes_is_written(tmp_path, run, plain, name):
+    data = run(WRITTEN[name], {"path": str(tmp_path / "file")})
+    done, expected = plain(name)
     assert data.exit_code == done.returncode, (data.error_output, done.stderr)
-    expected = contents(tmp_path / "there")
     assert expected
-    written = contents(tmp_path / "here")
+    written = contents(tmp_path)
     for file, there in expected.items():
         # What is lost there, by the order of a collector, may well be written here.
         assert written[file] == there or not is_whole(there)
@@ -224,9 +235,7 @@ def test_the_first_execution_of_a_manager_writes_it_too(tmp_path, holder):
     path = tmp_path / "file"
     code = PATH + f"import gzip, json\n{holder} = gzip.open(path, 'wt')\n{holder}.write(DATA)"
     with sidexec.ExecutionManager(env=ENVIRONMENT) as manager:
-        manager.run(code, {"path": str(path)}) if hasattr(manager, "run") else manager.wait(
-            manager.start_with_code(code, {"path": str(path)}).data.side_execution_id
-        )
+        manager.run(code, {"path": str(path)})
     assert content(path) == b"kept " * 600
 
 
@@ -246,8 +255,7 @@ def test_a_file_that_a_preloaded_module_opened_is_written(tmp_path, name):
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
     with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
         for lines in (5, 0, 0) if "own" in name else (5,):
-            started = manager.start_with_code(code, {"lines": lines}).raise_for_error()
-            assert manager.wait(started.data.side_execution_id).data.status == "completed"
+            assert finish(manager, code, {"lines": lines}).status == "completed"
         first = "the module\n" if "own" in name else ""
         written = first + "".join(f"line {n}\n" for n in range(5))
         assert content(path).decode() == written
@@ -261,8 +269,7 @@ def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(tmp_path):
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
     with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
         for _ in range(2):
-            started = manager.start_with_code(code).raise_for_error()
-            assert manager.wait(started.data.side_execution_id).data.result is True
+            assert finish(manager, code).result is True
 
 
 def test_what_is_let_go_of_in_the_end_may_still_print(run):

@@ -509,7 +509,7 @@ def test_an_on_output_that_never_returns_holds_up_neither_output_nor_stop(make_m
         code = "print('x' * 1_000_000)\n" + FOREVER
         with within(15):
             id = begin(manager, code, on_output=lambda chunk: release.wait(60))
-            stopped = manager.stop(id, grace=2)
+            stopped = manager.stop(id, grace=1)
         assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
     finally:
         release.set()

@@ -10,7 +10,7 @@ import time
 
 import programs
 import pytest
-from conftest import children, eventually, one_in, tree
+from conftest import children, crossed, eventually, one_in, tree
 from programs import Process
 
 import sidexec
@@ -147,9 +147,8 @@ def check_that_nothing_is_left(trace, others, grace=GRACE):
     assert [each for each in others if each.is_alive] == []
 
 
-@pytest.mark.parametrize("in_thread", (False, True), ids=("main_thread", "ended_thread"))
 @pytest.mark.parametrize("has_worker", one_in(2, (True, False)), ids=("with_worker", "alone"))
-@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("death, in_thread", crossed(2, DEATHS, (True, False)))
 def test_executions_clean_up_and_nothing_is_left(trace, death, has_worker, in_thread):
     with running_host(
         trace,
@@ -403,7 +402,7 @@ with sidexec.ExecutionManager(grace_period=1.0) as manager:
 }
 
 
-@pytest.mark.parametrize("name", one_in(2, EXITS), ids=lambda name: name.replace(" ", "_"))
+@pytest.mark.parametrize("name", one_in(3, EXITS), ids=lambda name: name.replace(" ", "_"))
 def test_the_host_neither_hangs_nor_complains_at_its_exit(trace, name):
     program, expected = EXITS[name]
     code = programs.PRELUDE + programs.CLEAN_UP

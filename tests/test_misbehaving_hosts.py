@@ -18,6 +18,7 @@ from conftest import eventually, one_in
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
+SLOW = pytest.mark.slow
 
 # What each host's script finds.
 PRELUDE = """
@@ -59,7 +60,7 @@ def assert_nothing_left():
     eventually(lambda: not children())
 
 def status_of(started, manager):
-    return manager.wait(started.raise_for_error().data.side_execution_id).data
+    return manager.wait(started.id).data
 """
 
 # Every kind of end, with what has to come of it whatever the host is like.
@@ -70,7 +71,7 @@ def every_end(manager):
 
     def stopped(code, **options):
         started = manager.start_with_code(code).raise_for_error()
-        id = started.data.side_execution_id
+        id = started.id
         eventually(lambda: "ready" in manager.get_status(id).data.output)
         return manager.stop(id, **options).data
 
@@ -207,7 +208,7 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("setup", one_in(2, SETUPS))
+@pytest.mark.parametrize("setup", one_in(3, SETUPS))
 def test_every_end_is_as_ever_in_a_host_that_has(host, setup):
     script = (
         textwrap.dedent(SETUPS[setup])
@@ -242,7 +243,7 @@ lines = masks(child)
 
 
 @pytest.mark.parametrize(
-    "setup", ["everything_ignored", "everything_blocked", "everything_handled"]
+    "setup", one_in(2, ["everything_ignored", "everything_handled", "everything_blocked"])
 )
 def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_though(host, setup):
     show = "import json; print(json.dumps([own, masked, own_lines, lines]))"
@@ -258,7 +259,7 @@ def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_thou
     assert found == json.loads(plain.stdout)
 
 
-@pytest.mark.parametrize("closed", one_in(4, [(0,), (1,), (2,), (0, 2), (0, 1, 2)]), ids=str)
+@pytest.mark.parametrize("closed", one_in(5, [(0, 1, 2), (0,), (1,), (2,), (0, 2)]), ids=str)
 def test_every_end_is_as_ever_in_a_host_without_the_standard_streams(host, closed):
     close = f"import os\nfor fd in {closed!r}: os.close(fd)\n"
     script = (
@@ -305,8 +306,8 @@ def test_forked_workers_that_exit_leave_the_parent_alone(host):
         + """
 manager = sidexec.ExecutionManager(grace_period=5)
 started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)").raise_for_error()
-id = started.data.side_execution_id
-for round in range(12):
+id = started.id
+for round in range(3):
     pid = os.fork()
     if pid == 0:
         if round % 3 == 0:
@@ -331,8 +332,8 @@ report(ends)
 def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manager(host):
     answers = host("""
         manager = sidexec.ExecutionManager()
-        id = manager.start_with_code("import time\\ntime.sleep(60)").data.side_execution_id
-        done = manager.start_with_code("return 4").data.side_execution_id
+        id = manager.start_with_code("import time\\ntime.sleep(60)").id
+        done = manager.start_with_code("return 4").id
         manager.wait(done)
         pid = os.fork()
         if pid == 0:
@@ -382,7 +383,7 @@ def end_workers():
 
 
 @pytest.mark.parametrize(
-    "place", one_in(2, ["before", "boot_begins", "boot", "boot_ends", "running", "idle"])
+    "place", one_in(3, ["boot", "before", "boot_begins", "running", "boot_ends", "idle"])
 )
 def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, place):
     took = host(
@@ -407,7 +408,7 @@ def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, pla
         if place == "before":
             fork_worker()
         started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)")
-        id = started.raise_for_error().data.side_execution_id
+        id = started.id
         if place == "running":
             fork_worker()
         if place == "idle":
@@ -441,11 +442,11 @@ def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
                 time.sleep(0.003)
         thread = threading.Thread(target=fork_on_and_on)
         thread.start()
-        for _ in range(4):
+        for _ in range(2):
             with sidexec.ExecutionManager(grace_period=5) as manager:
                 data = status_of(manager.start_with_code("return 3"), manager)
                 assert (data.status, data.result) == ("completed", 3), data
-                id = manager.start_with_code("import time\\ntime.sleep(60)").data.side_execution_id
+                id = manager.start_with_code("import time\\ntime.sleep(60)").id
                 assert manager.stop(id).data.status == "stopped"
         over.append(1)
         thread.join()
@@ -565,10 +566,10 @@ def storm(host, rounds, mode, limit):
 
 @pytest.mark.parametrize("mode", ["call", "raise"])
 def test_handlers_deadlock_nothing_and_lose_nothing_that(host, mode):
-    storm(host, 250, mode, 30)
+    storm(host, 150, mode, 60)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("mode", ["call", "raise"])
 def test_handlers_deadlock_nothing_and_lose_nothing_in_the_long_run_that(host, cores, mode):
     storm(host, 8000, mode, 200)
@@ -585,7 +586,7 @@ class Interrupt(Exception):
     pass
 
 def start(code=SLEEP):
-    return manager.start_with_code(code).raise_for_error().data.side_execution_id
+    return manager.start_with_code(code).id
 
 other = None
 OPS = {
@@ -677,7 +678,7 @@ traces_opcodes = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
+@SLOW
 @traces_opcodes
 @pytest.mark.parametrize("op, act", PLACES, ids=["-".join(each) for each in PLACES])
 def test_a_handler_may_come_between_any_two_instructions(host, op, act):
@@ -688,7 +689,9 @@ def test_a_handler_may_come_between_any_two_instructions(host, op, act):
 
 
 @traces_opcodes
-@pytest.mark.parametrize("op, act", [("start", "raise"), ("stop", "raise"), ("stop", "start")])
+@pytest.mark.parametrize(
+    "op, act", [("start", "raise"), ("stop", "start"), pytest.param("stop", "raise", marks=SLOW)]
+)
 def test_a_handler_may_come_between_two_instructions(host, op, act):
     offset = random.randrange(27)
     print("offset", offset)
@@ -698,5 +701,8 @@ def test_a_handler_may_come_between_two_instructions(host, op, act):
 @traces_opcodes
 @pytest.mark.parametrize("act", one_in(3, ["raise", "stop", "start"]))
 def test_a_handler_may_come_while_a_call_is_handed_to_the_manager(host, act):
+    step = 6 if act == "raise" else 1  # each of them: in the slow test of any two instructions
     script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/engine/')")
-    assert host(script, "stop", act, 1, 0) > 5
+    offset = random.randrange(step)
+    print("offset", offset)
+    assert host(script, "stop", act, step, offset, limit=60) > 5

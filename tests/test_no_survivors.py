@@ -8,7 +8,7 @@ import time
 
 import programs
 import pytest
-from conftest import begin, eventually, finish, nothing_left, tree
+from conftest import begin, crossed, eventually, finish, nothing_left, tree
 from programs import Bystander, Trace, attempts, needs_pids, program, spawned
 
 import sidexec
@@ -79,8 +79,7 @@ def bring_to_its_end(manager, trace, kind, end, **params):
     return left
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", programs.DESCENDANTS)
+@pytest.mark.parametrize("kind, end", crossed(4, programs.DESCENDANTS, ENDS))
 def test_nothing_is_left(shared, trace, bystander, kind, end):
     left = bring_to_its_end(shared, trace, kind, end)
     assert left == set()

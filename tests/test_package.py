@@ -304,6 +304,7 @@ def test_it_works_from_inside_a_zip(tmp_path):
     assert python(code=from_place(path, "sidexec", code)) == "well\nTrue\n"
 
 
+@pytest.mark.slow
 def test_a_vendored_copy_works_from_inside_a_zip(tmp_path):
     path = zipped(tmp_path / "bundle.zip", "app/_vendor/")
     assert python(code=from_place(path, "app._vendor.sidexec")) == "well\n"
@@ -427,15 +428,8 @@ def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path
 @pytest.mark.parametrize(
     "options",
     one_in(
-        2,
-        [
-            ["-I"],
-            ["-O"],
-            ["-X", "dev"],
-            ["-OO"],
-            ["-W", "error"],
-            ["-bb", "-X", "dev", "-W", "error"],
-        ],
+        3,
+        [["-I"], ["-O"], ["-X", "dev"], ["-bb", "-X", "dev", "-W", "error"], ["-OO"]],
     ),
     ids=" ".join,
 )
@@ -443,20 +437,14 @@ def test_it_runs_clean_under_the_options_of_the_interpreter(options):
     assert python(*options, code=from_place(PACKAGE.parent, "sidexec")) == "well\n"
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
-        {
-            "PYTHONIOENCODING": "latin-1",
-            "LC_ALL": "C",
-            "PYTHONCOERCECLOCALE": "0",
-            "PYTHONUTF8": "0",
-        },
-        {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"},
-    ],
-    ids=lambda environment: next(iter(environment)),
-)
+VARIABLES = [
+    {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
+    {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"},
+]
+
+
+@pytest.mark.parametrize("environment", one_in(3, VARIABLES), ids=lambda each: next(iter(each)))
 def test_it_runs_clean_under_the_variables_of_the_interpreter(environment):
     assert python(code=from_place(PACKAGE.parent, "sidexec"), env=environment) == "well\n"
 
@@ -505,11 +493,10 @@ def test_logs_never_hold_code_params_or_output(make_manager, caplog):
                 "import signal\nsignal.signal(15, signal.SIG_IGN)\nprint('ready')\nwhile True: pass",
                 "import time\ntime.sleep(600)",
             ]
-            for end in ends:
-                started = manager.start_with_code(
-                    f"# secret-code\n{out}{end}", params, 0.3, on_output=raise_error
-                )
-                manager.wait(started.raise_for_error().data.side_execution_id)
+            codes = [f"# secret-code\n{out}{end}" for end in ends]
+            options = {"timeout": 0.3, "on_output": raise_error}
+            for id in [manager.start_with_code(code, params, **options).id for code in codes]:
+                manager.wait(id)
             manager.start_with_action_block("/secret-path/nowhere", params)
             manager.close()
     finally:

@@ -11,7 +11,7 @@ import typing
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import eventually
+from conftest import ENVIRONMENT, begin, eventually
 
 import sidexec
 from sidexec import SideExecutionError
@@ -34,9 +34,19 @@ BLOCK = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def responses(manager, start, run, tmp_path):
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("responses")
+
+
+@pytest.fixture(scope="module")
+def responses(directory):
     """One response of each kind and outcome, by name."""
+    with sidexec.ExecutionManager(env=ENVIRONMENT, default_timeout=60.0) as manager:
+        return made_by(manager, directory)
+
+
+def made_by(manager, tmp_path):
     (tmp_path / "blocks" / "one").mkdir(parents=True)
     (tmp_path / "blocks" / "one" / "__main__.py").write_text("'''Does it.'''\n__version__ = '2'")
     block = str(tmp_path / "blocks" / "one")
@@ -45,13 +55,14 @@ def responses(manager, start, run, tmp_path):
         "start block": manager.start_with_action_block(block),
         "not started": manager.start_with_action_block(str(tmp_path / "nowhere")),
     }
-    id = start("report_progress(50)\nreport_result({'n': 1})\n" + FOREVER, thread_id="t")
+    code = "report_progress(50)\nreport_result({'n': 1})\n" + FOREVER
+    id = begin(manager, code, thread_id="t")
     made["running"] = manager.get_status(id)
     made["stopped"] = manager.stop(id)
     made["already stopped"] = manager.stop(id)
     made["status of a stopped one"] = manager.wait(id)
-    made["completed"] = manager.get_status(run("print('x')\nreturn [None, 1.5]").side_execution_id)
-    made["failed"] = manager.get_status(run("1 / 0").side_execution_id)
+    made["completed"] = manager.run("print('x')\nreturn [None, 1.5]")
+    made["failed"] = manager.run("1 / 0")
     made["stop of a completed one"] = manager.stop(made["completed"].data.side_execution_id)
     made["no status"] = manager.get_status("nobody")
     made["no stop"] = manager.stop("nobody")
@@ -213,10 +224,10 @@ def test_keys_of_a_list_of_executions(responses):
     assert empty == {"executions": [], "count": 0}
 
 
-def test_keys_of_a_list_of_action_blocks(responses, tmp_path):
+def test_keys_of_a_list_of_action_blocks(responses, directory):
     data = responses["blocks"].to_dict()["data"]
     assert sorted(data) == ["actionBlocks", "count", "searchPath"]
-    assert data["searchPath"] == str(tmp_path / "blocks")
+    assert data["searchPath"] == str(directory / "blocks")
     (block,) = data["actionBlocks"]
     assert sorted(block) == sorted(BLOCK)
     assert (block["description"], block["version"], block["author"]) == ("Does it.", "2", None)

@@ -1,31 +1,17 @@
 """What `result` and `progress` hold: returned, reported, or taken from the names at the end."""
 
 import json
-import os
 
 import pytest
-from conftest import eventually, nothing_left
+from conftest import crossed, eventually, finish, one_in
+from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
 
-ENVIRONMENT = {key: os.environ[key] for key in os.environ if key != "PYTEST_CURRENT_TEST"}
 MEBIBYTE = 1024 * 1024
 
 
-@pytest.fixture(scope="module")
-def shared():
-    with nothing_left():
-        with sidexec.ExecutionManager(
-            default_timeout=60.0, grace_period=10.0, env=ENVIRONMENT, preload=["asyncio"]
-        ) as manager:
-            yield manager
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    left = shared.stop_all(force=True)
-    assert not left, "the test has left executions running"
+SHARED = {"grace_period": 10.0, "preload": ["asyncio"]}
 
 
 @pytest.fixture
@@ -48,34 +34,15 @@ WAITS = pytest.mark.parametrize("wait", [WAIT, ASYNC_WAIT], ids=["plain", "async
 # -- a return
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        1,
-        0,
-        -1,
-        1.5,
-        2**70,
-        True,
-        False,
-        "",
-        "ü\0\n\U0001f40d",
-        [],
-        {},
-        [None],
-        {"a": [1, {"b": None}]},
-        1e300,
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize(
-    "prefix", ["", "import asyncio\nawait asyncio.sleep(0)\n"], ids=["plain", "async"]
-)
+VALUES = [1, 0, -1, 1.5, 2**70, True, False, "", "ü\0\n\U0001f40d", [], {}, [None], 1e300]
+VALUES.append({"a": [1, {"b": None}]})
+
+
+@pytest.mark.parametrize("prefix", ["", "import asyncio\nawait asyncio.sleep(0)\n"])
+@pytest.mark.parametrize("value", [VALUES, *one_in(4, VALUES)], ids=repr)
 def test_the_result_is_what_was_returned(run, value, prefix):
     data = run(f"{prefix}return {value!r}")
-    assert data.status == "completed"
-    assert data.result == value
-    assert type(data.result) is type(value)
+    assert (data.status, repr(data.result)) == ("completed", repr(value))
 
 
 def test_a_result_is_what_json_makes_of_it(run):
@@ -215,7 +182,7 @@ def test_a_json_hook_of_the_value_that_raises_fails_the_execution(run):
     assert "RuntimeError: no items" in data.error
 
 
-@pytest.mark.parametrize("call", ["return x", "report_result(x)"])
+@pytest.mark.parametrize("call", one_in(2, ["return x", "report_result(x)"]))
 def test_a_result_that_is_too_large_says_so(run, call):
     data = run(f"x = 'x' * (65 * 1024 * 1024)\n{call}")
     assert data.status == "failed"
@@ -339,8 +306,7 @@ DISPLAYS = {
 }
 
 
-@WAITS
-@pytest.mark.parametrize("name", DISPLAYS)
+@pytest.mark.parametrize("name, wait", crossed(2, DISPLAYS, [WAIT, ASYNC_WAIT]))
 def test_stopped_the_last_return_of_a_display_counts_last(stopped, name, wait):
     code, expected = DISPLAYS[name]
     data = stopped(f"results = [1]\nresults.append(2)\n{wait}\n{code}")
@@ -386,8 +352,7 @@ def test_the_return_expression_does_not_count_without_a_stop(run):
 
 def test_a_timeout_keeps_partial_results_too(manager):
     code = f"results = [1]\n{WAIT}\nreturn {{'results': results}}"
-    id = manager.start_with_code(code, timeout=0.3).raise_for_error().data.side_execution_id
-    data = manager.wait(id).data
+    data = finish(manager, code, timeout=0.3)
     assert (data.status, data.stop_reason) == ("stopped", "timeout")
     assert data.result == {"results": [1]}
 
@@ -445,7 +410,7 @@ def test_stopped_while_the_loop_is_closed_what_was_returned_counts(stopped):
 
 def test_stopped_while_it_returns_a_large_result(manager, start):
     code = "x = ['y' * 1000] * 2000\nprint('ready')\nreturn x"
-    for _ in range(10):
+    for _ in range(4):
         id = start(code)
         stopped = manager.stop(id).data
         assert stopped.status in ("stopped", "completed")
@@ -454,7 +419,7 @@ def test_stopped_while_it_returns_a_large_result(manager, start):
         assert stopped.result == ["y" * 1000] * 2000
 
 
-@pytest.mark.parametrize(("size", "rounds"), [(10, 25), (1_000_000, 3)])
+@pytest.mark.parametrize(("size", "rounds"), [(10, 12), (1_000_000, 2)])
 def test_stopped_while_it_reports_the_result_is_never_an_older_one(manager, start, size, rounds):
     code = f"""
     n = 0
@@ -496,9 +461,7 @@ def test_a_report_that_was_sent_is_not_followed_by_an_older_one(manager, start):
     os.write = asking_write
     report_result(["second"])
     """
-    id = manager.start_with_code(code).raise_for_error().data.side_execution_id
-    data = manager.wait(id).data
-    assert data.result == ["second"]
+    assert finish(manager, code).result == ["second"]
 
 
 # -- report_result
@@ -599,12 +562,11 @@ report_result("last")
 def first_run(code, **options):
     """Run code as a first execution, where what it reports with is still to be loaded."""
     with sidexec.ExecutionManager(**options) as manager:
-        started = manager.start_with_code(code, timeout=20).raise_for_error()
-        return manager.wait(started.data.side_execution_id).data
+        return finish(manager, code, timeout=20)
 
 
 def test_a_signal_handler_may_report_while_the_code_reports():
-    for _ in range(5):
+    for _ in range(2):
         data = first_run(HANDLER_REPORTS)
         assert (data.status, data.result) == ("completed", "last"), data.error
 
@@ -616,7 +578,7 @@ def test_a_handler_that_raises_cuts_no_report_in_two(run):
     def handler(signum, frame): raise Late
     signal.signal(signal.SIGALRM, handler)
     data = "x" * 2_000_000
-    for _ in range(40):
+    for _ in range(20):
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.01))
             report_result(data)
@@ -643,7 +605,7 @@ def test_threads_may_report_at_once_in_a_first_execution():
     for thread in threads: thread.join()
     return errors
     """
-    for _ in range(10):
+    for _ in range(4):
         assert first_run(code).result == []
 
 
@@ -667,7 +629,7 @@ def test_a_report_disturbs_no_import_of_another_thread(tmp_path):
     thread.join()
     return errors
     """
-    for _ in range(5):
+    for _ in range(2):
         assert first_run(code, cwd=str(tmp_path)).result == []
 
 

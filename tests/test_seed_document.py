@@ -9,9 +9,11 @@ from datetime import datetime, timezone
 
 import pytest
 from conftest import descriptors, eventually, is_alive, tree
+from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
 
+SHARED = {"preload": ["asyncio"]}
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 
 
@@ -373,8 +375,8 @@ def test_note_the_final_status_is_stopped(manager, start):
     manager.stop(id)
     assert manager.get_status(id).data.status == "stopped"
     assert manager.wait(id).data.status == "stopped"
-    (summary,) = manager.list_executions("stopped").data.executions
-    assert summary.side_execution_id == id
+    summaries = manager.list_executions("stopped").data.executions
+    assert [each.side_execution_id for each in summaries][-1] == id
 
 
 def test_note_output_generated_before_stopping_is_captured(manager, start):

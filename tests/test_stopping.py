@@ -13,13 +13,14 @@ from datetime import datetime, timezone
 import pytest
 from conftest import (
     ENVIRONMENT,
+    crossed,
     eventually,
     finish,
     has_printed,
     is_alive,
-    nothing_left,
     one_in,
 )
+from conftest import shared_manager as manager  # noqa: F401
 from programs import DEAF as IGNORES_SIGTERM
 from programs import POLITE, Process, when_asked
 
@@ -27,29 +28,17 @@ import sidexec
 from sidexec.engine import thread
 
 GRACE = 15.0  # that nothing but a hang uses up
+PRELOADED = ["asyncio", "importlib.abc", "json"]
 
 
-@pytest.fixture(scope="module")
-def shared():
-    with nothing_left():
-        with sidexec.ExecutionManager(
-            default_timeout=60.0, grace_period=GRACE, env=ENVIRONMENT, preload=["asyncio"]
-        ) as manager:
-            yield manager
+SHARED = {"grace_period": GRACE, "preload": PRELOADED}
 
 
 @pytest.fixture(scope="module")
 def hasty(shared):
     """For what may hang. It ends before `shared`, whose check of what is left covers both."""
-    with sidexec.ExecutionManager(grace_period=2.0, env=ENVIRONMENT) as manager:
+    with sidexec.ExecutionManager(grace_period=2.0, env=ENVIRONMENT, preload=PRELOADED) as manager:
         yield manager
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    left = shared.stop_all(force=True)
-    assert not left, "the test has left executions running"
 
 
 def is_graceful(data):
@@ -137,7 +126,7 @@ RETURNS = ["sleep", "busy loop", "in a function", "printing", "full pipe"]
 
 
 @pytest.mark.parametrize(
-    "name, suffix", [(n, "") for n in BLOCKING] + [(n, "\nreturn") for n in RETURNS]
+    "name, suffix", crossed(2, BLOCKING, [""]) + [(name, "\nreturn") for name in RETURNS]
 )
 def test_plain_code_cleans_up_wherever_it_is(manager, start, name, suffix):
     data = manager.stop(start(cleanup_of(BLOCKING[name]) + suffix)).raise_for_error().data
@@ -474,7 +463,7 @@ def test_asked_again_and_again_at_every_moment_of_a_short_life(manager):
     return x
     """
     statuses = set()
-    for i in range(60):
+    for i in range(36):
         id = manager.start_with_code(code).id
         time.sleep(i % 12 * 0.0005)
         data = manager.stop(id).data
@@ -498,7 +487,7 @@ EARLY_ASYNC = (
 )
 
 
-@pytest.mark.parametrize("rounds", [50, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "code", [EARLY, EARLY + "\nreturn", EARLY_ASYNC], ids=["plain", "return", "async"]
 )
@@ -622,14 +611,9 @@ def without_unborn(errors):
 
 
 MAKING_COROUTINES = ("busy creation of tasks", "busy tasks")  # again and again
-EVERYWHERE = [(name, in_module) for name in ASYNC]
-EVERYWHERE += [
-    pytest.param(name, in_run, marks=[] if number % 4 == 0 else pytest.mark.slow)
-    for number, name in enumerate(ASYNC)
-]
 
 
-@pytest.mark.parametrize("name, place", EVERYWHERE)
+@pytest.mark.parametrize("name, place", crossed(4, ASYNC, [in_module, in_run]))
 def test_async_code_cleans_up_all_its_tasks(manager, start, name, place):
     data = manager.stop(start(place(ASYNC[name]))).raise_for_error().data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, 143)
@@ -693,7 +677,7 @@ finally:
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", one_in(2, LOOPS))
 def test_a_loop_of_one_s_own_is_left(manager, start, name):
     own = "import asyncio, time\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
     data = manager.stop(start(f"{own}{LOOPS[name]}\nloop.close()")).data
@@ -793,9 +777,9 @@ def ask_at_random_moments(manager, work, rounds, missed):
     assert len(bad) <= missed, (work, bad)
 
 
-@pytest.mark.parametrize("work", one_in(3, WORKS))
+@pytest.mark.parametrize("work", one_in(4, WORKS))
 def test_asked_at_a_random_moment_all_tasks_clean_up(hasty, work):
-    ask_at_random_moments(hasty, work, 12, missed=2)
+    ask_at_random_moments(hasty, work, 10, missed=2)
 
 
 @pytest.mark.slow
@@ -843,7 +827,7 @@ DEAF = {
 }
 
 
-@pytest.mark.parametrize("name", one_in(2, DEAF))
+@pytest.mark.parametrize("name", one_in(3, DEAF))
 def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, monkeypatch, name):
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)  # not by the watchdog, but the keeper
     id = start(READY + DEAF[name])
@@ -965,7 +949,10 @@ def test_a_sigterm_from_elsewhere_runs_the_cleanup_too(manager, start):
     "work",
     [
         "p = mp.Process(target=work); p.start(); ready(); p.join()",
-        "p = mp.Process(target=work, daemon=True); p.start(); ready(); p.join()",
+        pytest.param(
+            "p = mp.Process(target=work, daemon=True); p.start(); ready(); p.join()",
+            marks=pytest.mark.slow,
+        ),
         "with mp.Pool(2) as pool: r = pool.apply_async(work); ready(); r.get()",
     ],
     ids=["process", "daemon", "pool"],

@@ -83,7 +83,7 @@ def test_of_nobody_is_anything_said_where_proc_is_not_ones_own(surroundings):
     "ending, status",
     (
         ("time.sleep(600)", "stopped"),
-        ("return 1", "completed"),
+        pytest.param("return 1", "completed", marks=pytest.mark.slow),
         ("os.kill(os.getppid(), 9)\ntime.sleep(60)", "failed"),
     ),
     ids=("stopped", "completed", "keeper killed"),

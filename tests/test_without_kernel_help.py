@@ -11,7 +11,7 @@ import time
 
 import programs
 import pytest
-from conftest import children, eventually, nothing_left, tree
+from conftest import argument, begin, children, crossed, eventually, nothing_left, tree, within
 from programs import Process, Trace
 
 import sidexec
@@ -89,22 +89,9 @@ def manager(without_help):
             yield manager
 
 
-def begin(manager, trace, code):
-    started = manager.start_with_code(code, trace.params).raise_for_error()
-    id = started.data.side_execution_id
-    eventually(
-        lambda: (
-            "ready\n" in manager.get_status(id).data.output
-            or manager.get_status(id).data.status != "running"
-        )
-    )
-    assert manager.get_status(id).data.status == "running", manager.get_status(id)
-    return id
-
-
 def test_it_is_what_runs(manager, trace):
     """The orphan of an execution under way is no child of its keeper here."""
-    id = begin(manager, trace, programs.with_descendant("daemon"))
+    id = begin(manager, programs.with_descendant("daemon"), trace.params)
     (daemon,) = trace.noted("descendant")
     (keeper,) = trace.noted("keeper")
     assert daemon.pid not in children(keeper.pid)
@@ -122,17 +109,16 @@ ENDS = {
     "forced_stop": (programs.WAIT, "stopped", None, -signal.SIGKILL),
     "timeout": (programs.WAIT, "stopped", None, 128 + signal.SIGTERM),
 }
-PAIRS = [(kind, end) for kind in IN_GROUP for end in ENDS]
+PAIRS = crossed(3, IN_GROUP, ENDS)
 
 
 def bring_to_its_end(manager, trace, kind, end):
     """The final answer, and which processes of the group were alive when it came."""
     code = programs.with_descendant(kind, ENDS[end][0])
-    for timeout in (1.0, 20.0):  # a busy machine may need longer to get ready
+    for timeout in (0.5, 20.0):  # a busy machine may need longer to get ready
         if end != "timeout":
             timeout = None
-        started = manager.start_with_code(code, trace.params, timeout).raise_for_error()
-        id = started.data.side_execution_id
+        id = manager.start_with_code(code, trace.params, timeout).id
         if end.endswith("stop"):
             eventually(lambda: "ready\n" in manager.get_status(id).data.output)
             manager.stop(id, force=end == "forced_stop")
@@ -147,14 +133,19 @@ def group(trace):
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory):
-    """All pairs side by side: where init is slow to reap orphans, each of them takes a while."""
+def ends(request, tmp_path_factory):
+    """All pairs that are selected, side by side: where init is slow to reap orphans, each of them takes a while."""
     with taken_away(), nothing_left(), contextlib.ExitStack() as stack:
         manager = sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0)
         stack.enter_context(manager)
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(PAIRS)))
+        pairs = [
+            (argument(item, "kind"), argument(item, "end"))
+            for item in request.session.items
+            if item.module is request.module and "ends" in item.fixturenames
+        ]
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(pairs)))
         found = {}
-        for pair in PAIRS:
+        for pair in pairs:
             trace = Trace(tmp_path_factory.mktemp("trace"))
             stack.callback(trace.kill)
             found[pair] = trace, pool.submit(bring_to_its_end, manager, trace, *pair)
@@ -177,7 +168,7 @@ def test_every_end_sweeps_the_group(ends, kind, end):
 
 
 def test_cleanup_and_output_are_as_anywhere(manager, trace):
-    id = begin(manager, trace, programs.PRELUDE + programs.CLEAN_UP)
+    id = begin(manager, programs.PRELUDE + programs.CLEAN_UP, trace.params)
     stopped = manager.stop(id)
     assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
     assert stopped.data.output == "ready\ncleaning up\n" + "x" * 200_000 + "\n"
@@ -185,10 +176,9 @@ def test_cleanup_and_output_are_as_anywhere(manager, trace):
 
 
 def test_a_daemon_that_holds_the_pipes_does_not_hold_up_the_end(manager, trace):
-    id = begin(manager, trace, programs.with_descendant("pipe_holder"))
-    began = time.monotonic()
-    stopped = manager.stop(id)
-    assert time.monotonic() - began < GRACE + 10
+    id = begin(manager, programs.with_descendant("pipe_holder"), trace.params)
+    with within(GRACE + 10):
+        stopped = manager.stop(id)
     assert (stopped.success, stopped.data.status) == (True, "stopped")
     trace.kill()  # left, as nothing but the group can be told here
 
@@ -197,8 +187,8 @@ def test_a_stray_that_leaves_when_asked_ends_the_sweep(trace):
     """Nobody is told of its end here, so the keeper looks again and again."""
     code = programs.PRELUDE + programs.DESCENDANTS["plain"] + programs.STARTED + "return 1"
     with nothing_left(), sidexec.ExecutionManager(grace_period=60.0) as manager:
-        started = manager.start_with_code(code, trace.params).raise_for_error()
-        answer = manager.wait(started.data.side_execution_id, 30)
+        started = manager.start_with_code(code, trace.params)
+        answer = manager.wait(started.id, 30)
         assert (answer.data.status, answer.data.result) == ("completed", 1)
 
 
@@ -219,8 +209,8 @@ wait_for_note("zombie")
 return 1
 """
     )
-    started = manager.start_with_code(code, trace.params).raise_for_error()
-    answer = manager.wait(started.data.side_execution_id, 30)
+    started = manager.start_with_code(code, trace.params)
+    answer = manager.wait(started.id, 30)
     (zombie,) = trace.noted("zombie")
     assert zombie.state == "Z"
     trace.kill()
@@ -229,14 +219,14 @@ return 1
 
 
 def test_a_killed_keeper(manager, trace):
-    id = begin(manager, trace, programs.with_descendant("deaf"))
+    id = begin(manager, programs.with_descendant("deaf"), trace.params)
     trace.noted("keeper")[0].kill()
     data = manager.wait(id, 30).data
     assert data.status == "failed"
     assert "the keeper" in data.error and "SIGKILL" in data.error
     eventually(lambda: not any(each.is_alive for each in trace.noted()))
-    started = manager.start_with_code("return 5").raise_for_error()
-    assert manager.wait(started.data.side_execution_id, 30).data.result == 5
+    started = manager.start_with_code("return 5")
+    assert manager.wait(started.id, 30).data.result == 5
 
 
 # -- the host's death: the control sockets, and the launcher's look at its parent
@@ -248,7 +238,7 @@ import json, os, time
 without, code, params, grace, has_worker = json.loads(sys.argv[1])
 take_away(without)
 manager = sidexec.ExecutionManager(grace_period=grace)
-id = manager.start_with_code(code, params, None).raise_for_error().data.side_execution_id
+id = manager.start_with_code(code, params, None).id
 while "ready\\n" not in manager.get_status(id).data.output:
     assert manager.get_status(id).data.status == "running", manager.get_status(id)
     time.sleep(0.002)
