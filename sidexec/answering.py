@@ -84,7 +84,10 @@ def status_of_none(started: StartSideExecutionResponse) -> GetSideExecutionStatu
 
 def not_sent(response: GetSideExecutionStatusResponse) -> GetSideExecutionStatusResponse:
     """What `send_input` answers where nothing could be sent."""
-    problem = "its standard input is not open: start it with stdin=subprocess.PIPE"
+    if response.data.status == "running":
+        problem = "its standard input is not open: start it with stdin=subprocess.PIPE"
+    else:
+        problem = f"the execution is {response.data.status}: it reads no more input"
     return dataclasses.replace(response, success=False, error=response.error or problem)
 
 

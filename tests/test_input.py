@@ -45,7 +45,7 @@ def test_input_is_sent_as_it_comes(manager):
     assert manager.send_input(id, "ee\n", close=True).success
     assert manager.wait(id).data.output == "got one\ngot two\ngot three\nend\n"
     answer = manager.send_input(id, "more")
-    assert not answer.success and "standard input is not open" in answer.error
+    assert not answer.success and "completed: it reads no more input" in answer.error
 
 
 def test_a_prompt_is_seen_before_its_answer_is_sent(manager):
@@ -70,7 +70,7 @@ def test_who_sends_too_much_waits_until_it_is_read_or_all_is_over(manager):
 
 def test_send_input_where_it_can_not_be_sent(manager):
     id = manager.start_with_code("import time; time.sleep(60)").id
-    assert not manager.send_input(id, "x").success
+    assert "start it with stdin=subprocess.PIPE" in manager.send_input(id, "x").error
     assert manager.send_input("nobody", "x").data.status == "not_found"
     with pytest.raises(TypeError, match="text"):
         manager.send_input(id, 1)
