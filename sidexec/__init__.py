@@ -11,6 +11,7 @@ An `ExecutionManager` runs snippets in child processes and stops them: gracefull
 then by force, with everything that they have spawned. Importing starts nothing.
 """
 
+from .confinement import Confinement
 from .engine.output import OutputChunk
 from .limits import Limits
 from .manager import ExecutionManager
@@ -35,6 +36,7 @@ from .starting import DEFAULT
 __all__ = [
     "DEFAULT",
     "ActionBlock",
+    "Confinement",
     "ExecutionManager",
     "ExecutionSummary",
     "GetSideExecutionStatusResponse",

@@ -17,7 +17,7 @@ import os
 import sys
 
 from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT, pack
-from . import kernel, leaving, source, streams
+from . import confinement, kernel, leaving, limits, source, streams
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
@@ -35,7 +35,6 @@ REHEARSAL: dict[str, Any] = {
     "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
     "block": None,
     "cwd": None,
-    "limits": {},
 }
 
 
@@ -69,7 +68,8 @@ class Snippet:
         self._coroutine: Coroutine[Any, Any, object] | None = None
         self._partial: CodeType | None = None
         self._reported: object = None
-        self._lifted: list[tuple[Callable[..., object], int, tuple[int, int]]] = []
+        self._descriptors: list[int] = []  # of the paths that its confinement names
+        self._lift_limits: Callable[[], object] = bool
 
     def prepare(self, *, rehearse: bool) -> None:
         """Do ahead of the request whatever does not depend on it, and wait for that."""
@@ -89,21 +89,25 @@ class Snippet:
             kernel.flush_c()
             self._failures.hide_source()
             sys.path[:] = path
-        header, files = self._channel.receive(HEADER)
+        header, self._descriptors = self._channel.receive(HEADER)
         length = int.from_bytes(header[1:], "big")
         umask, request = marshal.loads(self._channel.read(length))
         if umask is not None:
             os.umask(umask)
         self._request = marshal.loads(request)
-        for fd in files:
-            os.dup2(fd, 0)
-            os.close(fd)
+        if self._request["has_input"] and self._descriptors:
+            os.dup2(self._descriptors[0], 0)
+            os.close(self._descriptors.pop(0))
         if self._request["joins_stderr"]:
             os.dup2(1, 2)
 
     def begin(self) -> None:
         """Have the user's code called by the first look at what it has returned."""
         code = self._load(self._request)
+        if self._request["confinement"] is not None:
+            confinement.confine(self._request["confinement"], self._descriptors)
+        if self._request["limits"]:
+            self._lift_limits = limits.set_all(self._request["limits"], self._library)
         call = _functools.partial(eval, code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
             asyncio = self._library.module("asyncio")
@@ -131,8 +135,7 @@ class Snippet:
             exit_code, failure = ASKED_EXIT_CODE, None
         elif isinstance(failure, SystemExit):
             exit_code, failure = self._take_exit_code(failure), None
-        for set_limit, kind, limits in self._lifted:
-            set_limit(kind, limits)
+        self._lift_limits()
         # Before threads are waited for: one that is no daemon may take for ever.
         if os.getpid() == self._pid:
             failure = self._send_result(failure)
@@ -187,7 +190,6 @@ class Snippet:
         if isinstance(code, str) and "import" in code:
             self._failures.show_source()
         sys.path[:] = path  # last, so that no file of the user's shadows our imports
-        self._set_limits(request["limits"])
         return program
 
     def _report_progress(self, percent: float) -> None:
@@ -255,22 +257,6 @@ class Snippet:
             except OSError:
                 pass  # the snippet closed the channel; the exit code still tells
 
-    def _set_limits(self, limits: dict[str, int]) -> None:
-        if not limits:
-            return
-        resource = self._library.module("resource")
-        for name, value in limits.items():
-            kind = getattr(resource, name)
-            soft, hard = resource.getrlimit(kind)
-            # The soft limit only: reporting that it was hit takes memory and files.
-            # For processor time the hard one follows, in case SIGXCPU is ignored.
-            ceiling = value + 5 if name == "RLIMIT_CPU" else hard
-            if hard != resource.RLIM_INFINITY:
-                value, ceiling = min(value, hard), min(ceiling, hard)
-            resource.setrlimit(kind, (value, ceiling))
-            if name != "RLIMIT_CPU":
-                self._lifted.append((resource.setrlimit, kind, (soft, hard)))
-
 
 def _is_interrupt(failure: BaseException) -> bool:
     """Whether `python -c` ends by SIGINT: of a subclass, it does so from Python 3.14 on."""
@@ -287,7 +273,9 @@ _OWN_CODE = (
     Failures.report,
     Library.module,
     Masked.__exit__,
+    confinement.confine,
     leaving.leave,
+    limits.set_all,
     source.prepare,
     streams.replace,
     to_json,

@@ -14,7 +14,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal, Protocol, cast
@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, cast
 from ..protocol import is_too_deep
 from ..responses import Status, StopReason
 from .delivery import Delivery
+from .descriptors import Descriptor
 from .input import Input
 from .output import Output
 from .waiting import Bell
@@ -102,6 +103,7 @@ class Execution:
         output: Output,
         delivery: Delivery | None,
         input: Input | None,
+        descriptors: Sequence[Descriptor] = (),
         *,
         thread_id: str | None,
         action_block: str | None,
@@ -114,6 +116,7 @@ class Execution:
         self.output = output
         self.delivery = delivery
         self.input = input
+        self.descriptors = descriptors  # that go with the request, until it has begun
         self.thread_id = thread_id
         self.action_block = action_block
         self.timeout = timeout
@@ -218,7 +221,7 @@ class Execution:
         """False where it has been refused meanwhile, as its start was interrupted."""
         if self._claims.setdefault("fate", self) is not self:
             return False
-        self.request = b""
+        self.request, self.descriptors = b"", ()
         self._on_begin(self)
         self.state = State.RUNNING
         self.changed.ring()
@@ -253,6 +256,7 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
+        self.descriptors = ()
         if self.input is not None:
             self.input.end()
         self._on_end(self)

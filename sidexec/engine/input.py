@@ -17,13 +17,10 @@ MOST = 1024 * 1024
 
 
 class Input:
-    def __init__(self, data: bytes, *, is_open: bool) -> None:
-        """`data` is all of it, unless it `is_open` for more. Raises `OSError` where there are
-        no descriptors left."""
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        self.reader: Descriptor | None = Descriptor(reader)  # until the snippet has it
-        self.writer: Descriptor | None = Descriptor(writer)
+    def __init__(self, writer: Descriptor, data: bytes, *, is_open: bool) -> None:
+        """`data` is all of it, unless it `is_open` for more."""
+        os.set_blocking(writer.fd, False)
+        self.writer: Descriptor | None = writer
         self.is_open = is_open
         self.changed = Bell()  # when there is less of it
         self._waiting: deque[bytes] = deque([data] if data else [])
@@ -73,7 +70,7 @@ class Input:
     def end(self) -> None:
         """Nothing of it will be read any more."""
         self.is_open = False
-        self.reader = self.writer = None
+        self.writer = None
         self._waiting.clear()
         self._size = 0
         self.changed.ring()

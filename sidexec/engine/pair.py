@@ -265,13 +265,15 @@ class Pair:
                 pass  # over what one user may have, or no pipe
 
     def send(self, execution: Execution, umask: int | None) -> None:
-        """Send its request to the snippet that waits for it, as far as there is room."""
+        """Send its request to the snippet that waits for it, as far as there is room.
+
+        Its descriptors go with the first bytes.
+        """
         frame = protocol.pack(protocol.RUN, marshal.dumps((umask, execution.request), 2))
         self._unsent = memoryview(frame)
-        input = execution.input
-        if input is not None and input.reader is not None and self._channel is not None:
-            self._unsent = self._unsent[self._channel.send_with(frame, input.reader.fd) :]
-            input.reader = None
+        descriptors = execution.descriptors
+        if descriptors and self._channel is not None:
+            self._unsent = self._unsent[self._channel.send_with(frame, descriptors) :]
         self._send_rest()
 
     def _send_rest(self) -> None:

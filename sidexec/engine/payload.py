@@ -31,6 +31,8 @@ _MODULES = (
     "child.channel",
     "child.failures",
     "child.results",
+    "child.limits",
+    "child.confinement",
     "child.snippet",
     "child.sweeping",
     "child.keeper",
