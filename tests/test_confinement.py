@@ -6,12 +6,14 @@ import os
 import pathlib
 import pickle
 import platform
+import resource
 import subprocess
 import sys
 import textwrap
 
 import programs
 import pytest
+from commands import cli  # noqa: F401
 from conftest import eventually, is_alive
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
@@ -21,6 +23,7 @@ from sidexec import Confinement
 # Each try raises OSError, or has got out. `o` is a directory outside, with the files `f` and
 # `g`; `i` is the one that may be written; `pids` are processes that are not its own.
 FILES = """
+mapped: mmap.mmap(os.open(o + "/f", os.O_RDONLY), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 create: open(o + "/new", "x")
 create by call: call(257, -100, o.encode() + b"/new2", 0o101, 0o600)
 write: open(o + "/f", "r+")
@@ -42,10 +45,20 @@ through a link: (os.path.lexists(i + "/l") or os.symlink(o, i + "/l"), open(i + 
 through its root: open("/proc/self/root" + o + "/f", "r+")
 through a directory: os.open("f", os.O_RDWR, dir_fd=os.open(o, os.O_RDONLY))
 set user id: (open(i + "/su", "w"), os.chmod(i + "/su", 0o4755))
+made set user id: os.close(os.open(i + "/m", os.O_CREAT | os.O_RDWR, 0o4755))
+made set group id: call(257, -100, i.encode() + b"/m2", 0o102, 0o2755)
+made by creat: call(85, i.encode() + b"/m3", 0o4755)
+made by mknod: os.mknod(i + "/m4", 0o104755)
+made by openat2: call(437, -100, i.encode() + b"/m5", words(0o102, 0o4755, 0), 24)
 set group id: (open(i + "/sg", "w"), os.chmod(os.open(i + "/sg", os.O_RDONLY), 0o2755))
 set user id out: os.chmod(o + "/f", 0o4755)
 set user id by call: call(452, -100, o.encode() + b"/f", 0o4755, 0)
 reopened: open("/proc/self/fd/%d" % os.open(o + "/f", os.O_RDONLY), "r+")
+descriptor link in: call(265, *own(os.open(o + "/f", 0)), -100, i.encode() + b"/l2", 0x400)
+descriptor link out: call(265, *own(os.open(i, 0o20200002)), -100, o.encode() + b"/t", 0x400)
+exchange: (open(i + "/x", "w"), call(316, -100, i.encode() + b"/x", -100, o.encode() + b"/g", 2))
+memory of its own: open("/proc/self/mem", "r+b")
+terminal: open("/dev/tty", "w")
 """
 SOCKETS = """
 inet: socket.socket()
@@ -74,6 +87,14 @@ add_key: call(248, b"user", b"k", b"v", 1, -3)
 shared memory: call(29, 0x5157, 4096, 0o1600)
 """
 AS_ROOT = """
+chown out: os.chown(o + "/f", 1234, 1234)
+setgid: os.setgid(1234)
+groups: os.setgroups([1234])
+ports: call(172, 3)
+accounting: call(163, i.encode())
+file capabilities: (open(i + "/a", "w"), os.setxattr(i + "/a", "security.capability", capable))
+new mount: call(430, b"tmpfs", 0)
+kernel log: open("/dev/kmsg", "w")
 device: os.mknod(i + "/disk", 0o60600, os.makedev(1, 0))
 character device: os.mknod(i + "/mem", 0o20600, os.makedev(1, 1))
 chown: (open(i + "/c", "w"), os.chown(i + "/c", 1234, 1234))
@@ -103,6 +124,16 @@ command line: open(f"/proc/{pid}/cmdline")
 maps: open(f"/proc/{pid}/maps")
 descriptors: os.listdir(f"/proc/{pid}/fd")
 descriptor: open(f"/proc/{pid}/fd/0", "w")
+program: os.readlink(f"/proc/{pid}/exe")
+root: os.listdir(f"/proc/{pid}/root")
+state: open(f"/proc/{pid}/stat")
+compare: call(312, pid, pid, 3, 0, 0)
+move pages: call(279, pid, 0, None, None, None, 0)
+migrate pages: call(256, pid, 8, words(1), words(1))
+robust list: call(274, pid, here, here)
+advise: call(440, os.pidfd_open(pid), ctypes.create_string_buffer(iov), 1, 20, 0)
+namespaces: call(308, os.pidfd_open(pid), 0x20000)
+group: os.setpgid(0, os.getpgid(pid))
 score: open(f"/proc/{pid}/oom_score_adj", "w")
 limits: resource.prlimit(pid, resource.RLIMIT_CPU, (1, 1))
 affinity: os.sched_setaffinity(pid, [0])
@@ -113,19 +144,24 @@ io priority: call(251, 1, pid, 0)
 """
 
 PROGRAM = """
-import ctypes, json, os, resource, signal, socket, sys, time
+import ctypes, json, mmap, os, resource, signal, socket, sys, time
 tries, o, i, pids = json.loads(sys.argv[1] if len(sys.argv) > 1 else params["given"])
 libc = ctypes.CDLL(None, use_errno=True)
 here = ctypes.create_string_buffer(8)
-iov = ctypes.addressof(here).to_bytes(8, "little") + (8).to_bytes(8, "little")
 def call(*arguments):
     result = libc.syscall(*[ctypes.c_long(a) if type(a) is int else a for a in arguments])
     if result < 0:
         raise OSError(ctypes.get_errno(), "refused")
     return result
+def words(*values):
+    return b"".join(value.to_bytes(8, "little") for value in values)
 def child(pid):
     if pid == 0:
         os._exit(0)
+iov = words(ctypes.addressof(here), 8)
+capable = words(1 << 25 | 1 << 40, 0, 0)[:20]
+def own(fd):
+    return -100, b"/proc/self/fd/%d" % fd
 got_out = []
 def go(name, code, **names):
     try:
@@ -140,6 +176,14 @@ for line in tries.splitlines():
             go(f"{name} of {role}", code, pid=pid)
     elif name:
         go(name, code)
+"""
+# Permits everything, on top of what there is: a Landlock rule for the root, and a filter.
+ON_TOP = """
+rules = call(444, words(0x7fff), 8, 0)
+call(445, rules, 1, words(0x7fff)[:8] + os.open("/", os.O_PATH).to_bytes(4, "little"), 0)
+call(446, rules, 0)
+allow = ctypes.create_string_buffer(bytes.fromhex("060000000000ff7f"))
+call(157, 22, 2, words(1, ctypes.addressof(allow)))
 """
 PLACES = {
     "snippet": "return got_out",
@@ -209,10 +253,20 @@ def test_nothing_gets_out(manager, places, place, tries):
 
 
 @x86
+def test_what_is_set_on_top_permits_nothing(manager, places):
+    code = PROGRAM.replace("got_out = []\n", ON_TOP + "got_out = []\n") + PLACES["snippet"]
+    for tries in (FILES, SOCKETS, NAMESPACES):
+        given = json.dumps([tries, *places, {}])
+        options = {"confinement": Confinement(write=[places[1]])}
+        assert _finish(manager, code, {"given": given}, options) == []
+
+
+@x86
 def test_the_same_tries_get_out_unconfined(manager, places):
     got_out = attempt(manager, FILES, places, "snippet")
     # The first `rename` takes the file away from those after it.
     assert {"create", "write", "truncate", "rename within", "rename out", "remove"} < {*got_out}
+    assert {"made set user id", "made by creat", "made by openat2", "made by mknod"} < {*got_out}
     got_out = attempt(manager, SOCKETS, places, "snippet")
     assert {"inet", "unix", "udp", "by call", "datagram pair", "raw pair"} < {*got_out}
 
@@ -254,6 +308,71 @@ def test_the_same_tries_reach_others_unconfined(manager, places, others):
     got_out = attempt(manager, tries, places, "snippet", others)
     expected = "kill tgkill pidfd_send_signal environment maps descriptors affinity".split()
     assert {f"{name} of stranger" for name in expected} < {*got_out}
+
+
+# Has the kernel send SIGKILL to the owner of a pipe when that can be read.
+OWNER = """
+import fcntl, os, time
+end, other = os.pipe()
+fcntl.fcntl(end, fcntl.F_SETOWN, params["pid"])
+fcntl.fcntl(end, 10, 9)
+fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
+os.write(other, b"x")
+"""
+
+
+def test_no_other_process_is_signalled_by_the_kernel(manager):
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    params = {"pid": stranger.pid}
+    _finish(manager, OWNER, params, {"confinement": Confinement()})
+    assert stranger.poll() is None
+    _finish(manager, OWNER, params, {})
+    assert stranger.wait(20) == -9
+    stranger.stdin.close()
+
+
+def test_no_other_process_is_reached_by_the_descriptors_of_a_snippet(manager):
+    code = """
+    import os, signal, socket
+    fds = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    if len(fds) != 4: return fds
+    channel = socket.socket(fileno=os.dup(max(fds)))
+    try: other = int.from_bytes(channel.getsockopt(socket.SOL_SOCKET, 77, 4), "little")
+    except OSError: return "there is no SO_PEERPIDFD"
+    signal.pidfd_send_signal(other, 0)
+    """
+    confinement = Confinement(write=["/tmp"], read=["/usr"])
+    data = manager.run(code, confinement=confinement, input="x").data
+    assert data.result == "there is no SO_PEERPIDFD" or "PermissionError" in data.error, data
+
+
+def test_no_core_is_dumped_outside(manager, places):
+    with open("/proc/sys/kernel/core_pattern") as file:
+        if "/" in file.read() or resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+            pytest.skip("cores go elsewhere, or nowhere")
+    code = """
+    import os, resource
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+    if os.fork() == 0: os.abort()
+    return os.WCOREDUMP(os.wait()[1])
+    """
+    options = {"cwd": places[0], "confinement": Confinement(write=[places[1]])}
+    assert not _finish(manager, code, {}, options)
+    assert sorted(os.listdir(places[0])) == ["empty", "f", "g"]
+
+
+def test_a_thread_that_runs_already_refuses(make_manager, tmp_path):
+    """It would be confined by nothing, and could be given the code to run."""
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import os, threading, time\n"
+        "start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "os.register_at_fork(after_in_child=start)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["starts_a_thread"])
+    data = manager.run("print('it runs')", confinement=Confinement()).data
+    assert (data.status, data.output) == ("failed", "")
+    assert "a preloaded module has started a thread" in data.error
 
 
 def test_nothing_of_its_own_keeper_and_launcher_is_reached(manager):
@@ -370,6 +489,10 @@ def test_wrong_types_raise(options):
 def test_bad_paths_raise(options, tmp_path):
     with pytest.raises(ValueError, match=next(iter(options))):
         Confinement(**options)
+    for option in ("read", "write"):
+        for path in ("/", "/proc", "/proc/sys", "/proc/self/root"):
+            with pytest.raises(ValueError, match="without /proc"):
+                Confinement(**{option: [path]})
     with pytest.raises(ValueError, match="250"):
         Confinement(write=[tmp_path] * 251)
 
@@ -435,9 +558,9 @@ code = b"".join(
 buffer = ctypes.create_string_buffer(code)
 program = (4).to_bytes(8, "little") + ctypes.addressof(buffer).to_bytes(8, "little")
 libc = ctypes.CDLL(None)
-import sidexec.confinement
+import sidexec.confining
 if sys.argv[3] == "snippet":
-    sidexec.confinement.missing()
+    sidexec.confining.missing()
 libc.prctl(38, 1, 0, 0, 0)
 assert libc.prctl(22, 2, program, 0, 0) == 0
 with sidexec.ExecutionManager() as manager:
@@ -518,18 +641,25 @@ def test_it_stops_as_gracefully(manager):
 
 
 @pytest.mark.parametrize(
-    ("options", "code"),
-    [(["--confine"], 1), (["--confine", "--write", "."], 0), ([], 0), (["--write", "."], 2)],
+    "options, code, line",
+    [
+        (["--confine"], 1, "PermissionError"),
+        (["--confine", "--write", "."], 0, ""),
+        ([], 0, ""),
+        (["--write", "."], 2, "--write and --network need --confine"),
+        (["--network"], 2, "--write and --network need --confine"),
+        (["--confine", "--write", "nowhere"], 2, "there is no such file or directory"),
+    ],
 )
-def test_command_line(tmp_path, options, code):
-    command = [sys.executable, "-m", "sidexec", "run", *options, "-c", "open('x', 'w')"]
-    root = os.path.dirname(os.path.dirname(sidexec.__file__))
-    environment = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, timeout=60, env=environment, check=False
-    )
-    assert done.returncode == code, done
+def test_command_line(cli, tmp_path, options, code, line):
+    returncode, _, err = cli.run("run", *options, "-", input=b"open('x', 'w')")
+    assert returncode == code and line in err
     assert os.path.exists(tmp_path / "x") == (code == 0)
+
+
+@pytest.mark.parametrize("options, code", [(["--confine"], 1), (["--confine", "--network"], 0)])
+def test_command_line_and_the_network(cli, options, code):
+    assert cli.run("run", *options, "-c", "import socket; socket.socket()")[0] == code
 
 
 def test_a_block_is_confined_too(manager, tmp_path):

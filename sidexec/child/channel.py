@@ -54,6 +54,7 @@ class Channel:
     def receive(self, size: int) -> tuple[bytes, list[int]]:
         """The first bytes of the request, and the descriptors that come with it."""
         socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, self._fd)
+        socket.setblocking(True)  # a preloaded module may have set a timeout for all sockets
         try:
             data, rights, _, _ = socket.recvmsg(size, _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS))
         finally:
