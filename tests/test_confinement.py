@@ -455,6 +455,18 @@ def test_where_read_is_given_the_interpreter_still_works_and_nothing_else_is_rea
     assert _finish(manager, code, {"d": str(tmp_path)}, {}) == ["given", 6]
 
 
+@pytest.mark.parametrize("entry", ["{home}/", "{home}/..", "{link}"])
+def test_a_home_directory_on_the_path_of_modules_is_not_read(make_manager, tmp_path, entry):
+    home, link = tmp_path / "home", tmp_path / "link"
+    home.mkdir()
+    link.symlink_to(home)
+    (home / "secret").write_text("secret")
+    environment = {"HOME": str(home), "PYTHONPATH": entry.format(home=home, link=link)}
+    manager = make_manager(env=environment, confinement=Confinement(read=[]))
+    data = manager.run("open(params['secret'])", {"secret": f"{home}/secret"}).data
+    assert data.error.startswith("PermissionError")
+
+
 def test_with_network_sockets_work(manager):
     code = "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
     code += "socket.create_connection(s.getsockname())"
