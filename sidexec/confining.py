@@ -38,14 +38,16 @@ _MODES = [
     *(((2, -1), 2), ((85, -1), 1), ((257, 56), 3), ((133, -1), 1), ((259, 33), 2)),
 ]
 _SET_ID = 0o6000
+# ioctl, and the file systems that make subvolumes by it, wherever a directory can be read.
+_IOCTL, _SUBVOLUMES = (16, 29), (0x9400, 0xBC00)  # btrfs, which FICLONE belongs to; bcachefs
 _CLONE = (56, 220)
 # clone3 and openat2, whose arguments are in memory; what takes them then does without.
 _UNKNOWN = [(435, 435), (437, 437)]
 _NAMESPACES = 0x7E020000  # of the flags of clone
 
-# Of the filter's instructions, and its answers: EPERM, and ENOSYS.
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_SET, _ANSWER = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _REFUSE, _NOT_THERE = 0x7FFF0000, 0x50001, 0x50026
+# Of the filter's instructions, and its answers: EPERM, ENOSYS and EOPNOTSUPP.
+_LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _IF_SET, _ANSWER = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _REFUSE, _NOT_THERE, _NOT_SUPPORTED = 0x7FFF0000, 0x50001, 0x50026, 0x5005F
 
 
 def open_paths(confinement: Confinement) -> list[Descriptor]:
@@ -67,7 +69,6 @@ def open_paths(confinement: Confinement) -> list[Descriptor]:
 
 def to_request(confinement: Confinement) -> dict[str, Any]:
     return {
-        "paths": len(confinement._all_paths()),
         "write": len(confinement.write),
         "read_all": confinement.read is None,
         "filter": _filter(confinement.network),
@@ -164,5 +165,11 @@ def _filter(network: bool) -> bytes:
         # Of Unix, and no datagrams: those can be sent to any path. 0xA are the bits of
         # types other than 1 and 5, SOCK_STREAM and SOCK_SEQPACKET; 4 is none of a socket's.
         on(_SOCKETPAIR, (0, _IF_EQUAL, 1, True), (1, _IF_SET, 0xA, False))
+    add(_IF_EQUAL, _IOCTL[column], 0, 5)
+    add(_LOAD, 16 + 8)
+    add(_AND, 0xFF00)
+    add(_IF_EQUAL, _SUBVOLUMES[0], 1)
+    add(_IF_EQUAL, _SUBVOLUMES[1], 0, 1)
+    add(_ANSWER, _NOT_SUPPORTED)
     add(_ANSWER, _ALLOW)
     return program.pack()

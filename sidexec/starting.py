@@ -151,6 +151,7 @@ class Request:
             "args": self.args,
             "params": self.params,
             "cwd": self.cwd or _current_directory(),
+            "descriptors": len(descriptors),
             "has_input": input is not None,
             "joins_stderr": self.stderr is not None,
             "limits": self.limits._to_request(),

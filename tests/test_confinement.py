@@ -1,5 +1,6 @@
 """What a confined execution can't do, what it still can, and what refuses its start."""
 
+import errno
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ create by call: call(257, -100, o.encode() + b"/new2", 0o101, 0o600)
 write: open(o + "/f", "r+")
 append: open(o + "/f", "a")
 truncate: os.truncate(o + "/f", 0)
+truncate by open: os.open(o + "/f", os.O_RDONLY | os.O_TRUNC)
 truncate by call: call(76, o.encode() + b"/f", 0)
 rename within: os.rename(o + "/f", o + "/h")
 rename out: (open(i + "/mine", "w"), os.rename(i + "/mine", o + "/mine"))
@@ -344,6 +346,27 @@ def test_no_other_process_is_reached_by_the_descriptors_of_a_snippet(manager):
     confinement = Confinement(write=["/tmp"], read=["/usr"])
     data = manager.run(code, confinement=confinement, input="x").data
     assert data.result == "there is no SO_PEERPIDFD" or "PermissionError" in data.error, data
+
+
+@pytest.mark.parametrize("kind", [0x94, 0xBC])
+def test_no_subvolume_is_made(manager, kind):
+    """Btrfs and bcachefs make one by `ioctl` on a directory that is open for reading only."""
+    code = """
+    import fcntl, os
+    try: fcntl.ioctl(os.open("/usr", 0), 0x50000000 | params["kind"] << 8 | 14, bytes(999))
+    except OSError as error: return os.strerror(error.errno)
+    """
+    refused = os.strerror(errno.EOPNOTSUPP)
+    assert _finish(manager, code, {"kind": kind}, {}) != refused
+    assert _finish(manager, code, {"kind": kind}, {"confinement": Confinement()}) == refused
+
+
+def test_a_start_whose_descriptors_do_not_come_fails(manager, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidexec.engine.descriptors.Sender.send_with", lambda *given: 0)
+    for options in ({"input": "x"}, {"confinement": Confinement(write=[tmp_path])}):
+        data = manager.run("print('it runs')", **options).data
+        assert (data.status, data.output) == ("failed", "")
+        assert data.error.startswith("OSError: its descriptors did not come")
 
 
 def test_no_core_is_dumped_outside(manager, places):

@@ -68,7 +68,7 @@ class Snippet:
         self._coroutine: Coroutine[Any, Any, object] | None = None
         self._partial: CodeType | None = None
         self._reported: object = None
-        self._descriptors: list[int] = []  # of the paths that its confinement names
+        self._descriptors: list[int] = []  # that have come with it
         self._lift_limits: Callable[[], object] = bool
 
     def prepare(self, *, rehearse: bool) -> None:
@@ -95,19 +95,22 @@ class Snippet:
         if umask is not None:
             os.umask(umask)
         self._request = marshal.loads(request)
-        if self._request["has_input"] and self._descriptors:
-            os.dup2(self._descriptors[0], 0)
-            os.close(self._descriptors.pop(0))
         if self._request["joins_stderr"]:
             os.dup2(1, 2)
 
     def begin(self) -> None:
         """Have the user's code called by the first look at what it has returned."""
-        code = self._load(self._request)
-        if self._request["confinement"] is not None:
-            confinement.confine(self._request["confinement"], self._descriptors)
-        if self._request["limits"]:
-            self._lift_limits = limits.set_all(self._request["limits"], self._library)
+        request = self._request
+        code = self._load(request)
+        if len(self._descriptors) != request["descriptors"]:
+            raise OSError("its descriptors did not come: too many may be on their way or open")
+        if request["has_input"]:
+            os.dup2(self._descriptors[0], 0)
+            os.close(self._descriptors.pop(0))
+        if request["confinement"] is not None:
+            confinement.confine(request["confinement"], self._descriptors)
+        if request["limits"]:
+            self._lift_limits = limits.set_all(request["limits"], self._library)
         call = _functools.partial(eval, code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
             asyncio = self._library.module("asyncio")
