@@ -715,12 +715,23 @@ def test_a_block_is_confined_too(manager, tmp_path):
         "os.setxattr(o + '/f', 'user.x', b'1')",
         "fcntl.flock(os.open(o + '/f', os.O_RDONLY), fcntl.LOCK_EX)",
         "os.stat('/root')",
-        "bytes(50_000_000)",
+        "most = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\nbytearray(500_000_000)",
     ],
 )
 def test_what_it_does_not_stop(manager, places, code):
-    code = f"import fcntl, os\no = params['o']\n{code}"
-    _finish(manager, code, {"o": places[0]}, {"confinement": Confinement()})
+    code = f"import fcntl, os, resource\no = params['o']\n{code}"
+    options = {"limits": sidexec.Limits(memory=400_000_000), "confinement": Confinement()}
+    _finish(manager, code, {"o": places[0]}, options)
+
+
+def test_what_a_preloaded_module_has_opened_stays_open(make_manager, tmp_path):
+    (tmp_path / "opens_a_file.py").write_text(f"file = open({str(tmp_path / 'file')!r}, 'w')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["opens_a_file"])
+    code = "import opens_a_file; opens_a_file.file.write('written')"
+    manager.run(code, confinement=Confinement()).check()
+    assert (tmp_path / "file").read_text() == "written"
 
 
 @pytest.mark.parametrize(
