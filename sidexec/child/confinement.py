@@ -28,7 +28,7 @@ _WRITE = 0x7FFF & ~_DEVICES
 _ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
 _SCOPES = 3  # abstract Unix sockets and signals, ABI 6
 
-_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 22, 24, 28, 38
+_PR_SET_SECCOMP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 22, 28, 38
 _NO_ROOT = 0b1111  # securebits NOROOT and NO_SETUID_FIXUP, both locked
 
 # Read whatever `read` says. /proc has only the snippet's own entry: in one rule for all of
@@ -84,33 +84,49 @@ def _confine_files(write: list[int], read: list[int], read_all: bool) -> None:
         _allow(ruleset, fd, _WRITE)
     for fd in read:
         _allow(ruleset, fd, _READ)
-    _allow_paths(ruleset, ["/dev/null"], (_READ_FILE | _WRITE_FILE | _TRUNCATE))
-    _allow_paths(ruleset, _always_read(read_all), _READ)
+    _allow_paths(ruleset, ["/dev/null"], _READ_FILE | _WRITE_FILE | _TRUNCATE)
+    _allow_paths(ruleset, [f"/proc/{name}" for name in _PROC] + _DEVICE_FILES, _READ)
+    if read_all:
+        _allow_paths(ruleset, ["/" + name for name in os.listdir("/")], _READ, ["/proc", "/dev"])
+    else:
+        _allow_paths(ruleset, [*_SYSTEM, *(f"/etc/{name}" for name in _ETC)], _READ)
+        _allow_paths(ruleset, _interpreter(), _READ, _home())
     if kernel.syscall(_RESTRICT_SELF, ruleset, 0) != 0:
         raise OSError("could not be confined: the Landlock ruleset was refused")
     os.close(ruleset)
 
 
-def _always_read(read_all: bool) -> set[str]:
-    paths = {f"/proc/{name}" for name in _PROC}.union(_DEVICE_FILES)
-    if read_all:
-        return paths.union("/" + name for name in os.listdir("/") if name not in ("proc", "dev"))
-    paths.update(_SYSTEM, (f"/etc/{name}" for name in _ETC))
-    own = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, sys.executable}
-    # Not an empty one, which is the current directory, and none that holds the home directory.
-    own = {os.path.realpath(each) for each in (*own, *sys.path) if os.path.isabs(each)}
-    home = os.path.join(os.path.realpath(os.path.expanduser("~")), "")
-    return paths | {each for each in own if not home.startswith(os.path.join(each, ""))}
+def _interpreter() -> set[str]:
+    """What it reads by itself, and imports from."""
+    paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, sys.executable}
+    # Without an empty one, which is the current directory.
+    return {each for each in paths.union(sys.path) if os.path.isabs(each)}
 
 
-def _allow_paths(ruleset: int, paths: Iterable[str], access: int) -> None:
+def _home() -> list[str]:
+    """The home directory, and those that it is in."""
+    path = os.path.realpath(os.path.expanduser("~"))
+    found = [path]
+    while path != (path := os.path.dirname(path)):
+        found.append(path)
+    return found
+
+
+def _allow_paths(ruleset: int, paths: Iterable[str], access: int, but: Iterable[str] = ()) -> None:
+    """Allow it for `paths` that are there, and that do not lead to the root or to one of `but`."""
+    forbidden = {_identity(os.stat(each)) for each in ("/", *but) if os.path.exists(each)}
     for path in paths:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue  # it is not there, or not to be read anyway
-        _allow(ruleset, fd, access)
+        if _identity(os.fstat(fd)) not in forbidden:
+            _allow(ruleset, fd, access)
         os.close(fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _allow(ruleset: int, fd: int, access: int) -> None:
@@ -125,11 +141,8 @@ def _allow(ruleset: int, fd: int, access: int) -> None:
 
 
 def _drop_capabilities() -> None:
-    # The first two take CAP_SETPCAP: who has none has no root's capabilities to regain.
+    # It takes CAP_SETPCAP: who lacks that is kept by no_new_privs alone from regaining any.
     kernel.prctl(_PR_SET_SECUREBITS, _NO_ROOT)
-    number = 0
-    while kernel.prctl(_PR_CAPBSET_DROP, number) == 0:
-        number += 1
     version_3 = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)
     if kernel.capset(version_3, bytes(24)) != 0:
         raise OSError("could not be confined: capabilities could not be dropped")
