@@ -81,9 +81,9 @@ def _confine_files(write: list[int], read: list[int], read_all: bool) -> None:
     if ruleset < 0:
         raise OSError("could not be confined: no Landlock ruleset could be made")
     for fd in write:
-        _allow(ruleset, fd, _WRITE)
+        _allow(ruleset, fd, _WRITE, os.fstat(fd))
     for fd in read:
-        _allow(ruleset, fd, _READ)
+        _allow(ruleset, fd, _READ, os.fstat(fd))
     _allow_paths(ruleset, ["/dev/null"], _READ_FILE | _WRITE_FILE | _TRUNCATE)
     _allow_paths(ruleset, [f"/proc/{name}" for name in _PROC] + _DEVICE_FILES, _READ)
     if read_all:
@@ -120,8 +120,9 @@ def _allow_paths(ruleset: int, paths: Iterable[str], access: int, but: Iterable[
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue  # it is not there, or not to be read anyway
-        if _identity(os.fstat(fd)) not in forbidden:
-            _allow(ruleset, fd, access)
+        status = os.fstat(fd)
+        if _identity(status) not in forbidden:
+            _allow(ruleset, fd, access, status)
         os.close(fd)
 
 
@@ -129,8 +130,8 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _allow(ruleset: int, fd: int, access: int) -> None:
-    if os.fstat(fd).st_mode & 0o170000 != 0o040000:
+def _allow(ruleset: int, fd: int, access: int, status: os.stat_result) -> None:
+    if status.st_mode & 0o170000 != 0o040000:
         access &= _ON_FILES
     rule = access.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
     if kernel.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0:
