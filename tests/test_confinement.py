@@ -697,6 +697,16 @@ def test_command_line_and_the_network(cli, options, code):
     assert cli.run("run", *options, "-c", "import socket; socket.socket()")[0] == code
 
 
+def test_the_confinement_of_a_start_replaces_that_of_its_manager(make_manager, tmp_path):
+    manager = make_manager(confinement=Confinement())
+    code = "open(params['path'], 'w').write(input())"
+    options = {"params": {"path": str(tmp_path / "file")}, "input": "x"}
+    for run in (manager.run, functools.partial(sidexec.run, confinement=Confinement())):
+        assert run(code, **options).data.error.startswith("PermissionError")
+    manager.run(code, confinement=Confinement(write=[tmp_path], read=["/etc"]), **options).check()
+    assert (tmp_path / "file").read_text() == "x"
+
+
 def test_a_block_is_confined_too(manager, tmp_path):
     (tmp_path / "block.py").write_text("import other\n")
     (tmp_path / "other.py").write_text("open('/tmp/not-to-be', 'w')\n")
