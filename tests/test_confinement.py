@@ -726,11 +726,11 @@ def test_a_block_is_confined_too(manager, tmp_path):
         "fcntl.flock(os.open(o + '/f', os.O_RDONLY), fcntl.LOCK_EX)",
         "os.stat('/root')",
         "most = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\nbytearray(5_000_000_000)",
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\nmmap.mmap(-1, 5_000_000_000)",
     ],
 )
 def test_what_it_does_not_stop(manager, places, code):
-    code = f"import fcntl, os, resource\no = params['o']\n{code}"
+    code = f"import fcntl, mmap, os, resource\no = params['o']\n{code}"
     options = {"limits": sidexec.Limits(memory=4_000_000_000), "confinement": Confinement()}
     _finish(manager, code, {"o": places[0]}, options)
 
