@@ -609,7 +609,7 @@ with sidexec.ExecutionManager() as manager:
 
 
 @pytest.mark.parametrize(
-    ("number", "errno", "who", "text"),
+    "lacking",
     one_in(
         2,
         [
@@ -625,7 +625,8 @@ with sidexec.ExecutionManager() as manager:
     ),
 )
 @x86
-def test_what_is_missing_refuses_the_start(number, errno, who, text):
+def test_what_is_missing_refuses_the_start(lacking):
+    number, errno, who, text = lacking
     command = [sys.executable, "-c", WITHOUT, str(number), str(errno), who]
     root = os.path.dirname(os.path.dirname(sidexec.__file__))
     environment = {**os.environ, "PYTHONPATH": root}
