@@ -15,7 +15,7 @@ import textwrap
 import programs
 import pytest
 from commands import cli  # noqa: F401
-from conftest import eventually, is_alive, one_in
+from conftest import FOREVER, begin, children, eventually, is_alive, one_in
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
 import sidexec
@@ -277,15 +277,14 @@ def test_the_same_tries_get_out_unconfined(manager, places):
 def others(manager):
     """Processes that are not a confined snippet's own, by their roles."""
     stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    other = manager.start_with_code("import time\nwhile True: time.sleep(1)")
-    keeper = manager._engine.executions[other.id].owner.keeper_pid
+    ids = [begin(manager, FOREVER), begin(manager, FOREVER, confinement=Confinement())]
+    keeper, another = (manager._engine.executions[id].owner.keeper_pid for id in ids)
     with open(f"/proc/{keeper}/stat") as file:
         launcher = int(file.read().rpartition(")")[2].split()[1])
-    with open(f"/proc/{keeper}/task/{keeper}/children") as file:
-        snippet = int(file.read().split()[0])
     yield {
         "stranger": stranger.pid,
-        "other": snippet,
+        "other": children(keeper)[0],
+        "confined": children(another)[0],
         "keeper": keeper,
         "launcher": launcher,
         "host": os.getpid(),
