@@ -10,6 +10,7 @@
 `ExecutionManager` stops a snippet gracefully, then by force. Importing starts nothing.
 """
 
+from .confinement import Confinement
 from .engine.output import OutputChunk
 from .limits import Limits
 from .manager import ExecutionManager
@@ -34,6 +35,7 @@ from .starting import DEFAULT
 __all__ = [
     "DEFAULT",
     "ActionBlock",
+    "Confinement",
     "ExecutionManager",
     "ExecutionSummary",
     "GetSideExecutionStatusResponse",

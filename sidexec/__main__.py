@@ -14,7 +14,7 @@ import sys
 import tokenize
 from typing import Any, NoReturn
 
-from . import ExecutionManager, __version__, blocks, checks
+from . import Confinement, ExecutionManager, __version__, blocks, checks
 from .running import BY_SIGNAL, NOT_STARTED, Run, report
 from .terminal import NAME, STDERR, STDOUT, encode, tell, write
 
@@ -93,6 +93,11 @@ def _parser() -> _Parser:
     add("--stop-after", type=_seconds, default=math.inf, metavar="S", help=stop_after)
     add("--cwd", metavar="DIR", help="the directory to run it in")
     add("--python", metavar="EXE", help="the interpreter to run it with")
+    confine = "let it write nowhere, use no network and reach no other process"
+    add("--confine", action="store_true", help=confine)
+    write = "with --confine, a directory or file that it may write; may be repeated"
+    add("--write", action="append", default=[], metavar="PATH", help=write)
+    add("--network", action="store_true", help="with --confine, let it use the network")
     wire = "write the final response to standard output, all else to standard error"
     add("--json", action="store_true", help=wire)
 
@@ -153,12 +158,16 @@ def _run(arguments: argparse.Namespace) -> int:
         parser.error("pass either -c CODE, or PATH, or - for code from standard input")
     if block == ["-"]:
         code = _read_standard_input(parser)
+    if (arguments.write or arguments.network) and not arguments.confine:
+        parser.error("--write and --network need --confine")
     options = {"cwd": arguments.cwd, "grace_period": arguments.grace}
     if arguments.python is not None:
         options["python"] = arguments.python
     if not arguments.json:
         options["max_output"] = 1  # `on_output` gets all of it, and nobody asks again
     try:
+        if arguments.confine:
+            options["confinement"] = Confinement(write=arguments.write, network=arguments.network)
         manager = ExecutionManager(default_timeout=arguments.timeout, **options)
     except ValueError as error:
         parser.error(str(error))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import answering, checks
+from .confinement import Confinement
 from .engine.output import Output, OutputChunk, Stream, by_lines
 from .lifetime import Lifetime
 from .limits import Limits
@@ -26,7 +27,7 @@ from .responses import (
     StartSideExecutionResponse,
     StopSideExecutionResponse,
 )
-from .starting import DEFAULT, Default, Path, Request, current_environment, interpreter
+from .starting import DEFAULT, Default, Path, Request, interpreter
 
 if os.name == "posix":  # elsewhere the constructor says so, not an import
     from .engine.engine import CLOSED, Engine
@@ -56,6 +57,7 @@ class ExecutionManager(Lifetime):
     max_history: how many finished executions are remembered, the newest.
     preload: names of modules to import once, ahead of all executions.
     limits: what each execution's processes may use.
+    confinement: what they may touch, for code that nobody has read; None for anything.
 
     Making a manager starts nothing; its first start does. Every method may be called
     from any thread, from `on_output`, and from a signal handler. Leaving a `with`
@@ -77,21 +79,21 @@ class ExecutionManager(Lifetime):
         max_history: int = 10_000,
         preload: Iterable[str] = (),
         limits: Limits | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
         if os.name != "posix":
             raise NotImplementedError(
                 "sidexec needs a POSIX system, such as Linux: others lack what it takes to"
                 " stop a process with all that it has started"
             )
-        self._cwd = None if cwd is None else checks.absolute(checks.path("cwd", cwd))
-        self._environment = checks.environment("env", env)
-        self._default_timeout = checks.seconds_or_none("default_timeout", default_timeout)
+        timeout = checks.seconds_or_none("default_timeout", default_timeout)
+        self._default = Request(None, None, (), None, timeout, None, cwd, env, limits, confinement)
+        self._default.check()
         self._grace = checks.seconds("grace_period", grace_period)
         self._max_output = checks.count("max_output", max_output, 1)
-        self._limits = Limits._check(limits) or Limits()
         settings = Settings(
             python=interpreter(python),
-            cwd=self._cwd,
+            cwd=self._default.cwd,
             preload=checks.names("preload", preload),
             grace=self._grace,
         )
@@ -108,6 +110,7 @@ class ExecutionManager(Lifetime):
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         limits: Limits | None = None,
+        confinement: Confinement | None = None,
         on_output: Callable[[OutputChunk], object] | None = None,
         input: str | bytes | None = None,
         stdin: int | None = None,
@@ -117,9 +120,9 @@ class ExecutionManager(Lifetime):
 
         The code finds `params`, `report_progress(percent)` and `report_result(value)`;
         `return` and `await` work at its top level. `timeout` is in seconds, None for
-        no limit. `cwd`, `env` and `limits` replace the manager's. `on_output` is
-        called with each `OutputChunk`, in order, in a thread of its own; what it
-        raises is logged. `input` is all of standard input, else empty;
+        no limit. `cwd`, `env`, `limits` and `confinement` replace the manager's.
+        `on_output` is called with each `OutputChunk`, in order, in a thread of its own;
+        what it raises is logged. `input` is all of standard input, else empty;
         `stdin=subprocess.PIPE` leaves it open for `send_input`. `stderr=subprocess.STDOUT`
         puts standard error into standard output.
 
@@ -128,7 +131,7 @@ class ExecutionManager(Lifetime):
         brings up an interpreter, which may take 60 seconds at the very most.
         """
         code = checks.text("code", code)
-        options = (thread_id, cwd, env, limits, on_output, input, stdin, stderr)
+        options = (thread_id, cwd, env, limits, confinement, on_output, input, stdin, stderr)
         return self._start(Request(code, None, (), params, timeout, *options))
 
     def start_with_action_block(
@@ -142,6 +145,7 @@ class ExecutionManager(Lifetime):
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         limits: Limits | None = None,
+        confinement: Confinement | None = None,
         on_output: Callable[[OutputChunk], object] | None = None,
         input: str | bytes | None = None,
         stdin: int | None = None,
@@ -153,7 +157,7 @@ class ExecutionManager(Lifetime):
         `sys.argv[1:]`. All else is as for `start_with_code`.
         """
         block = checks.path("path", path)
-        options = (thread_id, cwd, env, limits, on_output, input, stdin, stderr)
+        options = (thread_id, cwd, env, limits, confinement, on_output, input, stdin, stderr)
         return self._start(Request(None, block, args, params, timeout, *options))
 
     def run(
@@ -187,10 +191,7 @@ class ExecutionManager(Lifetime):
         return response.check() if check else response
 
     def _start(self, request: Request, id: str | None = None) -> StartSideExecutionResponse:
-        if request.timeout is DEFAULT:
-            request.timeout = self._default_timeout
-        request.cwd = self._cwd if request.cwd is None else request.cwd
-        request.limits = self._limits if request.limits is None else request.limits
+        request.fill_from(self._default)
         request.check()
         error = CLOSED if self._engine.is_closing else self._engine.foreign
         if sys.is_finalizing():
@@ -204,10 +205,8 @@ class ExecutionManager(Lifetime):
             output = Output(self._max_output, self._texts)
             execution = request.execution(id, output, engine.know, engine.on_end)
         except OSError as problem:
-            return request.answer(None, f"could not make a pipe for its input: {problem}")
-        environment = self._environment if request.env is None else request.env
-        if environment is None:
-            environment = current_environment()
+            return request.answer(None, str(problem))
+        environment = request.environment(self._default)
         engine.start(execution, environment, is_default=request.env is None)
         if execution.state is State.REFUSED:
             return request.answer(None, execution.refusal)

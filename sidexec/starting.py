@@ -15,11 +15,14 @@ from collections.abc import Callable
 from typing import Any, Literal, Union
 
 from . import checks
+from .confinement import Confinement
 from .engine import payload
 from .engine.delivery import Delivery
+from .engine.descriptors import Descriptor
 from .engine.execution import Execution
 from .engine.input import Input
 from .engine.output import Output, OutputChunk
+from .engine.process import Environment
 from .limits import Limits
 from .responses import StartData, StartSideExecutionResponse
 
@@ -54,10 +57,23 @@ class Request:
     cwd: Any = None
     env: Any = None
     limits: Any = None
+    confinement: Any = None
     on_output: Callable[[OutputChunk], object] | None = None
     input: Any = None
     stdin: Any = None
     stderr: Any = None
+
+    def fill_from(self, default: Request) -> None:
+        """Take what is not given from what the manager was made with."""
+        if self.timeout is DEFAULT:
+            self.timeout = default.timeout
+        for name in ("cwd", "limits", "confinement"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(default, name))
+
+    def environment(self, default: Request) -> Environment:
+        env = default.env if self.env is None else self.env
+        return _current_environment() if env is None else env
 
     def check(self) -> None:
         """Invalid arguments raise `TypeError` or `ValueError`, which name the argument."""
@@ -72,6 +88,7 @@ class Request:
             self.cwd = checks.absolute(checks.path("cwd", self.cwd))
         self.env = checks.environment("env", self.env)
         self.limits = Limits._check(self.limits) or Limits()
+        self.confinement = Confinement._check(self.confinement)
         if self.on_output is not None and not callable(self.on_output):
             kind = type(self.on_output).__name__
             raise TypeError(f"on_output must be callable, not {kind}")
@@ -100,7 +117,13 @@ class Request:
         if self.block is not None:
             from .blocks import why_not_runnable
 
-            return why_not_runnable(self.block)
+            problem = why_not_runnable(self.block)
+            if problem is not None:
+                return problem
+        if self.confinement is not None:
+            from .confining import missing
+
+            return missing()
         return None
 
     def execution(
@@ -110,33 +133,50 @@ class Request:
         on_begin: Callable[[Execution], None],
         on_end: Callable[[Execution], None],
     ) -> Execution:
+        """Raises `OSError`, which says what could not be opened."""
+        descriptors: list[Descriptor] = []
+        input = None
+        takes_input = self.input is not None or self.stdin is not None
+        if self.stdin is INHERITED:
+            descriptors.append(Descriptor(os.dup(0)))
+        elif takes_input:
+            try:
+                reader, writer = map(Descriptor, os.pipe())
+            except OSError as problem:
+                raise OSError(f"could not make a pipe for its input: {problem}") from None
+            descriptors.append(reader)
+            input = Input(writer, self.input or b"", is_open=self.stdin is not None)
+        confinement = None
+        if self.confinement is not None:
+            from .confining import open_paths, to_request
+
+            descriptors += open_paths(self.confinement)
+            confinement = to_request(self.confinement)
         frame = {
             "code": None if self.code is None else _dedent(self.code),
             "block": None if self.block is None else checks.absolute(self.block),
             "args": self.args,
             "params": self.params,
             "cwd": self.cwd or _current_directory(),
+            "descriptors": len(descriptors),
+            "has_input": takes_input,
             "joins_stderr": self.stderr is not None,
             "limits": self.limits._to_request(),
+            "confinement": confinement,
         }
         return Execution(
             id,
             marshal.dumps(frame, 2),
             output,
             None if self.on_output is None else Delivery(id, self.on_output),
-            self._input(),
+            input,
+            descriptors,
             thread_id=self.thread_id,
             action_block=self.block,
             timeout=self.timeout,
             on_begin=on_begin,
             on_end=on_end,
         )
-
-    def _input(self) -> Input | None:
-        if self.input is None and self.stdin is None:
-            return None
-        is_own = self.stdin is INHERITED
-        return Input(self.input or b"", is_open=self.stdin == PIPE, is_own=is_own)
 
     def answer(self, execution: Execution | None, error: str | None) -> StartSideExecutionResponse:
         data = StartData(
@@ -174,8 +214,8 @@ def interpreter(python: Path | None) -> str:
     return checks.absolute(path) if os.sep in path else path
 
 
-def current_environment() -> dict[Any, Any]:
-    # The bytes, if `os.environ` has them: copying it would decode each item.
+def _current_environment() -> dict[Any, Any]:
+    # As the system has it, where `os.environ` keeps that: its own copy decodes each item.
     raw: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
     while True:
         try:

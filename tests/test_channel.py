@@ -1,6 +1,10 @@
 """The channel: what a snippet reports goes to the manager, and into no other file."""
 
+import os
+import time
+
 import pytest
+from conftest import eventually, tree
 
 CLOSED = """
 import os
@@ -52,3 +56,19 @@ def test_where_few_files_may_be_open_the_channel_stays_where_it_is(run):
     import sidexec
 
     assert run("return 1", limits=sidexec.Limits(open_files=32)).result == 1
+
+
+def test_a_snippet_waits_whatever_timeout_a_preloaded_module_has_set_for_sockets(
+    make_manager, tmp_path
+):
+    (tmp_path / "sets_a_timeout.py").write_text("import socket; socket.setdefaulttimeout(1e-3)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["sets_a_timeout"])
+    assert manager.run("return input()", input="x").check().data.result == "x"
+
+    def has_spare():
+        before = tree(os.getpid())[2:]  # below the launcher and a keeper
+        time.sleep(0.2)
+        return before and tree(os.getpid())[2:] == before
+
+    eventually(has_spare)

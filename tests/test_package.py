@@ -23,6 +23,7 @@ PACKAGE = pathlib.Path(sidexec.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [
     "ActionBlock",
+    "Confinement",
     "DEFAULT",
     "ExecutionManager",
     "ExecutionSummary",

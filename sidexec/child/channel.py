@@ -20,6 +20,7 @@ from .masking import Masked
 UNDIVIDED = 4096
 # Above the descriptors that daemons close when they begin, most often 3 to 256.
 OUT_OF_REACH = 1000
+MOST_DESCRIPTORS = 253  # that the kernel passes at once
 
 
 class Channel:
@@ -53,11 +54,16 @@ class Channel:
     def receive(self, size: int) -> tuple[bytes, list[int]]:
         """The first bytes of the request, and the descriptors that come with it."""
         socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, self._fd)
+        socket.setblocking(True)  # a preloaded module may have set a timeout for all sockets
         try:
-            data, rights, _, _ = socket.recvmsg(size, _socket.CMSG_SPACE(4))
+            data, rights, _, _ = socket.recvmsg(size, _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS))
         finally:
             socket.detach()
-        fds = [int.from_bytes(each[:4], sys.byteorder) for _, _, each in rights]
+        fds = [
+            int.from_bytes(each[at : at + 4], sys.byteorder)
+            for _, _, each in rights
+            for at in range(0, len(each), 4)
+        ]
         return data + self.read(size - len(data)) if data else self.read(size), fds
 
     def send(self, kind: bytes, payload: bytes) -> None:

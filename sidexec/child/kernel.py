@@ -38,6 +38,8 @@ def _find(name: str) -> int | None:
 _prctl = _find("prctl")
 _ptrace = _find("ptrace")
 _fflush = _find("fflush")
+_syscall = _find("syscall")
+_capset = _find("capset")
 
 
 def become_subreaper() -> bool:
@@ -55,6 +57,26 @@ def set_name(name: bytes) -> None:
     """
     if _prctl is not None:
         _ctypes.call_function(_prctl, (_PR_SET_NAME, name, 0, 0, 0))
+
+
+def syscall(number: int, *arguments: int | bytes | None) -> int:
+    """What the call returns, -1 for an error; `bytes` stand for where they are."""
+    return _call(_syscall, number, *arguments)
+
+
+def prctl(*arguments: int | bytes) -> int:
+    return _call(_prctl, *arguments, *[0] * (5 - len(arguments)))
+
+
+def capset(header: bytes, data: bytes) -> int:
+    return _call(_capset, header, data)
+
+
+def _call(address: int | None, *arguments: int | bytes | None) -> int:
+    if address is None:
+        raise OSError("this interpreter lacks the module _ctypes, or its C library a function")
+    result: int = _ctypes.call_function(address, arguments)
+    return result
 
 
 def open_children() -> int:

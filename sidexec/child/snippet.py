@@ -17,7 +17,7 @@ import resource
 import sys
 
 from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT, pack
-from . import kernel, leaving, source, streams
+from . import confinement, kernel, leaving, source, streams
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
@@ -35,7 +35,6 @@ REHEARSAL: dict[str, Any] = {
     "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
     "block": None,
     "cwd": None,
-    "limits": {},
 }
 
 
@@ -69,6 +68,7 @@ class Snippet:
         self._coroutine: Coroutine[Any, Any, object] | None = None
         self._partial: CodeType | None = None
         self._reported: object = None
+        self._descriptors: list[int] = []  # that have come with the request
         self._lifted: list[tuple[int, tuple[int, int]]] = []
 
     def prepare(self, *, rehearse: bool) -> None:
@@ -89,21 +89,27 @@ class Snippet:
             kernel.flush_c()
             self._failures.hide_source()
             sys.path[:] = path
-        header, files = self._channel.receive(HEADER)
+        header, self._descriptors = self._channel.receive(HEADER)
         length = int.from_bytes(header[1:], "big")
         umask, request = marshal.loads(self._channel.read(length))
         if umask is not None:
             os.umask(umask)
         self._request = marshal.loads(request)
-        for fd in files:
-            os.dup2(fd, 0)
-            os.close(fd)
         if self._request["joins_stderr"]:
             os.dup2(1, 2)
 
     def begin(self) -> None:
         """Prepare `returned`: reading its item 0 calls the user's code."""
-        code = self._load(self._request)
+        request = self._request
+        code = self._load(request)
+        if len(self._descriptors) != request["descriptors"]:
+            raise OSError("its descriptors did not come: too many may be on their way or open")
+        if request["has_input"]:
+            os.dup2(self._descriptors[0], 0)
+            os.close(self._descriptors.pop(0))
+        if request["confinement"] is not None:
+            confinement.confine(request["confinement"], self._descriptors)
+        self._lifted = kernel.set_limits(request["limits"])
         call = _functools.partial(eval, code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
             asyncio = self._library.module("asyncio")
@@ -187,7 +193,6 @@ class Snippet:
         if isinstance(code, str) and "import" in code:
             self._failures.show_source()
         sys.path[:] = path  # last, so that no file of the user's shadows our imports
-        self._lifted = kernel.set_limits(request["limits"])
         return program
 
     def _report_progress(self, percent: float) -> None:
@@ -272,6 +277,7 @@ _OWN_CODE = (
     Failures.report,
     Library.module,
     Masked.__exit__,
+    confinement.confine,
     leaving.leave,
     source.prepare,
     streams.replace,

@@ -10,7 +10,7 @@ import _socket
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class Descriptor:
@@ -68,9 +68,10 @@ class Sender:
         # The host may have SIGPIPE end it.
         return self.socket.send(data, getattr(_socket, "MSG_NOSIGNAL", 0))
 
-    def send_with(self, data: bytes, fd: int) -> int:
-        """Send a descriptor with the beginning of `data`; returns how much that was."""
-        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
+    def send_with(self, data: bytes, descriptors: Sequence[Descriptor]) -> int:
+        """Send the beginning of `data` along with descriptors; how much that was."""
+        fds = b"".join(each.fd.to_bytes(4, sys.byteorder) for each in descriptors)
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)]
         try:
             return self.socket.sendmsg([data], rights, getattr(_socket, "MSG_NOSIGNAL", 0))
         except OSError:

@@ -7,6 +7,7 @@ does not decide how an execution has ended.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import logging
@@ -14,7 +15,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal, Protocol, cast
@@ -22,6 +23,7 @@ from typing import Any, Literal, Protocol, cast
 from ..protocol import is_too_deep
 from ..responses import Status, StopReason
 from .delivery import Delivery
+from .descriptors import Descriptor
 from .input import Input
 from .output import Output
 from .waiting import Bell
@@ -104,6 +106,7 @@ class Execution:
         output: Output,
         delivery: Delivery | None,
         input: Input | None,
+        descriptors: Sequence[Descriptor] = (),
         *,
         thread_id: str | None,
         action_block: str | None,
@@ -137,6 +140,7 @@ class Execution:
         self._calls: list[Callable[[], object]] = []
         # Filled by `setdefault`, which is atomic: the first one is the one that counts.
         self._claims: dict[str, object] = {}
+        self._descriptors = [descriptors]
 
     # -- from any thread
 
@@ -226,6 +230,12 @@ class Execution:
         """Say that it runs, though it may not have begun yet; false where it was refused."""
         return self._claims.setdefault("promise", True) is True
 
+    def take_descriptors(self) -> Sequence[Descriptor]:
+        """Those that go with the request: for one caller, which closes them."""
+        with contextlib.suppress(IndexError):
+            return self._descriptors.pop()
+        return ()
+
     def begin(self) -> bool:
         """False if it has been refused, since its start was interrupted."""
         if self._claims.setdefault("fate", self) is not self:
@@ -279,6 +289,8 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
+        for each in self.take_descriptors():
+            each.close()
         if self.input is not None:
             self.input.end()
         self._on_end(self)

@@ -17,18 +17,10 @@ MOST = 1024 * 1024
 
 
 class Input:
-    def __init__(self, data: bytes, *, is_open: bool, is_own: bool) -> None:
-        """`data` is all of it, unless it `is_open` for more, or `is_own`: what this process
-        has for its own standard input. Raises `OSError` where no descriptors are left.
-        """
-        self.writer: Descriptor | None = None
-        if is_own:
-            reader = os.dup(0)
-        else:
-            reader, writer = os.pipe()
-            self.writer = Descriptor(writer)
-            os.set_blocking(writer, False)
-        self._reader = [Descriptor(reader)]  # until the snippet has it
+    def __init__(self, writer: Descriptor, data: bytes, *, is_open: bool) -> None:
+        """`data` is all of it, unless it `is_open` for more."""
+        os.set_blocking(writer.fd, False)
+        self.writer: Descriptor | None = writer
         self.is_open = is_open
         self.changed = Bell()  # when there is less of it
         self._arrived: deque[bytes] = deque([data] if data else [])
@@ -51,13 +43,6 @@ class Input:
     def has_room(self) -> bool:
         size = self._size + sum(map(len, self._arrived.copy()))
         return size <= MOST or self.writer is None
-
-    def take_reader(self) -> Descriptor | None:
-        """What the snippet is to read from: for one caller, which closes it."""
-        try:
-            return self._reader.pop()
-        except IndexError:
-            return None
 
     # -- from the execution's thread
 
@@ -91,10 +76,9 @@ class Input:
     def end(self) -> None:
         """Nothing of it will be read any more."""
         self.is_open = False
-        for descriptor in (self.take_reader(), self.writer):
-            if descriptor is not None:
-                descriptor.close()
-        self.writer = None
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
         self._arrived.clear()
         self._waiting.clear()
         self._size = 0

@@ -292,16 +292,19 @@ class Pair:
                 pass  # over what one user may have, or no pipe
 
     def send(self, execution: Execution) -> None:
-        """Send its request to the snippet that waits for it, as far as there is room."""
+        """Send its request to the snippet that waits for it, as far as there is room.
+
+        Its descriptors go with the first bytes.
+        """
         request = marshal.dumps((execution.umask, execution.request), 2)
         frame = protocol.pack(protocol.RUN, request)
         execution.request = b""
         self._unsent = memoryview(frame)
-        reader = None if execution.input is None else execution.input.take_reader()
-        if reader is not None:
-            if self._channel is not None:
-                self._unsent = self._unsent[self._channel.send_with(frame, reader.fd) :]
-            reader.close()
+        descriptors = execution.take_descriptors()
+        if descriptors and self._channel is not None:
+            self._unsent = self._unsent[self._channel.send_with(frame, descriptors) :]
+        for each in descriptors:
+            each.close()
         self._send_rest()
 
     def _send_rest(self) -> None:

@@ -32,6 +32,7 @@ _MODULES = (
     "child.channel",
     "child.failures",
     "child.results",
+    "child.confinement",
     "child.snippet",
     "child.sweeping",
     "child.keeper",

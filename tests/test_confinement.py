@@ -1,0 +1,757 @@
+"""What a confined execution can't do, what it still can, and what refuses its start."""
+
+import errno
+import functools
+import json
+import os
+import pathlib
+import pickle
+import platform
+import resource
+import subprocess
+import sys
+import textwrap
+
+import programs
+import pytest
+from commands import cli  # noqa: F401
+from conftest import FOREVER, begin, children, eventually, is_alive, one_in
+from test_no_survivors import ENDS, GRACE, bring_to_its_end
+
+import sidexec
+from sidexec import Confinement
+
+# Each try raises OSError, or has got out. `o` is a directory outside, with the files `f` and
+# `g`; `i` is the one that may be written; `pids` are processes that are not its own.
+FILES = """
+mapped: mmap.mmap(os.open(o + "/f", os.O_RDONLY), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+create: open(o + "/new", "x")
+create by call: call(257, -100, o.encode() + b"/new2", 0o101, 0o600)
+write: open(o + "/f", "r+")
+append: open(o + "/f", "a")
+truncate: os.truncate(o + "/f", 0)
+truncate by open: os.open(o + "/f", os.O_RDONLY | os.O_TRUNC)
+truncate by call: call(76, o.encode() + b"/f", 0)
+rename within: os.rename(o + "/f", o + "/h")
+rename out: (open(i + "/mine", "w"), os.rename(i + "/mine", o + "/mine"))
+rename in: os.rename(o + "/f", i + "/f")
+link out: (open(i + "/mine2", "w"), os.link(i + "/mine2", o + "/mine2"))
+link in: os.link(o + "/f", i + "/linked")
+symbolic link: os.symlink("/", o + "/link")
+make a directory: os.mkdir(o + "/d")
+make a fifo: os.mkfifo(o + "/fifo")
+remove: os.unlink(o + "/g")
+remove a directory: os.rmdir(o + "/empty")
+unnamed: os.open(o, os.O_TMPFILE | os.O_RDWR)
+through a link: (os.path.lexists(i + "/l") or os.symlink(o, i + "/l"), open(i + "/l/f", "r+"))
+through its root: open("/proc/self/root" + o + "/f", "r+")
+through a directory: os.open("f", os.O_RDWR, dir_fd=os.open(o, os.O_RDONLY))
+set user id: (open(i + "/su", "w"), os.chmod(i + "/su", 0o4755))
+made set user id: os.close(os.open(i + "/m", os.O_CREAT | os.O_RDWR, 0o4755))
+made set group id: call(257, -100, i.encode() + b"/m2", 0o102, 0o2755)
+made by creat: call(85, i.encode() + b"/m3", 0o4755)
+made by mknod: os.mknod(i + "/m4", 0o104755)
+made by openat2: call(437, -100, i.encode() + b"/m5", words(0o102, 0o4755, 0), 24)
+set group id: (open(i + "/sg", "w"), os.chmod(os.open(i + "/sg", os.O_RDONLY), 0o2755))
+set user id out: os.chmod(o + "/f", 0o4755)
+set user id by call: call(452, -100, o.encode() + b"/f", 0o4755, 0)
+reopened: open("/proc/self/fd/%d" % os.open(o + "/f", os.O_RDONLY), "r+")
+descriptor link in: call(265, *own(os.open(o + "/f", 0)), -100, i.encode() + b"/l2", 0x400)
+descriptor link out: call(265, *own(os.open(i, 0o20200002)), -100, o.encode() + b"/t", 0x400)
+exchange: (open(i + "/x", "w"), call(316, -100, i.encode() + b"/x", -100, o.encode() + b"/g", 2))
+memory of its own: open("/proc/self/mem", "r+b")
+terminal: open("/dev/tty", "w")
+"""
+SOCKETS = """
+inet: socket.socket()
+inet6: socket.socket(socket.AF_INET6)
+unix: socket.socket(socket.AF_UNIX)
+udp: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+raw: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+netlink: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+by call: call(41, 2, 1, 0)
+datagram pair: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+raw pair: call(53, 1, 3, 0, ctypes.create_string_buffer(8))
+pair of x32: call(0x40000000 + 41, 2, 1, 0)
+connect: socket.socketpair()[0].connect("/run/x")
+"""
+NAMESPACES = """
+user: call(272, 0x10000000)
+mount: call(272, 0x20000)
+clone: child(call(56, 0x10000000 | 17, 0, 0, 0, 0))
+clone3: call(435, b"\\0" * 64, 64)
+io_uring: call(425, 8, ctypes.create_string_buffer(120))
+userfaultfd: call(323, 1)
+bpf: call(321, 0, ctypes.create_string_buffer(128), 128)
+perf_event_open: call(298, (b"\\1\\0\\0\\0\\x70\\0\\0\\0" + bytes(104)), 0, -1, -1, 0)
+keyctl: call(250, 0, -3, 1)
+add_key: call(248, b"user", b"k", b"v", 1, -3)
+shared memory: call(29, 0x5157, 4096, 0o1600)
+"""
+AS_ROOT = """
+chown out: os.chown(o + "/f", 1234, 1234)
+setgid: os.setgid(1234)
+groups: os.setgroups([1234])
+ports: call(172, 3)
+accounting: call(163, i.encode())
+file capabilities: (open(i + "/a", "w"), os.setxattr(i + "/a", "security.capability", capable))
+new mount: call(430, b"tmpfs", 0)
+kernel log: open("/dev/kmsg", "w")
+device: os.mknod(i + "/disk", 0o60600, os.makedev(1, 0))
+character device: os.mknod(i + "/mem", 0o20600, os.makedev(1, 1))
+chown: (open(i + "/c", "w"), os.chown(i + "/c", 1234, 1234))
+setuid: os.setuid(1234)
+chroot: os.chroot(i)
+host name: socket.sethostname(socket.gethostname())
+clock: time.clock_settime(0, time.time())
+module: call(313, os.open("/dev/null", 0), b"", 0)
+mount: call(165, b"none", i.encode(), b"tmpfs", 0, 0)
+priority: os.setpriority(0, 0, -5)
+"""
+# For each other process.
+PROCESSES = """
+kill: os.kill(pid, 0)
+tgkill: call(234, pid, pid, 0)
+tkill: call(200, pid, 0)
+sigqueue: call(129, pid, 0, b"\\0" * 8 + b"\\xff\\xff\\xff\\xff" + bytes(116))
+pidfd_send_signal: signal.pidfd_send_signal(os.pidfd_open(pid), 0)
+pidfd_getfd: call(438, os.pidfd_open(pid), 0, 0)
+attach: call(101, 16, pid, 0, 0)
+seize: call(101, 0x4206, pid, 0, 0)
+read memory: call(310, pid, *2 * [ctypes.create_string_buffer(iov), 1], 0)
+write memory: call(311, pid, *2 * [ctypes.create_string_buffer(iov), 1], 0)
+mem: open(f"/proc/{pid}/mem", "r+b")
+environment: open(f"/proc/{pid}/environ")
+command line: open(f"/proc/{pid}/cmdline")
+maps: open(f"/proc/{pid}/maps")
+descriptors: os.listdir(f"/proc/{pid}/fd")
+descriptor: open(f"/proc/{pid}/fd/0", "w")
+program: os.readlink(f"/proc/{pid}/exe")
+root: os.listdir(f"/proc/{pid}/root")
+state: open(f"/proc/{pid}/stat")
+compare: call(312, pid, pid, 3, 0, 0)
+move pages: call(279, pid, 0, None, None, None, 0)
+migrate pages: call(256, pid, 8, words(1), words(1))
+robust list: call(274, pid, here, here)
+advise: call(440, os.pidfd_open(pid), ctypes.create_string_buffer(iov), 1, 20, 0)
+namespaces: call(308, os.pidfd_open(pid), 0x20000)
+group: os.setpgid(0, os.getpgid(pid))
+score: open(f"/proc/{pid}/oom_score_adj", "w")
+limits: resource.prlimit(pid, resource.RLIMIT_CPU, (1, 1))
+affinity: os.sched_setaffinity(pid, [0])
+scheduler: os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
+priority: os.setpriority(os.PRIO_PROCESS, pid, 10)
+priority of the user: os.setpriority(os.PRIO_USER, 0, 10)
+io priority: call(251, 1, pid, 0)
+"""
+
+PROGRAM = """
+import ctypes, json, mmap, os, resource, signal, socket, sys, time
+tries, o, i, pids = json.loads(sys.argv[1] if len(sys.argv) > 1 else params["given"])
+libc = ctypes.CDLL(None, use_errno=True)
+here = ctypes.create_string_buffer(8)
+def call(*arguments):
+    result = libc.syscall(*[ctypes.c_long(a) if type(a) is int else a for a in arguments])
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return result
+def words(*values):
+    return b"".join(value.to_bytes(8, "little") for value in values)
+def child(pid):
+    if pid == 0:
+        os._exit(0)
+iov = words(ctypes.addressof(here), 8)
+capable = words(1 << 25 | 1 << 40, 0, 0)[:20]
+def own(fd):
+    return -100, b"/proc/self/fd/%d" % fd
+got_out = []
+def go(name, code, **names):
+    try:
+        exec(code, {**globals(), **names})
+    except OSError:
+        return
+    got_out.append(name)
+for line in tries.splitlines():
+    name, _, code = line.partition(": ")
+    if "pid" in code:
+        for role, pid in pids.items():
+            go(f"{name} of {role}", code, pid=pid)
+    elif name:
+        go(name, code)
+"""
+# Permits everything, on top of what there is: a Landlock rule for the root, and a filter.
+ON_TOP = """
+rules = call(444, words(0x7fff), 8, 0)
+call(445, rules, 1, words(0x7fff)[:8] + os.open("/", os.O_PATH).to_bytes(4, "little"), 0)
+call(446, rules, 0)
+allow = ctypes.create_string_buffer(bytes.fromhex("060000000000ff7f"))
+call(157, 22, 2, words(1, ctypes.addressof(allow)))
+"""
+PLACES = {
+    "snippet": "return got_out",
+    "child": """
+        import subprocess, sys
+        return json.loads(subprocess.check_output([sys.executable, "-c", program, given]))
+        """,
+    "daemon": """
+        import os, sys
+        end, other = os.pipe()
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.dup2(other, 1)
+                os.execve(sys.executable, [sys.executable, "-c", program, given], {})
+            os._exit(0)
+        os.close(other)
+        os.wait()
+        return json.loads(open(end).read())
+        """,
+}
+
+
+@pytest.fixture
+def places(tmp_path):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "empty").mkdir()
+    for name in "fg":
+        (outside / name).write_text("untouched")
+    return str(outside), str(inside)
+
+
+def attempt(manager, tries, places, place, pids=(), **options):
+    given = json.dumps([tries, *places, dict(pids)])
+    if place == "snippet":
+        code = PROGRAM + PLACES[place]
+    else:
+        program = PROGRAM + "print(json.dumps(got_out))"
+        code = "import json\nprogram, given = params['program'], params['given']\n"
+        code += textwrap.dedent(PLACES[place])
+        return _finish(manager, code, {"program": program, "given": given}, options)
+    return _finish(manager, code, {"given": given}, options)
+
+
+def _finish(manager, code, params, options):
+    started = manager.start_with_code(code, params, **options)
+    assert started.success, started.error
+    status = manager.wait(started.id)
+    assert status.data.status == "completed", status.data.error
+    return status.data.result
+
+
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are of x86-64")
+everywhere = pytest.mark.parametrize("place", PLACES)
+
+
+@x86
+@everywhere
+@pytest.mark.parametrize("tries", [FILES, SOCKETS, NAMESPACES, AS_ROOT])
+def test_nothing_gets_out(manager, places, place, tries):
+    confinement = Confinement(write=[places[1]])
+    assert attempt(manager, tries, places, place, confinement=confinement) == []
+    assert sorted(os.listdir(places[0])) == ["empty", "f", "g"]
+    assert pathlib.Path(places[0], "f").read_text() == "untouched"
+
+
+@x86
+def test_what_is_set_on_top_permits_nothing(manager, places):
+    code = PROGRAM.replace("got_out = []\n", ON_TOP + "got_out = []\n") + PLACES["snippet"]
+    for tries in (FILES, SOCKETS, NAMESPACES):
+        given = json.dumps([tries, *places, {}])
+        options = {"confinement": Confinement(write=[places[1]])}
+        assert _finish(manager, code, {"given": given}, options) == []
+
+
+@x86
+def test_the_same_tries_get_out_unconfined(manager, places):
+    got_out = attempt(manager, FILES, places, "snippet")
+    # The first `rename` takes the file away from those after it.
+    assert {"create", "write", "truncate", "rename within", "rename out", "remove"} < {*got_out}
+    assert {"made set user id", "made by creat", "made by openat2", "made by mknod"} < {*got_out}
+    got_out = attempt(manager, SOCKETS, places, "snippet")
+    assert {"inet", "unix", "udp", "by call", "datagram pair", "raw pair"} < {*got_out}
+
+
+@pytest.fixture
+def others(manager):
+    """Processes that are not a confined snippet's own, by their roles."""
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ids = [begin(manager, FOREVER), begin(manager, FOREVER, confinement=Confinement())]
+    keeper, another = (manager._engine.executions[id].owner.keeper_pid for id in ids)
+    with open(f"/proc/{keeper}/stat") as file:
+        launcher = int(file.read().rpartition(")")[2].split()[1])
+    yield {
+        "stranger": stranger.pid,
+        "other": children(keeper)[0],
+        "confined": children(another)[0],
+        "keeper": keeper,
+        "launcher": launcher,
+        "host": os.getpid(),
+    }
+    stranger.communicate(b"\n")
+    assert stranger.returncode == 0
+
+
+@x86
+@everywhere
+def test_no_other_process_is_reached(manager, places, others, place):
+    confinement = Confinement(write=[places[1]])
+    assert attempt(manager, PROCESSES, places, place, others, confinement=confinement) == []
+    assert all(map(is_alive, others.values()))
+
+
+@x86
+def test_the_same_tries_reach_others_unconfined(manager, places, others):
+    others = {"stranger": others["stranger"]}
+    harmful = ("attach", "seize", "limits", "write memory", "score", "priority of")
+    tries = "\n".join(each for each in PROCESSES.splitlines() if not each.startswith(harmful))
+    got_out = attempt(manager, tries, places, "snippet", others)
+    expected = "kill tgkill pidfd_send_signal environment maps descriptors affinity".split()
+    assert {f"{name} of stranger" for name in expected} < {*got_out}
+
+
+# Has the kernel send SIGKILL to the owner of a pipe when that can be read.
+OWNER = """
+import fcntl, os, time
+end, other = os.pipe()
+fcntl.fcntl(end, fcntl.F_SETOWN, params["pid"])
+fcntl.fcntl(end, 10, 9)
+fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
+os.write(other, b"x")
+"""
+
+
+def test_no_other_process_is_signalled_by_the_kernel(manager):
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    params = {"pid": stranger.pid}
+    _finish(manager, OWNER, params, {"confinement": Confinement()})
+    assert stranger.poll() is None
+    _finish(manager, OWNER, params, {})
+    assert stranger.wait(20) == -9
+    stranger.stdin.close()
+
+
+def test_no_other_process_is_reached_by_the_descriptors_of_a_snippet(manager):
+    code = """
+    import os, signal, socket
+    fds = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    if len(fds) != 4: return fds
+    channel = socket.socket(fileno=os.dup(max(fds)))
+    try: other = int.from_bytes(channel.getsockopt(socket.SOL_SOCKET, 77, 4), "little")
+    except OSError: return "there is no SO_PEERPIDFD"
+    signal.pidfd_send_signal(other, 0)
+    """
+    confinement = Confinement(write=["/tmp"], read=["/usr"])
+    data = manager.run(code, confinement=confinement, input="x").data
+    assert data.result == "there is no SO_PEERPIDFD" or "PermissionError" in data.error, data
+
+
+@pytest.mark.parametrize("kind", [0x94, 0xBC])
+def test_no_subvolume_is_made(manager, kind):
+    """Btrfs and bcachefs make one by `ioctl` on a directory that is open for reading only."""
+    code = """
+    import fcntl, os
+    try: fcntl.ioctl(os.open("/usr", 0), 0x50000000 | params["kind"] << 8 | 14, bytes(999))
+    except OSError as error: return os.strerror(error.errno)
+    """
+    refused = os.strerror(errno.EOPNOTSUPP)
+    assert _finish(manager, code, {"kind": kind}, {}) != refused
+    assert _finish(manager, code, {"kind": kind}, {"confinement": Confinement()}) == refused
+
+
+def test_a_start_whose_descriptors_do_not_come_fails(manager, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidexec.engine.descriptors.Sender.send_with", lambda *given: 0)
+    for options in ({"input": "x"}, {"confinement": Confinement(write=[tmp_path])}):
+        data = manager.run("print('it runs')", **options).data
+        assert (data.status, data.output) == ("failed", "")
+        assert data.error.startswith("OSError: its descriptors did not come")
+
+
+def test_no_core_is_dumped_outside(manager, places):
+    with open("/proc/sys/kernel/core_pattern") as file:
+        if "/" in file.read() or resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+            pytest.skip("cores go elsewhere, or nowhere")
+    code = """
+    import os, resource
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+    if os.fork() == 0: os.abort()
+    return os.WCOREDUMP(os.wait()[1])
+    """
+    options = {"cwd": places[0], "confinement": Confinement(write=[places[1]])}
+    assert not _finish(manager, code, {}, options)
+    assert sorted(os.listdir(places[0])) == ["empty", "f", "g"]
+
+
+def test_a_thread_that_runs_already_refuses(make_manager, tmp_path):
+    """It would be confined by nothing, and could be given the code to run."""
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import os, threading, time\n"
+        "start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "os.register_at_fork(after_in_child=start)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["starts_a_thread"])
+    data = manager.run("print('it runs')", confinement=Confinement()).data
+    assert (data.status, data.output) == ("failed", "")
+    assert "a preloaded module has started a thread" in data.error
+
+
+def test_nothing_of_its_own_keeper_and_launcher_is_reached(manager):
+    confinement = Confinement()
+    code = """
+    import os
+    refused = 0
+    for what in (lambda: os.kill(os.getppid(), 9), lambda: os.kill(os.getppid(), 19),
+                 lambda: open(f"/proc/{os.getppid()}/environ"), lambda: os.listdir("/proc")):
+        try: what()
+        except PermissionError: refused += 1
+    return refused
+    """
+    assert _finish(manager, code, {}, {"confinement": confinement}) == 4
+
+
+def test_32_bit_calls_are_refused(manager):
+    code = """
+    import ctypes, mmap
+    # mov eax, 20 (getpid); int 0x80; ret
+    memory = mmap.mmap(-1, 4096, prot=7)
+    memory.write(b"\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3")
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return ctypes.CFUNCTYPE(ctypes.c_int)(at)()
+    """
+    if platform.machine() != "x86_64":
+        pytest.skip("there are none")
+    assert _finish(manager, code, {}, {"confinement": Confinement()}) < 0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tempfile\nwith tempfile.NamedTemporaryFile() as f:\n"
+        "  assert f.name.startswith(params['i'])",
+        "import os\nassert os.environ['TMPDIR'] == params['i']",
+        "import subprocess\nassert subprocess.check_output(['sh', '-c', 'echo hi']) == b'hi\\n'",
+        "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
+        "import asyncio\nawait asyncio.sleep(0)",
+        "import asyncio\np = await asyncio.create_subprocess_exec('true')\n"
+        "assert await p.wait() == 0",
+        "import multiprocessing as m\nc = m.get_context('fork')\np = c.Process(target=print)\n"
+        "p.start()\np.join()\nassert p.exitcode == 0\nassert c.Pipe()",
+        "import sqlite3\nd = sqlite3.connect(params['i'] + '/db')\n"
+        "d.execute('create table t (a)')\nd.commit()\nd.close()",
+        "open('/dev/null', 'w').write('x')\nassert open('/dev/urandom', 'rb').read(4)",
+        "import zoneinfo, locale, ssl\nlocale.setlocale(locale.LC_ALL, '')\n"
+        "ssl.create_default_context()",
+        "import os, shutil\nos.makedirs(params['i'] + '/a/b')\nopen(params['i'] + '/a/f', 'w')\n"
+        "os.rename(params['i'] + '/a/f', params['i'] + '/a/b/f')\n"
+        "os.symlink('b', params['i'] + '/a/l')\nshutil.rmtree(params['i'] + '/a')",
+        "import os, signal, subprocess\np = subprocess.Popen(['sleep', '60'])\n"
+        "os.kill(p.pid, signal.SIGTERM)\nassert p.wait() == -15",
+        "report_progress(50)\nreport_result([1])\nopen('/etc/passwd').read()",
+    ],
+)
+def test_works_inside(manager, tmp_path, code):
+    confinement = Confinement(write=[tmp_path])
+    _finish(manager, code, {"i": str(tmp_path)}, {"confinement": confinement})
+
+
+def test_where_read_is_given_the_interpreter_still_works_and_nothing_else_is_read(
+    make_manager, tmp_path
+):
+    (tmp_path / "given").write_text("given")
+    (tmp_path / "other").write_text("other")
+    manager = make_manager(confinement=Confinement(read=[tmp_path / "given"]))
+    code = """
+    import os, sys, subprocess, json, sqlite3, ssl, ctypes, pathlib, email, zoneinfo
+    subprocess.check_call([sys.executable, "-c", "import decimal, ssl"])
+    refused = []
+    for path in ("/etc/passwd", params["d"] + "/other"):
+        try: open(path)
+        except PermissionError: refused.append(path)
+    for path in (os.path.expanduser("~"), params["d"], "/", "/tmp"):
+        try: os.listdir(path)
+        except PermissionError: refused.append(path)
+    return open(params["d"] + "/given").read(), len(refused)
+    """
+    assert _finish(manager, code, {"d": str(tmp_path)}, {}) == ["given", 6]
+
+
+@pytest.mark.parametrize("entry", ["{home}/", "{home}/..", "{link}"])
+def test_a_home_directory_on_the_path_of_modules_is_not_read(make_manager, tmp_path, entry):
+    home, link = tmp_path / "home", tmp_path / "link"
+    home.mkdir()
+    link.symlink_to(home)
+    (home / "secret").write_text("secret")
+    environment = {"HOME": str(home), "PYTHONPATH": entry.format(home=home, link=link)}
+    manager = make_manager(env=environment, confinement=Confinement(read=[]))
+    data = manager.run("open(params['secret'])", {"secret": f"{home}/secret"}).data
+    assert data.error.startswith("PermissionError")
+
+
+def test_with_network_sockets_work(manager):
+    code = "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+    code += "socket.create_connection(s.getsockname())"
+    _finish(manager, code, {}, {"confinement": Confinement(network=True)})
+
+
+def test_a_new_program_regains_no_capability(manager):
+    code = """
+    import os, sys
+    status = "print(open('/proc/%d/status').read())" % os.getpid()
+    os.execv(sys.executable, [sys.executable, "-c", status])
+    """
+    started = manager.start_with_code(code, confinement=Confinement())
+    output = manager.wait(started.id).data.output
+    lines = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)
+    assert {int(lines[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {0}
+    assert (lines["NoNewPrivs"].strip(), lines["Seccomp"].strip()) == ("1", "2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"write": "x"}, {"write": 3}, {"read": b"x"}, {"write": [3]}, {"network": 1}],
+)
+def test_wrong_types_raise(options):
+    with pytest.raises(TypeError, match=next(iter(options))):
+        Confinement(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"write": ["/no/such"]}, {"read": ["/no/such"]}, {"read": [""]}]
+)
+def test_bad_paths_raise(options, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Confinement(**options)
+    for option in ("read", "write"):
+        for path in ("/", "/proc", "/proc/sys", "/proc/self/root"):
+            with pytest.raises(ValueError, match="without /proc"):
+                Confinement(**{option: [path]})
+    with pytest.raises(ValueError, match="250"):
+        Confinement(write=[tmp_path] * 251)
+
+
+def test_a_start_takes_no_other_type(manager):
+    with pytest.raises(TypeError, match="confinement"):
+        manager.start_with_code("", confinement={})
+    with pytest.raises(TypeError, match="confinement"):
+        sidexec.ExecutionManager(confinement=[])
+
+
+def test_it_is_a_value(tmp_path):
+    made = Confinement(write=[tmp_path], read=[])
+    assert made == pickle.loads(pickle.dumps(made)) == Confinement(write=[str(tmp_path)], read=[])
+    assert hash(made)
+    with pytest.raises(AttributeError):
+        made.network = True
+
+
+def test_a_path_that_was_replaced_refuses_the_start(manager, tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    confinement = Confinement(write=[inside])
+    inside.rename(tmp_path / "moved")
+    inside.symlink_to(outside)
+    started = manager.start_with_code("", confinement=confinement)
+    assert not started.success
+    assert "is not what it was" in started.error
+    inside.unlink()
+    started = manager.start_with_code("", confinement=confinement)
+    assert not started.success
+    assert str(inside) in started.error
+
+
+def test_a_writable_path_replaced_meanwhile_widens_nothing(manager, tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    code = """
+    import os, time
+    print("up", flush=True)
+    while not os.path.islink(params["i"]): time.sleep(0.005)
+    try: open(params["i"] + "/new", "w")
+    except PermissionError: return "refused"
+    """
+    started = manager.start_with_code(
+        code, {"i": str(inside)}, confinement=Confinement(write=[inside])
+    )
+    eventually(lambda: manager.get_status(started.id).data.output)
+    inside.rename(tmp_path / "moved")
+    inside.symlink_to(outside)
+    assert manager.wait(started.id).data.result == "refused"
+
+
+# Takes a system call away from the host, and so from the launcher and the snippets.
+WITHOUT = """
+import ctypes, sys
+number, errno = map(int, sys.argv[1:3])
+code = b"".join(
+    op.to_bytes(2, "little") + bytes((yes, no)) + k.to_bytes(4, "little") for op, yes, no, k in
+    [(0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, 0x50000 | errno), (6, 0, 0, 0x7FFF0000)])
+buffer = ctypes.create_string_buffer(code)
+program = (4).to_bytes(8, "little") + ctypes.addressof(buffer).to_bytes(8, "little")
+libc = ctypes.CDLL(None)
+import sidexec.confining
+if sys.argv[3] == "snippet":
+    sidexec.confining.missing()
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, program, 0, 0) == 0
+with sidexec.ExecutionManager() as manager:
+    started = manager.start_with_code("print('it runs')", confinement=sidexec.Confinement())
+    if started.success:
+        status = manager.wait(started.id).data
+        print(status.status, status.output, status.error)
+    else:
+        print(started.error)
+"""
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    one_in(
+        2,
+        [
+            (444, 38, "host", "Landlock ABI 3, which is there since Linux 6.2"),
+            (444, 95, "host", "Landlock ABI 3, which is there since Linux 6.2"),
+            (157, 22, "host", "seccomp filters, which are there since Linux 3.5"),
+            (444, 38, "snippet", "Landlock ABI 3 is missing (Linux 6.2)"),
+            (445, 22, "snippet", "a Landlock rule was refused"),
+            (446, 1, "snippet", "the Landlock ruleset was refused"),
+            (126, 1, "snippet", "capabilities could not be dropped"),
+            (157, 22, "snippet", "no_new_privs was refused"),
+        ],
+    ),
+)
+@x86
+def test_what_is_missing_refuses_the_start(lacking):
+    number, errno, who, text = lacking
+    command = [sys.executable, "-c", WITHOUT, str(number), str(errno), who]
+    root = os.path.dirname(os.path.dirname(sidexec.__file__))
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+    assert text in done.stdout, done
+    assert "it runs" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("kind", programs.DESCENDANTS)
+def test_nothing_is_left_of_a_confined_execution(make_manager, trace, monkeypatch, kind, end):
+    # It can't read when others have begun: the lock and the directory tell of them all.
+    begins = 'file.read().rpartition(")")[2].split()[19]'
+    prelude = programs.PRELUDE.replace('with open(f"/proc/{pid}/stat") as file:', "if True:")
+    monkeypatch.setattr(programs, "PRELUDE", prelude.replace(begins, "0"))
+    confinement = Confinement(write=[trace.directory])
+    manager = functools.partial(sidexec.ExecutionManager, confinement=confinement)
+    monkeypatch.setattr(sidexec, "ExecutionManager", manager)
+    confined = make_manager(grace_period=GRACE, default_timeout=60.0)
+    assert bring_to_its_end(confined, trace, kind, end) == set()
+    assert trace.noted("descendant")
+
+
+def test_it_stops_as_gracefully(manager):
+    code = """
+    import os, signal, subprocess, time
+    if os.fork() == 0:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:
+            print(os.getpid(), flush=True)
+            while True: time.sleep(1)
+        os._exit(0)
+    os.wait()
+    try:
+        while True: time.sleep(1)
+    finally:
+        print("cleaned up")
+        report_result("partial")
+    """
+    started = manager.start_with_code(code, confinement=Confinement())
+    eventually(lambda: manager.get_status(started.id).data.output)
+    stopped = manager.stop(started.id, grace=0.5)
+    pid, text = stopped.data.output.split("\n", 1)
+    assert (stopped.data.status, text) == ("stopped", "cleaned up\n")
+    assert stopped.data.result == "partial"
+    assert not is_alive(int(pid))
+
+
+@pytest.mark.parametrize(
+    "options, code, line",
+    [
+        (["--confine"], 1, "PermissionError"),
+        (["--confine", "--write", "."], 0, ""),
+        ([], 0, ""),
+        (["--write", "."], 2, "--write and --network need --confine"),
+        (["--network"], 2, "--write and --network need --confine"),
+        (["--confine", "--write", "nowhere"], 2, "there is no such file or directory"),
+    ],
+)
+def test_command_line(cli, tmp_path, options, code, line):
+    returncode, _, err = cli.run("run", *options, "-", input=b"open('x', 'w')")
+    assert returncode == code and line in err
+    assert os.path.exists(tmp_path / "x") == (code == 0)
+
+
+@pytest.mark.parametrize("options, code", [(["--confine"], 1), (["--confine", "--network"], 0)])
+def test_command_line_and_the_network(cli, options, code):
+    assert cli.run("run", *options, "-c", "import socket; socket.socket()")[0] == code
+
+
+def test_the_confinement_of_a_start_replaces_that_of_its_manager(make_manager, tmp_path):
+    manager = make_manager(confinement=Confinement())
+    code = "open(params['path'], 'w').write(input())"
+    options = {"params": {"path": str(tmp_path / "file")}, "input": "x"}
+    for run in (manager.run, functools.partial(sidexec.run, confinement=Confinement())):
+        assert run(code, **options).data.error.startswith("PermissionError")
+    manager.run(code, confinement=Confinement(write=[tmp_path], read=["/etc"]), **options).check()
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_block_is_confined_too(manager, tmp_path):
+    (tmp_path / "block.py").write_text("import other\n")
+    (tmp_path / "other.py").write_text("open('/tmp/not-to-be', 'w')\n")
+    started = manager.start_with_action_block(
+        tmp_path / "block.py", confinement=Confinement(read=[])
+    )
+    assert "PermissionError" in manager.wait(started.id).data.error
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(o + '/f').read()",
+        "os.chmod(o + '/f', 0o600)",
+        "os.utime(o + '/f', (1, 1))",
+        "os.setxattr(o + '/f', 'user.x', b'1')",
+        "fcntl.flock(os.open(o + '/f', os.O_RDONLY), fcntl.LOCK_EX)",
+        "os.stat('/root')",
+        "most = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\nmmap.mmap(-1, 5_000_000_000)",
+    ],
+)
+def test_what_it_does_not_stop(manager, places, code):
+    code = f"import fcntl, mmap, os, resource\no = params['o']\n{code}"
+    options = {"limits": sidexec.Limits(memory=4_000_000_000), "confinement": Confinement()}
+    _finish(manager, code, {"o": places[0]}, options)
+
+
+def test_what_a_preloaded_module_has_opened_stays_open(make_manager, tmp_path):
+    (tmp_path / "opens_a_file.py").write_text(f"file = open({str(tmp_path / 'file')!r}, 'w')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["opens_a_file"])
+    code = "import opens_a_file; opens_a_file.file.write('written')"
+    manager.run(code, confinement=Confinement()).check()
+    assert (tmp_path / "file").read_text() == "written"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["open('/proc/self/stat')", "os.listdir('/')", "open('/dev/shm/x', 'w')", "os.openpty()"],
+)
+def test_what_does_not_work_inside_either(manager, code):
+    code = f"import os\nif os.fork() == 0:\n  try: {code}\n  except OSError: os._exit(7)\n"
+    code += "  os._exit(0)\nreturn os.waitstatus_to_exitcode(os.wait()[1])"
+    assert _finish(manager, code, {}, {"confinement": Confinement()}) == 7
