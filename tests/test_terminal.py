@@ -22,21 +22,23 @@ from commands import (
 from conftest import eventually, one_in
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_bar_never_tears_the_snippets_lines(cli, stream):
-    code = f"""
+def test_a_bar_never_tears_the_snippets_lines(cli):
+    code = """
 import sys, time
+stream = getattr(sys, params["stream"])
 for number in range(15):
     report_progress(number)
-    print("partial", number, end="", file=sys.{stream})
+    print("partial", number, end="", file=stream)
     if number % 7 == 0: time.sleep(0.15)
-    print(" whole", file=sys.{stream})
+    print(" whole", file=stream)
     if number % 5 == 0: time.sleep(0.12)
 """
-    terminal = Terminal(cli, "run", "-c", code)
-    assert terminal.finish() == 0
-    assert b"%" in terminal.data
-    assert terminal.lines() == [f"partial {number} whole" for number in range(15)] + [""]
+    params = ({"stream": "stdout"}, {"stream": "stderr"})
+    arguments = [["run", "--params", json.dumps(each), "-c", code] for each in params]
+    for terminal in [Terminal(cli, *each) for each in arguments]:
+        assert terminal.finish() == 0
+        assert b"%" in terminal.data
+        assert terminal.lines() == [f"partial {number} whole" for number in range(15)] + [""]
 
 
 @pytest.mark.parametrize("columns", one_in(2, [30, 12]))
