@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, finish, one_in
+from conftest import ENVIRONMENT, HOST_ENVIRONMENT, finish, nothing_left, one_in
 from small_programs import ALONE, FLAGS, OTHERS, PROGRAMS, VARIABLES
 
 import sidexec
@@ -41,12 +41,11 @@ SHOWS_LINES = sys.version_info >= (3, 13)
 
 
 class PlainOnes:
-    """What the programs do in a plain interpreter, all in turn, as soon as it is known."""
+    """What programs do in a plain interpreter, one after the other, as soon as it is known."""
 
-    def __init__(self):
-        self._names = iter([name for name in PROGRAMS if name not in ALONE])
+    def __init__(self, names):
+        self._names = iter(names)
         self._known = {}
-        codes = [PROGRAMS[name] for name in PROGRAMS if name not in ALONE]
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"exec({FORKS!r}, {{}})"],
             env=ENVIRONMENT,
@@ -55,7 +54,7 @@ class PlainOnes:
             text=True,
         )
         with self._process.stdin as file:
-            json.dump(codes, file)
+            json.dump([PROGRAMS[name] for name in names], file)
 
     def __getitem__(self, name):
         while name not in self._known:
@@ -69,8 +68,10 @@ class PlainOnes:
 
 
 @pytest.fixture(scope="module")
-def plain_ones():
-    plain_ones = PlainOnes()
+def plain_ones(request):
+    items = [item for item in request.session.items if "plain_ones" in item.fixturenames]
+    names = dict.fromkeys(item.callspec.params["name"] for item in items)
+    plain_ones = PlainOnes(list(names))
     yield plain_ones
     plain_ones.close()
 
@@ -106,14 +107,12 @@ def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
 IN_TURN = [name for name in PROGRAMS if name not in ALONE]
 
 
-@pytest.mark.parametrize("name", IN_TURN)
-def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(
-    shared, plain_ones, name
-):
+@pytest.mark.parametrize("name", one_in(3, IN_TURN))
+def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, "return", lines=False) == plain_ones[name]
 
 
-@pytest.mark.parametrize("name", one_in(4, IN_TURN))
+@pytest.mark.parametrize("name", one_in(12, IN_TURN))
 def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, lines=False) == plain_ones[name]
 
@@ -123,3 +122,69 @@ def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_does_what_it_does_in_an_interpreter_of_its_own(shared, name, mode):
     assert snippet(shared, name, mode) == plain(PROGRAMS[name])
+
+
+# -- a host of one version, and snippets of another
+
+
+HOST = """
+import json, sys, sidexec
+with sidexec.ExecutionManager(python=sys.argv[1], default_timeout=60) as manager:
+    for code in json.loads(sys.argv[2]):
+        data = manager.run(code).data
+        print(json.dumps([data.output, data.error_output, data.exit_code]))
+    code = "try:\\n    print('up\\\\n', end='')\\n    while True: pass\\nfinally: print('down')"
+    id = manager.start_with_code(code).id
+    for chunk in manager.follow(id):
+        manager.stop(id)
+    data = manager.wait(id).data
+    print(json.dumps([data.status, data.output]))
+"""
+VERSIONS = ["3.10", "3.11", "3.12", "3.13", "3.14", "3.15"]
+
+
+def interpreter(version):
+    """Where pyenv has it, no free-threaded build; None where it has not."""
+    found = glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*[!t]/bin/python"))
+    return max(found, default=None)
+
+
+PAIRS = [
+    pytest.param(host, other, marks=[] if {host, other} == {"3.10", "3.15"} else pytest.mark.slow)
+    for host in VERSIONS
+    for other in VERSIONS
+    if host != other
+]
+
+
+@pytest.mark.parametrize("host, other", PAIRS)
+def test_a_host_runs_snippets_by_an_interpreter_of_another_version(host, other):
+    host, other = interpreter(host), interpreter(other)
+    if not host or not other:
+        pytest.skip("not installed")
+    done = subprocess.run(
+        [host, "-c", HOST, other, json.dumps(OTHERS)],
+        env={**HOST_ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *ended, stopped = map(json.loads, done.stdout.splitlines())
+    variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": HOST_ENVIRONMENT["PYTHONPATH"]}
+    plain_ones = [plain(code, other, lines=False, **variables) for code in OTHERS]
+    assert [outcome(*each, lines=False) for each in ended] == plain_ones
+    assert stopped == ["stopped", "up\ndown\n"]
+
+
+# -- what the environment says to the interpreter
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
+    variables = {name: VARIABLES[name]}
+    env = {**ENVIRONMENT, **variables}
+    with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
+        for mode in MODES:
+            assert snippet(manager, FLAGS, mode) == plain(FLAGS, **variables)
