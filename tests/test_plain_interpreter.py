@@ -10,9 +10,19 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import zipfile
 
 import pytest
-from conftest import ENVIRONMENT, HOST_ENVIRONMENT, finish, nothing_left, one_in
+from conftest import (
+    ENVIRONMENT,
+    HOST_ENVIRONMENT,
+    begin,
+    finish,
+    has_printed,
+    nothing_left,
+    one_in,
+)
 from small_programs import ALONE, FLAGS, OTHERS, PROGRAMS, VARIABLES
 
 import sidexec
@@ -104,15 +114,16 @@ def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
     return outcome(data.output, data.error_output, data.exit_code, lines=lines)
 
 
-IN_TURN = [name for name in PROGRAMS if name not in ALONE]
+NOTES = [name for name in PROGRAMS if "annotations: " in name]
+OTHERS_IN_TURN = [name for name in PROGRAMS if name not in (*NOTES, *ALONE)]
 
 
-@pytest.mark.parametrize("name", one_in(3, IN_TURN))
+@pytest.mark.parametrize("name", [*OTHERS_IN_TURN, *one_in(7, NOTES)])
 def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, "return", lines=False) == plain_ones[name]
 
 
-@pytest.mark.parametrize("name", one_in(12, IN_TURN))
+@pytest.mark.parametrize("name", one_in(15, [*OTHERS_IN_TURN, *NOTES]))
 def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, lines=False) == plain_ones[name]
 
@@ -188,3 +199,53 @@ def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
     with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
         for mode in MODES:
             assert snippet(manager, FLAGS, mode) == plain(FLAGS, **variables)
+
+
+def test_workers_are_started_in_the_default_way(shared):
+    # On 3.14 and later by a server that forks, which is a descendant like any other.
+    name = "processes, as by default"
+    assert snippet(shared, name, "return") == plain(PROGRAMS[name])
+
+
+@pytest.mark.skipif(not hasattr(sys, "remote_exec"), reason="new in Python 3.14")
+def test_a_debugger_may_attach_to_a_snippet(shared, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import __main__\nprint('attached', __main__.n, flush=True)\n")
+    code = "import os, time\nn = 7\nprint(os.getpid(), flush=True)\nwhile True: time.sleep(0.01)"
+    id = begin(shared, code, ready="\n")
+    sys.remote_exec(int(shared.get_status(id).data.output), str(script))
+    has_printed(shared, id, "attached 7")
+    assert not shared.stop(id).data.forced
+
+
+ZIPPED = [
+    "import json, os, sys\nprint(json.__file__, os.__file__, sys.path)",
+    "import asyncio\nasync def f(): print(asyncio.__file__)\nasyncio.run(f())",
+    "import json\njson.loads('{')",
+]
+
+
+@pytest.mark.slow
+def test_the_standard_library_may_stand_in_a_zip(tmp_path):
+    library = sysconfig.get_path("stdlib")
+    name = os.path.basename(library)
+    (tmp_path / "lib" / name).mkdir(parents=True)
+    (tmp_path / "lib" / name / "lib-dynload").symlink_to(os.path.join(library, "lib-dynload"))
+    with zipfile.ZipFile(tmp_path / "lib" / (name.replace(".", "") + ".zip"), "w") as file:
+        for place, directories, names in os.walk(library):
+            left_out = {"__pycache__", "test", "site-packages", "lib-dynload"}
+            directories[:] = set(directories) - left_out
+            for each in names:
+                path = os.path.join(place, each)
+                if each.endswith(".py"):
+                    file.write(path, os.path.relpath(path, library))
+    env = {**ENVIRONMENT, "PYTHONHOME": str(tmp_path)}
+    with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
+        for code in ZIPPED:
+            expected = plain(code, PYTHONHOME=str(tmp_path))
+            assert ".zip" in expected[0] + expected[1]
+            assert snippet(manager, code) == snippet(manager, code, "return") == expected
+        code = "import asyncio\ntry:\n    print('ready')\n    await asyncio.sleep(60)\n"
+        code += "except asyncio.CancelledError: print('cancelled'); return 7"
+        data = manager.stop(begin(manager, code)).data
+        assert (data.forced, data.output, data.result) == (False, "ready\ncancelled\n", 7)
