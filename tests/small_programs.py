@@ -273,6 +273,7 @@ FLAGS = (
     "warnings.warn('no', DeprecationWarning)\nimport colorsys\nprint(type(globals()['colorsys']))\nx is 1"
 )
 VARIABLES = {
+    "PYTHON_LAZY_IMPORTS": "all",
     "PYTHONUTF8": "1",
     "PYTHONDEVMODE": "1",
     "PYTHONSAFEPATH": "1",
@@ -287,7 +288,6 @@ VARIABLES = {
     "PYTHON_DISABLE_REMOTE_DEBUG": "1",
     "PYTHON_THREAD_INHERIT_CONTEXT": "1",
     "PYTHON_CONTEXT_AWARE_WARNINGS": "1",
-    "PYTHON_LAZY_IMPORTS": "all",
     "PYTHON_FROZEN_MODULES": "off",
     "PYTHONPERFSUPPORT": "1",
 }

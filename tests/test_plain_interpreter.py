@@ -118,12 +118,12 @@ NOTES = [name for name in PROGRAMS if "annotations: " in name]
 OTHERS_IN_TURN = [name for name in PROGRAMS if name not in (*NOTES, *ALONE)]
 
 
-@pytest.mark.parametrize("name", [*OTHERS_IN_TURN, *one_in(7, NOTES)])
+@pytest.mark.parametrize("name", [*one_in(2, OTHERS_IN_TURN), *one_in(15, NOTES)])
 def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, "return", lines=False) == plain_ones[name]
 
 
-@pytest.mark.parametrize("name", one_in(15, [*OTHERS_IN_TURN, *NOTES]))
+@pytest.mark.parametrize("name", one_in(30, [*OTHERS_IN_TURN, *NOTES]))
 def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, lines=False) == plain_ones[name]
 
@@ -192,7 +192,7 @@ def test_a_host_runs_snippets_by_an_interpreter_of_another_version(host, other):
 # -- what the environment says to the interpreter
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", one_in(4, VARIABLES))
 def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
     variables = {name: VARIABLES[name]}
     env = {**ENVIRONMENT, **variables}
