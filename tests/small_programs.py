@@ -71,6 +71,39 @@ ANNOTATIONS = {
     "none": "x = 1",
 }
 
+# Each of these where it is come to, where it is not, and where that goes by more than one thing.
+BLOCKS = {
+    "if": "if 1:\n{}\nelse:\n    z: bytes",
+    "if not": "if 0:\n{}\nelse:\n    z: bytes",
+    "for": "for i in range(2):\n{}\n    if i: continue\n    z: bytes",
+    "while": "i = 2\nwhile i:\n    i -= 1\n{}\nelse:\n    z: bytes",
+    "try": "try:\n{}\n    1 / 0\n    z: bytes\nexcept ZeroDivisionError:\n    w: set",
+    "handler": "try:\n    1 / 0\nexcept ZeroDivisionError:\n{}\nelse:\n    z: bytes",
+    "finally": "try:\n    z: bytes\nfinally:\n{}",
+    "with": "import contextlib\nwith contextlib.suppress(ZeroDivisionError):\n    1 / 0\n{}",
+    "case": "match [1, 2]:\n    case [1]:\n        z: bytes\n    case [1, n]:\n    {}",
+    "nested": "for i in 'ab':\n    if i == 'b':\n        try:\n        {}\n        finally: pass",
+    "class": "class C:\n{}\nprint(C.__annotations__)",
+    "function": "def f():\n    global x\n{}\nf()",
+}
+NOTES = {
+    "plain": "x: int",
+    "value": "x: int = 1",
+    "both": "x: int = 1; y: str",
+    "attribute": "sys.x: print('note') = 1",
+    "undefined": "x: nothing",
+    "two": "x: int; x: str",
+    "lambda": "x: (lambda: i)",
+    "text": "x: 'text' = 'a'",
+    "generator": "x: list(j for j in 'ab')",
+    "type": "x: list[dict[str, int | None]]",
+    "conditional": "x: int if y else str",
+    "call": "x: print('note') = print('value')",
+}
+for block, template in BLOCKS.items():
+    for note, line in NOTES.items():
+        ANNOTATIONS[f"{note} in {block}"] = template.format(f"    {line}")
+
 PROGRAMS = {
     **{
         f"annotations: {name}": f"import sys\n_m = sys.modules['__main__']\n{code}\n{SHOW}"
@@ -222,6 +255,39 @@ if NEW >= (3, 15):
 ALONE = {name for name in PROGRAMS if name.startswith("processes")} | {"interrupt"}
 
 # What a host hands over is of its own version, what a snippet finds of the other's.
-OTHERS = []
-FLAGS = ""
-VARIABLES = {}
+OTHERS = [
+    "import sys, json\nx: 'Later' = [1, 'ß', b'\\xff']\nclass Later: pass\nprint(sys.version, x)\n"
+    "print(sys.modules['__main__'].__annotations__, sys.path, sorted(sys.modules['json'].__all__))",
+    "import warnings\nwarnings.warn('no')\ndef f(): 1 / 0\nf()",
+    "import asyncio, sys\nasync def f(): return 7\nprint(asyncio.run(f()))\nsys.exit(3)",
+    "import multiprocessing as m\np = m.get_context('spawn').Process(target=print, args=(1,))\n"
+    "p.start()\np.join()\nprint(p.exitcode)",
+]
+
+# What variables of the environment change.
+FLAGS = (
+    "import sys, os, warnings\nassert __debug__, 'debug'\nprint(sys.flags, sys.warnoptions, sys._xoptions)\n"
+    "print([getattr(sys, n)() for n in ('get_int_max_str_digits', '_is_gil_enabled', 'is_stack_trampoline_active',"
+    " 'is_remote_debug_enabled', 'get_lazy_imports') if hasattr(sys, n)])\n"
+    "print(sys.path[:2], sys.stdout.encoding, os.cpu_count(), warnings.filters)\n"
+    "warnings.warn('no', DeprecationWarning)\nimport colorsys\nprint(type(globals()['colorsys']))\nx is 1"
+)
+VARIABLES = {
+    "PYTHON_LAZY_IMPORTS": "all",
+    "PYTHONUTF8": "1",
+    "PYTHONDEVMODE": "1",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONOPTIMIZE": "1",
+    "PYTHONWARNINGS": "error",
+    "PYTHONNODEBUGRANGES": "1",
+    "PYTHONINTMAXSTRDIGITS": "1000",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONNOUSERSITE": "1",
+    "PYTHON_CPU_COUNT": "77",
+    "PYTHON_GIL": "1",
+    "PYTHON_DISABLE_REMOTE_DEBUG": "1",
+    "PYTHON_THREAD_INHERIT_CONTEXT": "1",
+    "PYTHON_CONTEXT_AWARE_WARNINGS": "1",
+    "PYTHON_FROZEN_MODULES": "off",
+    "PYTHONPERFSUPPORT": "1",
+}

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from conftest import eventually
+from conftest import IS_FREE_THREADED, eventually
 from test_misbehaving_hosts import busy_cores
 
 THREADS = 64
@@ -212,10 +212,20 @@ def run_threads(manager, seconds, seed):
     return ledger
 
 
+def has_gil():
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def test_a_snippet_runs_with_the_gil_off_where_its_host_does(run):
+    code = "import sys\nreturn getattr(sys, '_is_gil_enabled', lambda: True)()"
+    assert run(code).result is has_gil() is not IS_FREE_THREADED
+
+
 def race(make_manager, seconds):
     seed = random.randrange(2**32)
     print("seed", seed)
     manager = make_manager(grace_period=3.0, default_timeout=None, max_history=10**6)
+    assert has_gil() is not IS_FREE_THREADED
     ledger = run_threads(manager, seconds, seed)
     check_end(manager, ledger)
     counts = collections.Counter(manager.get_status(id).data.status for id in ledger.kinds)

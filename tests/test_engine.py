@@ -406,6 +406,31 @@ class ReadyPair:
     def is_gone(self):
         return False
 
+    def wait_for_request(self):
+        return None
+
+    def hand_over(self, execution):
+        pass
+
+
+def test_spare_pairs_may_come_and_go_while_they_are_looked_at():
+    requests = Requests(lambda frame: None)
+    requests.keeps_spare = True
+    until = time.monotonic() + 0.3
+
+    def come_and_go():
+        while time.monotonic() < until:
+            requests.take(ReadyPair(is_ahead=True))
+            requests.put(Request())
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < until:
+        requests.fork_ahead()
+    for thread in threads:
+        thread.join()
+
 
 def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
     requests = Requests(lambda frame: None)

@@ -1,5 +1,7 @@
 """Standard input, and standard error that goes where standard output goes."""
 
+import os
+import select
 import subprocess
 import threading
 
@@ -7,6 +9,7 @@ import pytest
 from conftest import eventually
 
 import sidexec
+from sidexec.engine.input import MOST, Input
 
 ECHO = """
 import sys
@@ -103,3 +106,27 @@ def test_misuse_raises(manager, options, error):
 
 def test_the_own_manager_of_a_run_takes_input():
     assert sidexec.run("return input()", input="hello\n").data.result == "hello"
+
+
+def test_how_much_waits_is_known_whoever_adds_to_it_at_once():
+    input = Input(b"", is_open=True)
+    reader = input.take_reader()
+
+    def add():
+        for _ in range(1000):
+            input.add(b"x" * 10, close=False)
+
+    threads = [threading.Thread(target=add) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    size = 0
+    while size < 80_000:
+        input.write()
+        size += len(os.read(reader.fd, 2**20)) if select.select([reader.fd], [], [], 0)[0] else 0
+    for thread in threads:
+        thread.join()
+    for data, has_room in ((b"x" * MOST, True), (b"x", False)):
+        input.add(data, close=False)
+        assert input.has_room() is has_room
+    input.end()
+    reader.close()

@@ -8,10 +8,22 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
+import zipfile
 
 import pytest
-from conftest import ENVIRONMENT, finish, one_in
-from small_programs import ALONE, PROGRAMS
+from conftest import (
+    ENVIRONMENT,
+    HOST_ENVIRONMENT,
+    begin,
+    finish,
+    has_printed,
+    nothing_left,
+    one_in,
+)
+from small_programs import ALONE, FLAGS, OTHERS, PROGRAMS, VARIABLES
+
+import sidexec
 
 # Each in a fork of one interpreter, which takes a fraction of a start, and as `python -c` runs
 # it: by the interpreter's own function for that, in a `__main__` that is still as it was.
@@ -37,12 +49,11 @@ SHOWS_LINES = sys.version_info >= (3, 13)
 
 
 class PlainOnes:
-    """What the programs do in a plain interpreter, all in turn, as soon as it is known."""
+    """What programs do in a plain interpreter, one after the other, as soon as it is known."""
 
-    def __init__(self):
-        self._names = iter([name for name in PROGRAMS if name not in ALONE])
+    def __init__(self, names):
+        self._names = iter(names)
         self._known = {}
-        codes = [PROGRAMS[name] for name in PROGRAMS if name not in ALONE]
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"exec({FORKS!r}, {{}})"],
             env=ENVIRONMENT,
@@ -51,7 +62,7 @@ class PlainOnes:
             text=True,
         )
         with self._process.stdin as file:
-            json.dump(codes, file)
+            json.dump([PROGRAMS[name] for name in names], file)
 
     def __getitem__(self, name):
         while name not in self._known:
@@ -65,8 +76,10 @@ class PlainOnes:
 
 
 @pytest.fixture(scope="module")
-def plain_ones():
-    plain_ones = PlainOnes()
+def plain_ones(request):
+    items = [item for item in request.session.items if "plain_ones" in item.fixturenames]
+    names = dict.fromkeys(item.callspec.params["name"] for item in items)
+    plain_ones = PlainOnes(list(names))
     yield plain_ones
     plain_ones.close()
 
@@ -99,15 +112,16 @@ def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
     return outcome(data.output, data.error_output, data.exit_code, lines=lines)
 
 
-IN_TURN = [name for name in PROGRAMS if name not in ALONE]
+NOTES = [name for name in PROGRAMS if "annotations: " in name]
+OTHERS_IN_TURN = [name for name in PROGRAMS if name not in (*NOTES, *ALONE)]
 
 
-@pytest.mark.parametrize("name", IN_TURN)
+@pytest.mark.parametrize("name", [*one_in(2, OTHERS_IN_TURN), *one_in(15, NOTES)])
 def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, "return", lines=False) == plain_ones[name]
 
 
-@pytest.mark.parametrize("name", one_in(4, IN_TURN))
+@pytest.mark.parametrize("name", one_in(30, [*OTHERS_IN_TURN, *NOTES]))
 def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     assert snippet(shared, name, lines=False) == plain_ones[name]
 
@@ -117,3 +131,119 @@ def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_does_what_it_does_in_an_interpreter_of_its_own(shared, name, mode):
     assert snippet(shared, name, mode) == plain(PROGRAMS[name])
+
+
+# -- a host of one version, and snippets of another
+
+
+HOST = """
+import json, sys, sidexec
+with sidexec.ExecutionManager(python=sys.argv[1], default_timeout=60) as manager:
+    for code in json.loads(sys.argv[2]):
+        data = manager.run(code).data
+        print(json.dumps([data.output, data.error_output, data.exit_code]))
+    code = "try:\\n    print('up\\\\n', end='')\\n    while True: pass\\nfinally: print('down')"
+    id = manager.start_with_code(code).id
+    for chunk in manager.follow(id):
+        manager.stop(id)
+    data = manager.wait(id).data
+    print(json.dumps([data.status, data.output]))
+"""
+VERSIONS = ["3.10", "3.11", "3.12", "3.13", "3.14", "3.15"]
+
+
+def interpreter(version):
+    """Where pyenv has it, no free-threaded build; None where it has not."""
+    found = glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*[!t]/bin/python"))
+    return max(found, default=None)
+
+
+PAIRS = [
+    pytest.param(host, other, marks=[] if {host, other} == {"3.10", "3.15"} else pytest.mark.slow)
+    for host in VERSIONS
+    for other in VERSIONS
+    if host != other
+]
+
+
+@pytest.mark.parametrize("host, other", PAIRS)
+def test_a_host_runs_snippets_by_an_interpreter_of_another_version(host, other):
+    host, other = interpreter(host), interpreter(other)
+    if not host or not other:
+        pytest.skip("not installed")
+    done = subprocess.run(
+        [host, "-c", HOST, other, json.dumps(OTHERS)],
+        env={**HOST_ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *ended, stopped = map(json.loads, done.stdout.splitlines())
+    variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": HOST_ENVIRONMENT["PYTHONPATH"]}
+    plain_ones = [plain(code, other, lines=False, **variables) for code in OTHERS]
+    assert [outcome(*each, lines=False) for each in ended] == plain_ones
+    assert stopped == ["stopped", "up\ndown\n"]
+
+
+# -- what the environment says to the interpreter
+
+
+@pytest.mark.parametrize("name", one_in(4, VARIABLES))
+def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
+    variables = {name: VARIABLES[name]}
+    env = {**ENVIRONMENT, **variables}
+    with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
+        for mode in MODES:
+            assert snippet(manager, FLAGS, mode) == plain(FLAGS, **variables)
+
+
+def test_workers_are_started_in_the_default_way(shared):
+    # On 3.14 and later by a server that forks, which is a descendant like any other.
+    name = "processes, as by default"
+    assert snippet(shared, name, "return") == plain(PROGRAMS[name])
+
+
+@pytest.mark.skipif(not hasattr(sys, "remote_exec"), reason="new in Python 3.14")
+def test_a_debugger_may_attach_to_a_snippet(shared, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import __main__\nprint('attached', __main__.n, flush=True)\n")
+    code = "import os, time\nn = 7\nprint(os.getpid(), flush=True)\nwhile True: time.sleep(0.01)"
+    id = begin(shared, code, ready="\n")
+    sys.remote_exec(int(shared.get_status(id).data.output), str(script))
+    has_printed(shared, id, "attached 7")
+    assert not shared.stop(id).data.forced
+
+
+ZIPPED = [
+    "import json, os, sys\nprint(json.__file__, os.__file__, sys.path)",
+    "import asyncio\nasync def f(): print(asyncio.__file__)\nasyncio.run(f())",
+    "import json\njson.loads('{')",
+]
+
+
+@pytest.mark.slow
+def test_the_standard_library_may_stand_in_a_zip(tmp_path):
+    library = sysconfig.get_path("stdlib")
+    name = os.path.basename(library)
+    (tmp_path / "lib" / name).mkdir(parents=True)
+    (tmp_path / "lib" / name / "lib-dynload").symlink_to(os.path.join(library, "lib-dynload"))
+    with zipfile.ZipFile(tmp_path / "lib" / (name.replace(".", "") + ".zip"), "w") as file:
+        for place, directories, names in os.walk(library):
+            left_out = {"__pycache__", "test", "site-packages", "lib-dynload"}
+            directories[:] = set(directories) - left_out
+            for each in names:
+                path = os.path.join(place, each)
+                if each.endswith(".py"):
+                    file.write(path, os.path.relpath(path, library))
+    env = {**ENVIRONMENT, "PYTHONHOME": str(tmp_path)}
+    with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
+        for code in ZIPPED:
+            expected = plain(code, PYTHONHOME=str(tmp_path))
+            assert ".zip" in expected[0] + expected[1]
+            assert snippet(manager, code) == snippet(manager, code, "return") == expected
+        code = "import asyncio\ntry:\n    print('ready')\n    await asyncio.sleep(60)\n"
+        code += "except asyncio.CancelledError: print('cancelled'); return 7"
+        data = manager.stop(begin(manager, code)).data
+        assert (data.forced, data.output, data.result) == (False, "ready\ncancelled\n", 7)

@@ -91,9 +91,7 @@ def _with_top_level_return(
         prelude.append(tree.body.pop(0))
     statements = _Statements(prelude, namespace)
     body = _rewrite(tree, statements.for_function).body
-    statements.prepare_annotations(filename)
-    if _CONDITIONAL in plain.co_names:  # also where no annotation is kept
-        namespace.setdefault(_CONDITIONAL, set())
+    statements.prepare_annotations(plain)
 
     header = "async def" if plain.co_flags & CO_COROUTINE else "def"
     shell = ast.parse(f"{header} f(): pass")
@@ -175,27 +173,27 @@ class _Statements:
         self._annotated.append((node, key))
         return made
 
-    def prepare_annotations(self, filename: str) -> None:
-        """Make what the compiler would have a module make before its first statement.
+    def prepare_annotations(self, plain: CodeType) -> None:
+        """Make what the module `plain` makes before its first statement.
 
-        From Python 3.14 on that is `__annotate__`, taken here from a module of these
-        annotations alone, and the set of those that have been come to, by their number.
+        From Python 3.14 on that is `__annotate__`, and the set of the annotations that have
+        been come to, by numbers that the compiler gives.
         """
-        import ast
-
-        if not self._annotated:
-            return
-        if not self._is_lazy:
+        if self._annotated and not self._is_lazy:
             self._namespace.setdefault("__annotations__", {})
-            return
-        self._annotated.sort(key=lambda pair: (pair[0].lineno, pair[0].col_offset))
-        body: list[ast.stmt] = []
-        for number, (node, key) in enumerate(self._annotated):
-            key.value = number
-            alone = ast.AnnAssign(node.target, node.annotation, None, 1)
-            body.append(ast.copy_location(alone, node))
-        exec(_compile(ast.Module(body, []), filename), self._namespace)
-        self._namespace[_CONDITIONAL].clear()
+        elif self._annotated:
+            from types import FunctionType
+
+            numbers = _numbers_of_annotations(plain)
+            self._annotated.sort(key=lambda pair: (pair[0].lineno, pair[0].col_offset))
+            for node, key in self._annotated:
+                if node.lineno in numbers:  # else it can't be come to
+                    key.value = next(numbers[node.lineno], 0)
+            codes = [each for each in plain.co_consts if isinstance(each, type(plain))]
+            annotate = next(each for each in codes if each.co_name == "__annotate__")
+            self._namespace["__annotate__"] = FunctionType(annotate, self._namespace)
+        if _CONDITIONAL in plain.co_names:  # also where no annotation is kept
+            self._namespace.setdefault(_CONDITIONAL, set())
 
     def _star_import(self, node: ast.ImportFrom) -> ast.stmt:
         """`update(pairs(__import__(...)))`, of the objects that `put_objects` puts there.
@@ -264,6 +262,18 @@ def _public_pairs(module: Any) -> Iterator[tuple[str, Any]]:
     return zip(names, map(getattr, itertools.repeat(module), names))
 
 
+def _numbers_of_annotations(plain: CodeType) -> dict[int, Iterator[int]]:
+    """By line, in order; of a `finally` those where nothing is raised come first."""
+    from dis import get_instructions
+
+    found: dict[int, list[int]] = {}
+    code: Any = list(get_instructions(plain))
+    for name, number, add in zip(code, code[1:], code[2:]):
+        if name.argval == _CONDITIONAL and add.opname == "SET_ADD":
+            found.setdefault(name.positions.lineno, []).append(number.argval)
+    return {line: iter(found[line]) for line in found}
+
+
 def _text(annotation: ast.expr) -> str:
     """An annotation as the compiler has it as text, which is not always as `ast.unparse`."""
     import ast
@@ -279,11 +289,8 @@ def _text(annotation: ast.expr) -> str:
 def _is_docstring(node: ast.stmt) -> bool:
     import ast
 
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def _is_future_import(node: ast.stmt) -> bool:
@@ -295,11 +302,8 @@ def _is_future_import(node: ast.stmt) -> bool:
 def _is_display(node: ast.AST) -> bool:
     import ast
 
-    return isinstance(
-        node,
-        (ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.expr_context)
-        + (ast.UnaryOp, ast.USub),
-    )
+    kinds = (ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.expr_context)
+    return isinstance(node, (*kinds, ast.UnaryOp, ast.USub))
 
 
 def _as_module(code: CodeType) -> CodeType:

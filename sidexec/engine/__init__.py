@@ -24,4 +24,10 @@
     payload.py    the other side's code, as it is sent to the launcher
 
 Requests go down, bytes come up. Nothing here imports the manager.
+
+What several threads change changes in one call of a built-in method, such as
+`dict.setdefault`, `deque.popleft` or `list.append`: without the GIL as well, where each of
+these holds a lock of the object's own. What is counted has one thread that counts it, and
+what others may change meanwhile is gone through in a copy (`list(a_dict.values())`, but
+`a_deque.copy()`: making a list of a deque is no single call without the GIL).
 """

@@ -48,7 +48,8 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # which interpreter it is, takes the modules, and calls the launcher. The current directory
 # leaves the path meanwhile: a file there that is named like a module of the standard
 # library would be imported instead. The modules get the built-in names in a copy of their
-# own, since a snippet may change them. In a snippet's process `main` returns, and its code
+# own, since a snippet may change them. Where all imports are lazy, theirs are not: they
+# could not be found any more. In a snippet's process `main` returns, and its code
 # is called from here, so that this frame is the only one below it. 3 is `asking.SETTLING`.
 BOOT = (
     """\
@@ -76,6 +77,8 @@ def r(n):
 os.write(0,e.MAGIC_NUMBER)
 b=vars(__builtins__).copy()
 c,l=marshal.loads(r(int.from_bytes(r(4),"big")))
+z=getattr(sys,"get_lazy_imports",bool)()
+if z:sys.set_lazy_imports("normal")
 for n,k,s in l:
  m=sys.modules[n]=type(sys)(n)
  m.__package__=n if k else n.rpartition(".")[0]
@@ -83,6 +86,7 @@ for n,k,s in l:
  m.__builtins__=b
  exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
+if z:sys.set_lazy_imports(z)
 t=m.main(c,p)
 if t:
  try:

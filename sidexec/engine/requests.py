@@ -117,7 +117,7 @@ class Requests:
             self._may_fork_ahead.pop()
         except IndexError:
             return  # one is on its way
-        for pair in list(self._spares):
+        for pair in self._spares.copy():  # `list` would fail where it changes meanwhile
             if pair.is_gone():  # somebody has killed it meanwhile
                 with contextlib.suppress(ValueError):  # a call has taken it just now
                     self._spares.remove(pair)
