@@ -397,6 +397,27 @@ def test_a_thread_that_runs_already_refuses(make_manager, tmp_path):
     assert "a preloaded module has started a thread" in data.error
 
 
+def test_what_it_writes_where_modules_are_found_is_not_imported_by_the_launcher(
+    make_manager, tmp_path
+):
+    code = """
+    import os, sys
+    for name in sys.stdlib_module_names:
+        with open(f"{params['path']}/{name}.py", "w") as file:
+            file.write("try: open(%r, 'x')\\nexcept OSError: pass\\n" % params["out"])
+            file.write("raise ImportError")
+    """
+    (tmp_path / "path").mkdir()
+    params = {"path": str(tmp_path / "path"), "out": str(tmp_path / "out")}
+    manager = make_manager(env={"PYTHONPATH": params["path"]})
+    confinement = Confinement(write=[params["path"]])
+    assert manager.run(code, params, confinement=confinement).data.status == "completed"
+    for _ in range(2):  # the second one in a pair that was forked ahead
+        data = manager.run("return {'a': 1 / 1}", confinement=confinement).data
+        assert data.result == {"a": 1.0}, data.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_of_its_own_keeper_and_launcher_is_reached(manager):
     confinement = Confinement()
     code = """

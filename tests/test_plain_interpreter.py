@@ -4,7 +4,9 @@ With a top-level `return` they are compiled in another way, and mean the same ne
 """
 
 import functools
+import glob
 import json
+import os
 import re
 import subprocess
 import sys

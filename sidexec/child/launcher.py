@@ -33,7 +33,7 @@ from ..protocol import (
     Inbox,
     pack,
 )
-from . import kernel, leaving, streams, sweeping
+from . import kernel, leaving, library, streams, sweeping
 from .keeper import Keeper
 from .snippet import Forked, Snippet
 
@@ -136,7 +136,8 @@ class Launcher:
             lines.cache.pop("<string>", None)
             getattr(lines, "_interactive_cache", {}).clear()
         streams.replace()  # before a module keeps a reference to the old ones
-        own_path = sys.path[:]
+        # From here on nothing else is imported here, least of all what a snippet has written.
+        own_path = library.own(sys.path)
         sys.path[:] = self._path
         name = ""
         if self._config["cwd"] is not None:

@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 _HOME = os.path.dirname(os.__file__) + os.sep
 
 
+def own(path: list[str]) -> list[str]:
+    """`path` from the standard library on: less what comes before, such as PYTHONPATH."""
+    home = _HOME.rstrip(os.sep)
+    return path[path.index(home) :] if home in path else [each for each in path if each]
+
+
 class Library:
     def __init__(self, path: list[str]) -> None:
-        self._path = [each for each in path if each]
+        self._path = own(path)
         self._modules: dict[str, Any] = {}
 
     def module(self, name: str) -> Any:
