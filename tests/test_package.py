@@ -126,6 +126,15 @@ def from_place(place, name, code="print(tour(package))"):
 # -- what it holds
 
 
+def test_an_import_loads_nothing_until_a_name_is_used():
+    code = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\nimport sidexec\n"
+        "print([each for each in sys.modules if 'sidexec.' in each])\n"
+        "print(sidexec.run.__name__, hasattr(sidexec, 'walk'), 'run' in dir(sidexec))"
+    )
+    assert python(code=code) == "[]\nrun False True\n"
+
+
 def test_all_is_complete_and_importable():
     assert sorted(sidexec.__all__) == sorted(NAMES)
     namespace = {}
@@ -226,7 +235,7 @@ def test_importing_starts_nothing_and_installs_nothing():
     code = """
 import atexit, gc, json, os, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
-import sidexec  # once, for what the standard library does when it is imported
+from sidexec import run  # once, for what the standard library does when it is imported
 for name in [name for name in sys.modules if name.split(".")[0] == "sidexec"]:
     del sys.modules[name]
 def state():
@@ -260,7 +269,8 @@ print([name for name in sys.modules if name.startswith("sidexec.child")])
 
 def test_importing_takes_no_heavy_modules():
     code = (
-        "import sys\nsys.path.insert(0, sys.argv[1])\nbefore = set(sys.modules)\nimport sidexec\n"
+        "import sys\nsys.path.insert(0, sys.argv[1])\nbefore = set(sys.modules)\n"
+        "from sidexec import ExecutionManager\n"
         "print(sorted({'asyncio', 'multiprocessing', 'concurrent.futures', 'ctypes', 'argparse'}"
         " & set(sys.modules) - before))"
     )
