@@ -51,7 +51,7 @@ def eventually(condition, timeout=20.0):
         if value:
             return value
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def one_in(every, values):

@@ -336,8 +336,9 @@ WORDS = ["could not fork", "Resource temporarily unavailable"]
 )
 
 
-@pytest.mark.parametrize("where", ["child.launcher", "child.keeper"])
-@pytest.mark.parametrize("first", [True, False], ids=["at_first", "later"])
+@pytest.mark.parametrize(
+    "where, first", crossed(2, ["child.launcher", "child.keeper"], [True, False])
+)
 def test_a_fork_that_fails_on_the_other_side_is_told(host, tmp_path, where, first):
     found = host(
         FORKS

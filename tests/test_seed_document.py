@@ -261,7 +261,8 @@ def test_use_case_3_resource_cleanup(manager, block):
     assert manager.get_status(ids[0]).data.status == "stopped"
 
 
-def test_use_case_4_conditional_stopping(manager, block):
+def test_use_case_4_conditional_stopping(make_manager, block):
+    manager = make_manager()  # without what is preloaded, which counts as well
     code = """
 import time
 held = []
