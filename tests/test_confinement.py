@@ -680,21 +680,21 @@ def test_it_stops_as_gracefully(manager):
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.fork() == 0:
-            print(os.getpid(), flush=True)
+            os.write(2, b"%d\\n" % os.getpid())
             while True: time.sleep(1)
         os._exit(0)
     os.wait()
     try:
+        os.write(1, b"ready\\n")
         while True: time.sleep(1)
     finally:
         print("cleaned up")
         report_result("partial")
     """
-    started = manager.start_with_code(code, confinement=Confinement())
-    eventually(lambda: manager.get_status(started.id).data.output)
-    stopped = manager.stop(started.id, grace=0.5)
-    pid, text = stopped.data.output.split("\n", 1)
-    assert (stopped.data.status, text) == ("stopped", "cleaned up\n")
+    id = begin(manager, code, confinement=Confinement())
+    pid = eventually(lambda: manager.get_status(id).data.error_output)
+    stopped = manager.stop(id, grace=1.0)
+    assert (stopped.data.status, stopped.data.output) == ("stopped", "ready\ncleaned up\n")
     assert stopped.data.result == "partial"
     assert not is_alive(int(pid))
 
