@@ -25,7 +25,9 @@ FAULT = b"f"  # what went wrong in launcher or keeper itself, which then ends
 
 # keeper -> host
 READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
-END = b"e"  # "<exit code> <forced: 0 or 1> <microseconds> <bytes> <pid that can't be killed>..."
+# "<exit code or None> <1 if forced> <1 if its launcher has ended> <microseconds of processor
+# time> <bytes of memory> <pid that can't be killed>...", each 1 else 0
+END = b"e"
 
 # host -> keeper
 STOP = b"s"  # "<grace period in seconds>"

@@ -379,8 +379,8 @@ def test_python_may_be_of_another_version(make_manager, python):
     manager = make_manager(python=python)
     id = begin(
         manager,
-        "import asyncio, sys, time\nprint('ready')\n"
-        "report_result(list(sys.version_info[:2]))\nawait asyncio.sleep(600)\nreturn 1",
+        "import asyncio, sys, time\nreport_result(list(sys.version_info[:2]))\n"
+        "print('ready')\nawait asyncio.sleep(600)\nreturn 1",
     )
     code = "import sys; print(list(sys.version_info[:2]))"
     version = json.loads(subprocess.check_output([python, "-c", code]))

@@ -68,6 +68,7 @@ class Keeper:
         self._asked_strays: set[int] = set()
         self._deadline: float | None = None
         self._forced = False
+        self._is_orphaned = False  # its launcher or its host has ended
 
     def run(
         self, run_snippet: Callable[[], NoReturn], snippet_fds: list[int], *, rehearse: bool
@@ -132,7 +133,8 @@ class Keeper:
 
     def _describe_end(self, stuck: list[int]) -> str:
         seconds, peak = kernel.used_by_children()
-        numbers = (self._exit_code, int(self._forced), round(seconds * 1e6), peak, *stuck)
+        flags = int(self._forced), int(self._is_orphaned)
+        numbers = (self._exit_code, *flags, round(seconds * 1e6), peak, *stuck)
         return " ".join(map(str, numbers))
 
     def _rehearse(self, wake_end: int) -> None:
@@ -234,6 +236,7 @@ class Keeper:
                     self._poll.unregister(fd)
             elif fd == self._host or _read(fd) == b"":  # of a lifeline only the end counts
                 self._poll.unregister(fd)
+                self._is_orphaned = True
                 if fd == self._host:
                     # The launcher: a stopped one would never hear of this.
                     kernel.signal_process(os.getppid(), _signal.SIGCONT)

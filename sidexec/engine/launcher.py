@@ -147,9 +147,7 @@ class Launcher:
         self._requests.miss(is_ahead, reason, was_killed=was_killed)
 
     def why_ended(self) -> str | None:
-        """Why the process has ended, if it has."""
-        if self._process is None or not self._process.has_ended():
-            return None
+        """Why the process has ended, which it is known to have, or to do just now."""
         self.changed.wait_for(lambda: self.is_gone, EXIT_LIMIT)
         return self._failure
 

@@ -91,19 +91,6 @@ class Process:
         """From any thread."""
         self._popen.kill()
 
-    def has_ended(self) -> bool:
-        """From any thread."""
-        try:
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            if os.waitid(os.P_PID, self.pid, flags) is not None:
-                return True
-            # Its descriptors are closed a moment before it can be waited for.
-            return self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
     def is_cut_off(self) -> bool:
         """From any thread: whether the host has closed the socket, as daemons close all."""
         sender = self._sender

@@ -83,6 +83,7 @@ class _Run:
         self._patience: float | None = None  # until when the keeper, or LOST, is waited for
         self._exit_code: int | None = None
         self._forced = True
+        self._is_orphaned = False  # the keeper has heard that the launcher has ended
         self._stuck: Pids = ()
         self._cpu_time: float | None = None
         self._peak_memory: int | None = None
@@ -135,10 +136,11 @@ class _Run:
         frames, is_open = self._pair.read_control()
         for kind, text in frames:
             if kind == protocol.END:
-                code, forced, microseconds, peak, *stuck = text.split()
+                code, forced, orphaned, microseconds, peak, *stuck = text.split()
                 self._cpu_time, self._peak_memory = int(microseconds) / 1e6, int(peak)
                 self._exit_code = None if code == "None" else int(code)
                 self._forced = forced == "1"
+                self._is_orphaned = orphaned == "1"
                 self._stuck = tuple(map(int, stuck))
                 self._keeper = Keeper.DONE
             elif kind == protocol.FAULT:
@@ -248,8 +250,8 @@ class _Run:
             except ValueError as problem:
                 self._fault = self._fault or f"the snippet sent a result that is {problem}"
                 result = None
-        if self._fault is None and self._exit_code != 0 and self._pair.deadline is None:
-            # The keeper may have heard first that the launcher has ended, and asked.
+        if self._fault is None and self._is_orphaned and self._exit_code != 0:
+            # The keeper has heard first that the launcher has ended, and asked.
             self._fault = self._launcher.why_ended()
         code, error = self._exit_code, self._fault
         status: FinalStatus
