@@ -74,7 +74,7 @@ def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
 @pytest.mark.parametrize("moment", ["idle", "running"])
 def test_a_launcher_that_is_killed_is_followed_by_another(launcher_of, moment):
     manager, launcher = launcher_of
-    id = manager.start_with_code(SLEEP).id if moment == "running" else None
+    id = begin(manager, SLEEP) if moment == "running" else None
     os.kill(launcher, signal.SIGKILL)
     if id is not None:
         data = manager.wait(id).data
