@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # How old a figure of memory or processor use may be, in seconds, before it is read again.
 USAGE_AGE = 0.1
+# How long an execution may take to begin, in seconds, before none is known of it.
+USAGE_PATIENCE = 1.0
 
 
 def status_of(
@@ -179,6 +181,8 @@ def _parse(result: bytes | None) -> Any:
 
 def _usage(execution: Execution) -> tuple[int | None, float | None]:
     """Memory in bytes and processor time in percent, at most `USAGE_AGE` seconds old."""
+    # A pair that is ready may not have begun it yet.
+    execution.changed.wait_for(execution.is_decided, USAGE_PATIENCE)
     owner = execution.owner
     if owner is None or not owner.keeper_pid:
         return None, None

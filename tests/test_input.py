@@ -9,6 +9,7 @@ import pytest
 from conftest import eventually
 
 import sidexec
+from sidexec.engine.descriptors import Descriptor
 from sidexec.engine.input import MOST, Input
 
 ECHO = """
@@ -109,8 +110,8 @@ def test_the_own_manager_of_a_run_takes_input():
 
 
 def test_how_much_waits_is_known_whoever_adds_to_it_at_once():
-    input = Input(b"", is_open=True)
-    reader = input.take_reader()
+    reader, writer = map(Descriptor, os.pipe())
+    input = Input(writer, b"", is_open=True)
 
     def add():
         for _ in range(1000):

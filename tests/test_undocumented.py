@@ -93,7 +93,7 @@ def test_call_function_calls_with_numbers_bytes_and_none():
 def test_nothing_else_that_no_document_promises_is_used_and_each_in_one_place():
     own, found = set(), collections.defaultdict(set)
     files = list(pathlib.Path(sidexec.__file__).parent.rglob("*.py"))
-    trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    trees = {str(file): ast.parse(file.read_text(encoding="utf-8")) for file in files}
     nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
     for _, node in nodes:
         own.add(getattr(node, "name", None))

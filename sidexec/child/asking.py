@@ -31,8 +31,8 @@ LEAVING = 2  # exit handlers, joining threads: it raises in those that take long
 SETTLING = 3  # our own code at the end: nothing, until it is LEAVING
 
 # How long an exit handler or a callback that begins after the ask may take, in seconds. It
-# is over before the second nudge.
-PATIENCE = 0.05
+# is over by then, or takes long.
+PATIENCE = 0.1
 
 
 class StopRequested(SystemExit):

@@ -190,7 +190,7 @@ class Keeper:
         after such a check and before a system call waits for that call to end.
         """
         kernel.signal_process(self._leader, _signal.SIGURG)
-        self._nudge_at = now + min(10 * (waited + FIRST_NUDGE), LAST_NUDGE)
+        self._nudge_at = now + min(2 * (waited + FIRST_NUDGE), LAST_NUDGE)
 
     def _ask_strays(self, strays: set[int]) -> None:
         if self._deadline is None:
