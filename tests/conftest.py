@@ -124,9 +124,19 @@ def descriptors():
     return {fd: name for fd, name in found.items() if not name.startswith("/proc/")}
 
 
+SHARED_MANAGERS = []
+
+
 @contextlib.contextmanager
 def nothing_left():
     """Check that a block leaves no child, thread or descriptor of this process behind."""
+    for manager in SHARED_MANAGERS:  # whose spare pairs are to be there before and after
+        launchers = manager._engine._launchers
+        eventually(
+            lambda launchers=launchers: all(
+                each._requests._spares for each in launchers if each.is_kept
+            )
+        )
     before = set(children()), len(os.listdir("/proc/self/task")), set(descriptors())
 
     def is_clean():
@@ -218,7 +228,9 @@ def shared(request):
     options = {"grace_period": 5.0, "default_timeout": 60.0, "env": ENVIRONMENT}
     options |= getattr(request.module, "SHARED", {})
     with nothing_left(), sidexec.ExecutionManager(**options) as manager:
+        SHARED_MANAGERS.append(manager)
         yield manager
+        SHARED_MANAGERS.remove(manager)
 
 
 @pytest.fixture
