@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import procfs
-from .engine.execution import Execution, Sample, parse_result
+from .engine.execution import Execution, Sample, State, parse_result
 from .responses import (
     ExecutionSummary,
     GetSideExecutionStatusResponse,
@@ -36,7 +36,7 @@ def status_of(
     id: str, execution: Execution | None, foreign: str | None
 ) -> GetSideExecutionStatusResponse:
     """`foreign` is an error message if the manager belongs to another process, else None."""
-    if execution is None:
+    if execution is None or execution.state is State.REFUSED:
         data = StatusData(id, "not_found")
         return GetSideExecutionStatusResponse(data, False, None, _unknown(id))
     end = execution.end
@@ -119,7 +119,7 @@ def stop_of(
     id: str, execution: Execution | None, caller: object, unended: str
 ) -> StopSideExecutionResponse:
     """`unended` is the error message if it has not ended although it was waited for."""
-    if execution is None:
+    if execution is None or execution.state is State.REFUSED:
         return StopSideExecutionResponse(StopData(id, "not_found"), False, None, _unknown(id))
     end = execution.end
     status: StopStatus = "running" if end is None else end.status

@@ -1,6 +1,7 @@
 """The engine under a host, or with processes, that do not do what they should."""
 
 import copy
+import dataclasses
 import logging
 import os
 import pickle
@@ -8,12 +9,14 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import state_of
-from conftest import begin, children, descriptors, eventually, finish, is_alive
+from conftest import begin, children, descriptors, eventually, finish, is_alive, within
 from test_misbehaving_hosts import run_host
 
+import sidexec
 from sidexec.engine import payload
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
@@ -166,6 +169,125 @@ def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeyp
     monkeypatch.setattr(Pair, "is_gone", release_it)
     assert result_of(manager, "return 2") == 2
     assert len(released) == 1
+
+
+@pytest.fixture
+def with_lost_spare(launcher_of, monkeypatch):
+    """A manager whose next request is handed to a spare pair that is gone by then.
+
+    It is placed anew, and the launcher takes no requests any more: `prepare` comes before that.
+    """
+    manager, _ = launcher_of
+    spare = spare_of(manager)
+    is_gone, caller = Pair.is_gone, threading.get_ident()
+    promised = threading.Event()
+    prepare = []
+
+    def patched(pair):
+        if threading.get_ident() != caller:
+            promised.wait(10)
+            return is_gone(pair)
+        os.kill(spare.keeper_pid, signal.SIGKILL)
+        eventually(lambda: is_gone(pair))
+        manager._engine._launchers[0].is_up = False
+        prepare.pop()()
+        return False
+
+    def start(code, preparation):
+        prepare.append(preparation)
+        started = manager.start_with_code(code)
+        promised.set()
+        return started.id
+
+    monkeypatch.setattr(Pair, "is_gone", patched)
+    return manager, start
+
+
+def test_a_request_that_no_thread_is_left_to_place_anew_fails(with_lost_spare, monkeypatch):
+    manager, start = with_lost_spare
+    boot = Launcher.boot
+
+    def fail(launcher):
+        raise RuntimeError("can't start new thread")
+
+    id = start("return 1", lambda: monkeypatch.setattr(Launcher, "boot", fail))
+    data = manager.wait(id, 20).data
+    monkeypatch.setattr(Launcher, "boot", boot)
+    assert data.status == "failed" and "can't start new thread" in data.error
+    assert manager.stop(id, force=True).data.status == "failed"
+
+
+def test_a_stop_is_not_held_up_by_a_request_that_is_placed_anew(with_lost_spare, tmp_path):
+    manager, start = with_lost_spare
+    engine = manager._engine
+    settings = dataclasses.replace(engine._settings, python=never_up(tmp_path))
+    id = start("return 1", lambda: setattr(engine, "_settings", settings))
+    with within(20):
+        assert manager.stop(id, force=True).data.status == "stopped"
+
+
+def never_up(directory):
+    """An interpreter that is not up until there is a file `end`, and then fails."""
+    python = directory / "python"
+    python.write_text(f"#!/bin/sh\nwhile [ ! -e {directory}/end ]; do sleep 0.01; done\nexit 3\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_whoever_waits_for_a_start_that_then_fails_is_told(make_manager, tmp_path):
+    manager = make_manager(python=never_up(tmp_path))
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(manager.start_with_code, "pass")
+        id = eventually(lambda: manager.list_executions().data.executions)[0].side_execution_id
+        waiting = pool.submit(manager.wait, id)
+        following = pool.submit(list, manager.follow(id))
+        done = manager.future(id)
+        (tmp_path / "end").touch()
+        assert not starting.result(20).success
+        assert waiting.result(20).data.status == "not_found"
+        assert following.result(20) == []
+        assert isinstance(done.exception(20), sidexec.SideExecutionError)
+
+
+def test_a_start_that_comes_while_a_manager_is_closed_leaves_no_launcher(make_manager, monkeypatch):
+    manager = make_manager()
+    launcher_for = manager._engine._launcher
+
+    def close_first(*arguments):
+        manager.close()
+        return launcher_for(*arguments)
+
+    monkeypatch.setattr(manager._engine, "_launcher", close_first)
+    assert "closed" in manager.start_with_code("pass").error
+    eventually(lambda: not manager._engine._launchers)
+
+
+def test_a_run_that_is_interrupted_once_its_request_is_handed_over_is_stopped(
+    launcher_of, monkeypatch
+):
+    manager, _ = launcher_of
+    spare_of(manager)
+    know = manager._engine.know
+
+    def interrupt(execution):
+        monkeypatch.setattr(manager._engine, "know", know)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manager._engine, "know", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        manager.run(SLEEP)
+    assert manager.list_executions("running").data.count == 0
+
+
+def test_a_spare_that_a_handler_keeps_from_its_request_is_released(launcher_of, monkeypatch):
+    manager, _ = launcher_of
+    spare = spare_of(manager)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pair, "is_gone", lambda pair: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            manager.start_with_code("pass")
+    eventually(lambda: not spare.reads(spare.channel))
+    assert result_of(manager, "return 2") == 2
 
 
 # -- what a snippet sends

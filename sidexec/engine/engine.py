@@ -66,6 +66,10 @@ class Engine:
                 execution.changed.wait_for(execution.is_decided)
         except RuntimeError as problem:
             self._refuse(execution, f"could not start a thread: {problem}")
+        except BaseException:
+            if execution.is_queued:
+                self.know(execution)  # or nobody could stop it
+            raise
         finally:
             if not execution.is_queued:  # a signal handler raised, and nobody may take it
                 execution.claim(NOBODY)  # or a pair that another waits for would take it
@@ -75,8 +79,13 @@ class Engine:
         """Hand it to a pair that is ready, or wait until one has begun it."""
         until = time.monotonic() + START_LIMIT
         is_placed = False
-        while not is_placed and not execution.is_decided():
-            is_placed = self._begin(execution, self._launcher(environment, is_default), until)
+        try:
+            while not is_placed and not execution.is_decided():
+                if self.is_closing and self._refuse(execution, CLOSED):
+                    return
+                is_placed = self._begin(execution, self._launcher(environment, is_default), until)
+        except (RuntimeError, OSError) as problem:
+            self._refuse(execution, f"could not start a thread: {problem}")
 
     def _begin(self, execution: Execution, launcher: Launcher, until: float) -> bool:
         """Have it begin on `launcher`, unless that is not up any more; whether a pair has it."""
@@ -85,12 +94,16 @@ class Engine:
         # Not earlier: a signal handler that waited for it would wait for the very call that
         # it has interrupted.
         self.know(execution)
-        if self.is_closing and not self._refuse(execution, CLOSED):
-            execution.stop("closed", 0.0)  # a pair has just begun it
+        if self.is_closing:
+            if not self._refuse(execution, CLOSED):
+                execution.stop("closed", 0.0)  # a pair has just begun it
+            launcher.let_go()  # `close` may not have seen it
         while not is_placed and not execution.is_decided() and launcher.is_up:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
                 return True
-            if launcher.is_stopped():
+            if execution.deadlines and min(execution.deadlines) <= time.monotonic():
+                self._refuse(execution, "")  # it was to stop meanwhile, and so it has
+            elif launcher.is_stopped():
                 launcher.abandon("was stopped by a signal: try again")
             elif time.monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: try again")
@@ -103,7 +116,7 @@ class Engine:
         """Add it to the executions; its start and the thread that begins it both do."""
         self.executions[execution.id] = execution
         self._running[execution.id] = execution
-        if execution.state in (State.ENDED, State.REFUSED):
+        if execution.is_through():
             self.on_end(execution)  # which may have come before
 
     @property
@@ -118,7 +131,7 @@ class Engine:
 
     def is_over(self, execution: Execution) -> Callable[[], bool]:
         process = self.process
-        return lambda: execution.end is not None or os.getpid() != process
+        return lambda: execution.is_through() or os.getpid() != process
 
     def wait(self, execution: Execution, limit: float | None) -> None:
         """Wait until it has ended and `on_output` has had everything, at most so long."""
@@ -164,9 +177,7 @@ class Engine:
                 launcher.let_go()
             return
         for execution in running:
-            execution.changed.wait_for(
-                lambda: execution.state in (State.ENDED, State.REFUSED) or os.getpid() != process
-            )
+            execution.changed.wait_for(lambda: execution.is_through() or os.getpid() != process)
         launchers = list(self._launchers)
         for launcher in launchers:
             launcher.retire()

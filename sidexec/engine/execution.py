@@ -174,6 +174,10 @@ class Execution:
         """Whether it has begun or was refused."""
         return self.state is not State.WAITING
 
+    def is_through(self) -> bool:
+        """Whether nothing of it runs, nor will."""
+        return self.state in (State.ENDED, State.REFUSED)
+
     def claim(self, owner: Owner) -> bool:
         """Make `owner` the owner; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner
@@ -212,7 +216,7 @@ class Execution:
 
     def _call_if_through(self) -> None:
         # Each call is taken by whoever comes first: this, or the end, which may come just now.
-        while self.state in (State.ENDED, State.REFUSED):
+        while self.is_through():
             if self.delivery is not None and not self.delivery.is_over:
                 return
             try:
@@ -289,6 +293,7 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
+        self.place = bool  # which holds an environment
         for each in self.take_descriptors():
             each.close()
         if self.input is not None:

@@ -86,7 +86,8 @@ class Launcher:
         It is begun or refused, or nobody's if this launcher is not up.
         """
         self._running[execution.id] = execution
-        execution.umask = self.umask()
+        if execution.umask is None:
+            execution.umask = self.umask()
         is_placed = self._requests.put(execution)
         execution.is_queued = True
         return is_placed

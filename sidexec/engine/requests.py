@@ -42,8 +42,12 @@ class Requests:
                 pair = self._spares.popleft()
             except IndexError:
                 break
-            if pair.hand_over(execution):
-                return True
+            try:
+                if pair.hand_over(execution):
+                    return True
+            except BaseException:  # a signal handler's: nobody else knows of this pair
+                pair.release()
+                raise
         self._waiting.append(execution)
         self._wanted.append(None)
         self._ask_for_pairs()
@@ -91,7 +95,7 @@ class Requests:
             execution = self._next_for(pair)
             if execution is None:
                 return None
-            if pair.is_gone():
+            if self._is_closed or pair.is_gone():
                 execution.place()
                 return None
             if execution.claim(pair):  # else it was withdrawn
