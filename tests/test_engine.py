@@ -1,5 +1,6 @@
 """The engine under a host, or with processes, that do not do what they should."""
 
+import _imp
 import copy
 import dataclasses
 import logging
@@ -288,6 +289,18 @@ def test_a_spare_that_a_handler_keeps_from_its_request_is_released(launcher_of, 
             manager.start_with_code("pass")
     eventually(lambda: not spare.reads(spare.channel))
     assert result_of(manager, "return 2") == 2
+
+
+def test_a_start_needs_no_lock_of_the_import_system(launcher_of):
+    """A handler that raises in `importlib` leaves it taken, on Python 3.10 for one."""
+    manager, _ = launcher_of
+    spare_of(manager)
+    with ThreadPoolExecutor() as pool:
+        _imp.acquire_lock()
+        try:
+            assert pool.submit(result_of, manager, "return 2").result(20) == 2
+        finally:
+            _imp.release_lock()
 
 
 # -- what a snippet sends

@@ -27,7 +27,12 @@ _HOME = os.path.dirname(os.__file__) + os.sep
 def own(path: list[str]) -> list[str]:
     """`path` from the standard library on: less what comes before, such as PYTHONPATH."""
     home = _HOME.rstrip(os.sep)
-    return path[path.index(home) :] if home in path else [each for each in path if each]
+    if home not in path:
+        return [each for each in path if each]
+    at = path.index(home)
+    # Just before it stands where it would be if it were in a zip file.
+    name = os.path.basename(path[at - 1]) if at else ""
+    return path[at - 1 if name.startswith("python") and name.endswith(".zip") else at :]
 
 
 class Library:

@@ -26,7 +26,9 @@ def native(module: str, name: str) -> Any:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None:
         return monkey.get_original(module, name)
-    return getattr(importlib.import_module(module), name)
+    # Not by `importlib`: a signal handler that raises in its code leaves its lock taken, and
+    # every thread of ours waits for that.
+    return getattr(sys.modules.get(module) or __import__(module), name)
 
 
 def native_subprocess() -> Any:
