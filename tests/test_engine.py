@@ -209,10 +209,14 @@ def test_a_request_that_no_thread_is_left_to_place_anew_fails(with_lost_spare, m
     boot = Launcher.boot
 
     def fail(launcher):
-        raise RuntimeError("can't start new thread")
+        if launcher._unstarted:
+            raise RuntimeError("can't start new thread")
 
     id = start("return 1", lambda: monkeypatch.setattr(Launcher, "boot", fail))
-    data = manager.wait(id, 20).data
+    with within(10):
+        data = manager.wait(id, 20).data
+    with within(10):
+        manager.close()
     monkeypatch.setattr(Launcher, "boot", boot)
     assert data.status == "failed" and "can't start new thread" in data.error
     assert manager.stop(id, force=True).data.status == "failed"

@@ -130,7 +130,11 @@ class Launcher:
     def retire(self) -> None:
         """End it once its keepers have ended; the bell rings when it has."""
         self.is_up = self.is_kept = False
-        self.boot()  # so that a thread is there to end it
+        try:
+            self.boot()  # so that a thread is there to end it
+        except RuntimeError:  # there are none left: so nothing has been started either
+            self._end()
+            return
         self._let_go_of_spares()
         process = self._process
         if process is not None:
