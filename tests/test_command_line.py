@@ -505,7 +505,8 @@ def test_two_signals_at_the_same_moment_are_two(cli):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
     returncode, _, err = finish(process)
-    assert returncode == 130 and err.endswith("sidexec: stopped, by force\n")
+    # Which of them is the first is for the system to say: two threads may take them.
+    assert returncode in (130, 143) and err.endswith("sidexec: stopped, by force\n")
 
 
 def test_nothing_is_left_when_the_command_is_killed(cli):

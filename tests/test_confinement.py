@@ -749,13 +749,14 @@ def test_a_block_is_confined_too(manager, tmp_path):
         "os.setxattr(o + '/f', 'user.x', b'1')",
         "fcntl.flock(os.open(o + '/f', os.O_RDONLY), fcntl.LOCK_EX)",
         "os.stat('/root')",
-        "most = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\nmmap.mmap(-1, 5_000_000_000)",
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+        "for _ in range(150): os.dup(0)",
     ],
 )
 def test_what_it_does_not_stop(manager, places, code):
-    code = f"import fcntl, mmap, os, resource\no = params['o']\n{code}"
-    options = {"limits": sidexec.Limits(memory=4_000_000_000), "confinement": Confinement()}
+    code = f"import fcntl, os, resource\no = params['o']\n{code}"
+    options = {"limits": sidexec.Limits(open_files=100), "confinement": Confinement()}
     _finish(manager, code, {"o": places[0]}, options)
 
 
