@@ -3,6 +3,7 @@
 import _imp
 import copy
 import dataclasses
+import gc
 import logging
 import os
 import pickle
@@ -19,6 +20,7 @@ from test_misbehaving_hosts import run_host
 
 import sidexec
 from sidexec.engine import payload
+from sidexec.engine.execution import Execution
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
@@ -305,6 +307,18 @@ def test_a_start_needs_no_lock_of_the_import_system(launcher_of):
             assert pool.submit(result_of, manager, "return 2").result(20) == 2
         finally:
             _imp.release_lock()
+
+
+def test_what_is_forgotten_is_freed_at_once(make_manager):
+    manager = make_manager(max_history=2)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            finish(manager, "print('x')")
+        eventually(lambda: sum(type(each) is Execution for each in gc.get_objects()) <= 3)
+    finally:
+        gc.enable()
 
 
 # -- what a snippet sends

@@ -96,6 +96,7 @@ class _Nobody:
 
 # Who owns an execution that no pair shall take any more: nothing runs then.
 NOBODY: Owner = _Nobody()
+_BEGUN = object()
 
 
 class Execution:
@@ -242,7 +243,8 @@ class Execution:
 
     def begin(self) -> bool:
         """False if it has been refused, since its start was interrupted."""
-        if self._claims.setdefault("fate", self) is not self:
+        # No reference to this: what has ended is to be freed at once, its output too.
+        if self._claims.setdefault("fate", _BEGUN) is not _BEGUN:
             return False
         self._on_begin(self)
         self.state = State.RUNNING
