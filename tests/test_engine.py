@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,7 +21,6 @@ from test_misbehaving_hosts import run_host
 
 import sidexec
 from sidexec.engine import payload
-from sidexec.engine.execution import Execution
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
@@ -311,12 +311,14 @@ def test_a_start_needs_no_lock_of_the_import_system(launcher_of):
 
 def test_what_is_forgotten_is_freed_at_once(make_manager):
     manager = make_manager(max_history=2)
-    gc.collect()
+    executions = []
     gc.disable()
     try:
         for _ in range(10):
-            finish(manager, "print('x')")
-        eventually(lambda: sum(type(each) is Execution for each in gc.get_objects()) <= 3)
+            id = manager.start_with_code("print('x')").id
+            executions.append(weakref.ref(manager._engine.executions[id]))
+            manager.wait(id)
+        eventually(lambda: sum(each() is not None for each in executions) <= 3)
     finally:
         gc.enable()
 
