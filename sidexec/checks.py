@@ -6,9 +6,17 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+_Kind = TypeVar("_Kind")
 
 MOST = 2**63 - 1  # the largest number that the system takes
+
+
+def instance_or_none(name: str, value: object, kind: type[_Kind]) -> _Kind | None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    return value
 
 
 def text(name: str, value: object) -> str:

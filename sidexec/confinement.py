@@ -48,13 +48,6 @@ class Confinement:
         """Those to write, then those to read."""
         return self.write + (self.read or ())
 
-    @staticmethod
-    def _check(confinement: object) -> Confinement | None:
-        if confinement is not None and not isinstance(confinement, Confinement):
-            kind = type(confinement).__name__
-            raise TypeError(f"confinement must be a Confinement, not {kind}")
-        return confinement
-
 
 def identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino

@@ -46,12 +46,6 @@ class Limits:
             checks.count("cpu", math.ceil(seconds), 0)
         object.__setattr__(self, "cpu", seconds)
 
-    @staticmethod
-    def _check(limits: object) -> Limits | None:
-        if limits is not None and not isinstance(limits, Limits):
-            raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
-        return limits
-
     def _to_request(self) -> dict[str, int]:
         wanted = {
             "RLIMIT_AS": self.memory,

@@ -87,8 +87,8 @@ class Request:
         if self.cwd is not None:
             self.cwd = checks.absolute(checks.path("cwd", self.cwd))
         self.env = checks.environment("env", self.env)
-        self.limits = Limits._check(self.limits) or Limits()
-        self.confinement = Confinement._check(self.confinement)
+        self.limits = checks.instance_or_none("limits", self.limits, Limits) or Limits()
+        self.confinement = checks.instance_or_none("confinement", self.confinement, Confinement)
         if self.on_output is not None and not callable(self.on_output):
             kind = type(self.on_output).__name__
             raise TypeError(f"on_output must be callable, not {kind}")

@@ -88,10 +88,8 @@ class _Finder:
 
 def _shadows(name: str) -> list[str]:
     """What stands in `sys.modules` in the place of the standard library's modules."""
-    names = getattr(sys, "stdlib_module_names", None)
-    if names is None:  # before Python 3.10
-        names = {each.partition(".")[0] for each in os.listdir(_HOME)}
-    found = {each for each in {name, *names} if each in sys.modules and not _is_own(each)}
+    names = {name, *sys.stdlib_module_names}
+    found = {each for each in names if each in sys.modules and not _is_own(each)}
     return _modules_of(found)
 
 
