@@ -101,7 +101,8 @@ def names(name: str, value: object) -> tuple[str, ...]:
 
 
 def arguments(name: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+    # `tuple` first, the default: an abstract class takes 20 µs to ask.
+    if isinstance(value, (str, bytes)) or not isinstance(value, (tuple, Sequence)):
         raise TypeError(f"{name} must be a sequence of str, such as ['--all'], not {value!r}")
     for each in value:
         try:

@@ -5,7 +5,6 @@ Checks arguments and reads the host's surroundings. It starts nothing and waits 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import marshal
@@ -87,7 +86,7 @@ class Request:
         if self.cwd is not None:
             self.cwd = checks.absolute(checks.path("cwd", self.cwd))
         self.env = checks.environment("env", self.env)
-        self.limits = checks.instance_or_none("limits", self.limits, Limits) or Limits()
+        self.limits = checks.instance_or_none("limits", self.limits, Limits)
         self.confinement = checks.instance_or_none("confinement", self.confinement, Confinement)
         if self.on_output is not None and not callable(self.on_output):
             kind = type(self.on_output).__name__
@@ -161,7 +160,7 @@ class Request:
             "descriptors": len(descriptors),
             "has_input": takes_input,
             "joins_stderr": self.stderr is not None,
-            "limits": self.limits._to_request(),
+            "limits": {} if self.limits is None else self.limits._to_request(),
             "confinement": confinement,
         }
         return Execution(
@@ -237,8 +236,8 @@ def _is_embedded() -> bool:
 def _dedent(code: str) -> str:
     """`code` without the indentation of its first line, if it has one, or a BOM."""
     code = code.removeprefix("\ufeff")  # as of a file
-    lines = (line for line in code.splitlines() if line.strip())
-    if next(lines, "")[:1] not in (" ", "\t"):
+    before = code[: len(code) - len(code.lstrip())]
+    if before[-1:] not in (" ", "\t"):
         return code
     import textwrap
 
@@ -246,6 +245,7 @@ def _dedent(code: str) -> str:
 
 
 def _current_directory() -> str | None:
-    with contextlib.suppress(OSError):  # it may have been removed
+    try:
         return os.getcwd()
-    return None
+    except OSError:
+        return None  # it has been removed

@@ -137,22 +137,18 @@ def spare_of(manager):
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_spare_that_ends_as_it_is_handed_a_request(launcher_of, monkeypatch, stopped):
+def test_a_spare_that_ends_as_it_is_handed_a_request(launcher_of, stopped):
     manager, launcher = launcher_of
     spare = spare_of(manager)
     for pid in (launcher, spare.snippet_pid):  # which close what is the keeper's
         eventually(lambda pid=pid: state_of(pid) == "S")
     if stopped:
         os.kill(launcher, signal.SIGSTOP)
-    answers = iter([False])  # when it is handed over, and then what is true
-    is_gone = Pair.is_gone
-    monkeypatch.setattr(Pair, "is_gone", lambda self: next(answers, True) and is_gone(self))
     os.kill(spare.keeper_pid, signal.SIGKILL)
     eventually(lambda: not is_alive(spare.keeper_pid))
     data = manager.run("return 2").data
     assert data.result == (None if stopped else 2)
     assert not stopped or f"pid {launcher}) was stopped by a signal" in data.error
-    assert list(answers) == []
 
 
 def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeypatch):
@@ -160,16 +156,15 @@ def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeyp
     spare_of(manager)
     released = []
 
-    def release_it(pair):
-        if released:
-            return is_gone(pair)
-        released.append(pair)
-        pair.release()
-        eventually(lambda: not pair.reads(pair.channel))  # closed by its thread
-        return False
+    def release_first(pair, execution):
+        if not released:
+            released.append(pair)
+            pair.release()
+            eventually(lambda: not pair.reads(pair.channel))  # closed by its thread
+        return hand_over(pair, execution)
 
-    is_gone = Pair.is_gone
-    monkeypatch.setattr(Pair, "is_gone", release_it)
+    hand_over = Pair.hand_over
+    monkeypatch.setattr(Pair, "hand_over", release_first)
     assert result_of(manager, "return 2") == 2
     assert len(released) == 1
 
@@ -182,19 +177,16 @@ def with_lost_spare(launcher_of, monkeypatch):
     """
     manager, _ = launcher_of
     spare = spare_of(manager)
-    is_gone, caller = Pair.is_gone, threading.get_ident()
+    is_gone, hand_over = Pair.is_gone, Pair.hand_over
     promised = threading.Event()
     prepare = []
 
-    def patched(pair):
-        if threading.get_ident() != caller:
-            promised.wait(10)
-            return is_gone(pair)
+    def hand_over_when_lost(pair, execution):
         os.kill(spare.keeper_pid, signal.SIGKILL)
         eventually(lambda: is_gone(pair))
         manager._engine._launchers[0].is_up = False
         prepare.pop()()
-        return False
+        return hand_over(pair, execution)
 
     def start(code, preparation):
         prepare.append(preparation)
@@ -202,7 +194,8 @@ def with_lost_spare(launcher_of, monkeypatch):
         promised.set()
         return started.id
 
-    monkeypatch.setattr(Pair, "is_gone", patched)
+    monkeypatch.setattr(Pair, "hand_over", hand_over_when_lost)
+    monkeypatch.setattr(Pair, "is_gone", lambda pair: promised.wait(10) and is_gone(pair))
     return manager, start
 
 
@@ -290,7 +283,7 @@ def test_a_spare_that_a_handler_keeps_from_its_request_is_released(launcher_of, 
     manager, _ = launcher_of
     spare = spare_of(manager)
     with monkeypatch.context() as patch:
-        patch.setattr(Pair, "is_gone", lambda pair: 1 / 0)
+        patch.setattr(Pair, "hand_over", lambda pair, execution: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             manager.start_with_code("pass")
     eventually(lambda: not spare.reads(spare.channel))

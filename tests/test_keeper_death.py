@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from commands import state_of
 from conftest import begin, children, eventually, finish, has_printed, nothing_left
 from programs import CLEAN_UP, DESCENDANTS, PRELUDE, WAIT, Process, Trace, program, with_descendant
 from test_without_kernel_help import taken_away
@@ -275,8 +276,16 @@ def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
 
 
 def spare_of(launcher, whom):
-    """The keeper or snippet that waits: it is there when the keeper has a snippet."""
-    keeper = eventually(lambda: [pid for pid in children(launcher.pid) if children(pid)])[0]
+    """The keeper or snippet that waits for a request."""
+
+    def waits(pid):  # until then, it may hold the keeper's end of its socket
+        with contextlib.suppress(OSError):
+            return state_of(pid) == "S"
+
+    def keepers():
+        return [pid for pid in children(launcher.pid) if any(map(waits, children(pid)))]
+
+    keeper = eventually(keepers)[0]
     return Process(keeper if whom == "keeper" else (children(keeper) or [0])[0])
 
 

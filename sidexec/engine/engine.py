@@ -198,7 +198,7 @@ class Engine:
     def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
         """One that is up and runs snippets as the host is now: user, limits, environment."""
         users = os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups()
-        identity = users, [self._limit_of(each) for each in self._resources]
+        identity = users, list(map(self._limit_of, self._resources))
 
         def find() -> Launcher | None:
             for each in list(self._launchers):

@@ -60,7 +60,6 @@ class Pair:
         self.lost: tuple[int, Pids] | None = None
         self.launcher_fault: str | None = None
         self.control_fd, self.channel, out, err = fds
-        self.wake_fd = -1
         self._control: Sender | None = None
         self._channel: Sender | None = None
         self._wake: Wake | None = None
@@ -68,7 +67,7 @@ class Pair:
         self._inbox: Any = native("queue", "SimpleQueue")()
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
-        self.input_fd = -1  # while it is waited for room there
+        self._input_fd = -1  # while it is waited for room there
         self.was_killed = False  # its keeper, before it was ready
         self._has_ended = False  # before it had a request
         self._is_released = False  # and so takes none
@@ -95,10 +94,7 @@ class Pair:
         self.wake()
 
     def hand_over(self, execution: Execution) -> bool:
-        """Have a spare pair begin `execution`, in one step; false where it is gone."""
-        if self.is_gone():
-            self.release()
-            return False
+        """Have a spare pair begin `execution`, in one step; false where it was released."""
         self._inbox.put(execution)
         # Its thread may have been released meanwhile: whoever finds it there has it.
         return not self._is_released or execution not in self.left_requests()
@@ -134,10 +130,9 @@ class Pair:
         self._channel = Sender(self.channel)
         self._open.discard(self.control_fd)  # which the sender closes
         self._wake = Wake()
-        self.wake_fd = self._wake.fd
         for poll in (self._everything, self._urgent):
             poll.register(self.control_fd, select.POLLIN)
-            poll.register(self.wake_fd, select.POLLIN)
+            poll.register(self._wake.fd, select.POLLIN)
         for fd in self._streams:
             os.set_blocking(fd, False)
 
@@ -204,14 +199,18 @@ class Pair:
         fd = -1 if input.writer is None else input.writer.fd
         input.write()
         if input.wants_to_write():
-            self.input_fd = fd
+            self._input_fd = fd
             self._everything.register(fd, select.POLLOUT)
-        elif self.input_fd >= 0:
-            _unregister(self.input_fd, self._everything)
-            self.input_fd = -1
+        elif self._input_fd >= 0:
+            _unregister(self._input_fd, self._everything)
+            self._input_fd = -1
 
     def wait(self, until: float | None, *, only_urgent: bool) -> list[int]:
-        """The descriptors that can be read, once there are any; none when it is `until`."""
+        """The descriptors that can be read, once there are any; none when it is `until`.
+
+        There may be none earlier: when another thread calls `wake`, or where there is room
+        for input.
+        """
         seconds = MAX_WAIT if until is None else until - time.monotonic()
         if self._is_busy and not only_urgent:
             self._is_busy = False
@@ -223,11 +222,9 @@ class Pair:
         for fd, event in ready:
             if event & select.POLLNVAL:  # the host has closed all its descriptors
                 _unregister(fd, self._everything, self._urgent)
-        return [fd for fd, _ in ready]
-
-    def clear_wake(self) -> None:
-        assert self._wake is not None
-        self._wake.clear()
+            elif self._wake is not None and fd == self._wake.fd:
+                self._wake.clear()
+        return [fd for fd, _ in ready if fd == self.control_fd or fd in self._open]
 
     # -- reading
 

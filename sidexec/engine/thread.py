@@ -102,22 +102,17 @@ class _Run:
         for deadline in list(execution.deadlines):
             pair.ask(max(0.0, deadline - time.monotonic()))
         pair.watch()
-        if execution.input is not None:
-            pair.feed(execution.input)
         self._launcher.fork_ahead()
         began = time.monotonic()
         times_out = None if execution.timeout is None else began + execution.timeout
         while self._keeper is not Keeper.DONE:
+            if execution.input is not None:
+                pair.feed(execution.input)
             is_asked = pair.deadline is not None
             waits = delivery is not None and not is_asked and delivery.is_full(pair.wake)
             until = times_out if not is_asked and self._patience is None else self._patience
             for fd in pair.wait(until, only_urgent=waits):
-                if fd in (pair.wake_fd, pair.input_fd):
-                    if fd == pair.wake_fd:
-                        pair.clear_wake()
-                    if execution.input is not None:
-                        pair.feed(execution.input)
-                elif fd == pair.control_fd:
+                if fd == pair.control_fd:
                     self._hear_keeper()
                 elif pair.reads(fd):  # or it was closed by an earlier event of this round
                     self._hear_snippet(fd)
