@@ -15,6 +15,7 @@ from test_without_kernel_help import taken_away
 
 import sidexec
 from sidexec.engine import thread
+from sidexec.engine.launcher import Launcher
 
 GRACE = 0.5
 # How long past its grace a stop may take when the keeper itself does not answer.
@@ -318,6 +319,25 @@ def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, vict
 def test_a_spare_killed_when_no_start_follows(manager, launcher_of):
     check_that_it_goes_on(manager)
     spare_of(launcher_of(), "keeper").kill()
+
+
+@pytest.mark.slow
+def test_a_sweep_takes_as_long_as_it_takes(manager, trace, monkeypatch):
+    """The keeper says that it is at it, and is not taken for one that does not answer."""
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 2.0)
+    killed = []
+    monkeypatch.setattr(Launcher, "kill_keeper", lambda launcher, pid: killed.append(pid))
+    slow = """
+SIGN_INTERVAL = 0.1
+def find_slowly(self, rounds=[True] * 30, find_left=Keeper._find_left):
+    time.sleep(0.1)
+    return set() if rounds and rounds.pop() else find_left(self)
+Keeper._find_left = find_slowly
+"""
+    with taken_away({"keeper": slow}):
+        id = begin(manager, TREE + WAIT, trace.params)
+        stopped = manager.stop(id, force=True)
+    assert (stopped.data.status, killed, trace.left()) == ("stopped", [], set())
 
 
 # -- what the kernel holds

@@ -21,7 +21,7 @@ import select
 import time
 
 from .. import procfs
-from ..protocol import END, FAULT, FROM_HOST, READY, REFUSED, STOP, Inbox, pack
+from ..protocol import END, FAULT, FROM_HOST, READY, REFUSED, STOP, SWEEPING, Inbox, pack
 from . import kernel, sweeping
 
 TYPE_CHECKING = False
@@ -38,6 +38,8 @@ MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 # How long a keeper stays after its END, in milliseconds: ending a process costs about 0.5 ms
 # of CPU time, and the host has just been woken on this very processor.
 LINGER = 1
+# How often to tell the host of a sweep, in seconds.
+SIGN_INTERVAL = 1.0
 # When to rehearse, in milliseconds: when nobody waits for anything.
 REHEARSE_AFTER = 20
 
@@ -68,6 +70,7 @@ class Keeper:
         self._asked_strays: set[int] = set()
         self._deadline: float | None = None
         self._forced = False
+        self._sign_at = 0.0
         self._is_orphaned = False  # its launcher or its host has ended
 
     def run(
@@ -313,6 +316,10 @@ class Keeper:
         return self._strays() | leader
 
     def _wait_for_an_end(self) -> None:
+        now = time.monotonic()
+        if now >= self._sign_at:
+            self._sign_at = now + SIGN_INTERVAL
+            self._send(SWEEPING, "")
         if self._wake_poll.poll(5):
             _read(self._wake)
 
