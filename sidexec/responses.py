@@ -205,6 +205,9 @@ class Response(_Wire):
 
     `message` says in words what happened, `error` what went wrong and what to do.
     `message_id` is new for each response; `thread_id` is the one given at start.
+
+    Its subclasses only say what `data` is: made dataclasses of their own, they would add
+    no field, and 0.6 ms each to the first use of this package.
     """
 
     type: ClassVar[str] = "response"
@@ -231,7 +234,6 @@ class Response(_Wire):
         return self
 
 
-@dataclass(frozen=True, repr=False)
 class StartSideExecutionResponse(Response):
     """What `start_with_code` and `start_with_action_block` return."""
 
@@ -247,7 +249,6 @@ class StartSideExecutionResponse(Response):
         return id
 
 
-@dataclass(frozen=True, repr=False)
 class GetSideExecutionStatusResponse(Response):
     """What `get_status` and `wait` return."""
 
@@ -267,7 +268,6 @@ class GetSideExecutionStatusResponse(Response):
         return self
 
 
-@dataclass(frozen=True, repr=False)
 class StopSideExecutionResponse(Response):
     """What `stop` returns, and `stop_all` a list of."""
 
@@ -275,7 +275,6 @@ class StopSideExecutionResponse(Response):
     data: StopData
 
 
-@dataclass(frozen=True, repr=False)
 class ListSideExecutionsResponse(Response):
     """What `list_executions` returns."""
 
@@ -283,7 +282,6 @@ class ListSideExecutionsResponse(Response):
     data: ListExecutionsData
 
 
-@dataclass(frozen=True, repr=False)
 class ListActionBlocksResponse(Response):
     """What `list_action_blocks` returns."""
 
