@@ -16,6 +16,7 @@ import programs
 import pytest
 from commands import cli  # noqa: F401
 from conftest import FOREVER, begin, children, eventually, is_alive, one_in
+from conftest import swept_manager as manager  # noqa: F401
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
 import sidexec

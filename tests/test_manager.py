@@ -9,15 +9,10 @@ import time
 
 import pytest
 from conftest import FOREVER, alarm, eventually, finish, has_printed, run_as_host, within
+from conftest import swept_manager as manager  # noqa: F401
 from programs import STUBBORN, when_asked
 
 from sidexec import ExecutionManager, Limits, SideExecutionError
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    shared.stop_all(force=True)
 
 
 # -- starting

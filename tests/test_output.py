@@ -13,7 +13,8 @@ import threading
 import time
 
 import pytest
-from conftest import eventually
+from conftest import begin, eventually
+from conftest import swept_manager as manager  # noqa: F401
 
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -50,15 +51,13 @@ def test_output_and_error_output_are_apart(run):
     "end",
     ["", "import os; os._exit(0)", "1 / 0", "import os; os.abort()", "raise SystemExit(3)"],
 )
-def test_what_has_no_newline_is_not_lost(run, monkeypatch, end):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+def test_what_has_no_newline_is_not_lost(run, end):
     data = run(f"import sys\nsys.stdout.write('out')\nsys.stderr.write('err')\n{end}")
     assert data.output == "out"
     assert data.error_output.startswith("err")
 
 
-def test_what_was_never_flushed_is_not_lost_by_a_forced_kill(manager, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+def test_what_was_never_flushed_is_not_lost_by_a_forced_kill(manager):
     id = id_of(
         manager.start_with_code(
             DEAF + "import sys\nfor n in range(1000): sys.stdout.write(f'{n},')\n"
@@ -295,9 +294,9 @@ def test_follow_of_one_that_writes_nothing(manager, run):
     assert list(manager.follow(run("pass").side_execution_id)) == []
 
 
-def test_follow_after_close(manager, start):
-    code = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
-    id = start(code)
+def test_follow_after_close(make_manager):
+    manager = make_manager()
+    id = begin(manager, "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')")
     follower = manager.follow(id)
     manager.close()
     assert texts(follower) == ("ready\nbye\n", "")
