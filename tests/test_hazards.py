@@ -84,7 +84,7 @@ print("ready", flush=True)
 until = time.monotonic() + 60
 while not count and time.monotonic() < until:
     time.sleep(0.01)
-time.sleep(0.3)
+time.sleep(0.15)
 print(count)
 """
     )
@@ -103,7 +103,7 @@ print(count)
 
 def test_a_sigterm_before_the_handler_stands_does_not_kill(tmp_path, make_manager):
     # Every fork takes a while, so that the ask finds a snippet that has just come up.
-    slow = "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.2))\n"
+    slow = "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.1))\n"
     manager = preloading(make_manager, tmp_path, slow_fork=slow)
     data = manager.stop(manager.start_with_code("while True: pass").id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, ASKED)
@@ -174,7 +174,7 @@ finally:
 def test_a_member_that_ignores_sigterm_is_killed_although_the_leader_left_politely(manager, trace):
     id = begin(manager, with_descendant("deaf", CLEAN_UP), trace.params)
     began = time.monotonic()
-    stopped = manager.stop(id, grace=0.4)
+    stopped = manager.stop(id, grace=0.2)
     # Less than it takes until a keeper counts as one that does not answer.
     assert time.monotonic() - began < 4.0
     assert trace.left() == set()
@@ -233,7 +233,7 @@ def leave_a_deaf_stray(manager, trace, spawn):
 
 @needs_pids
 def test_nobody_gets_the_pid_of_a_leader_whose_group_has_a_member(make_manager, trace, tmp_path):
-    manager = make_manager(grace_period=1.0)
+    manager = make_manager(grace_period=0.6)
     id = leave_a_deaf_stray(manager, trace, "in_child")
     assert Bystander.with_pid(tmp_path / "log", trace.noted("snippet")[0].pid, tries=3) is None
     assert trace.noted("descendant")[0].is_alive
@@ -503,13 +503,13 @@ def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):
 
 
 def test_an_on_output_that_never_returns_holds_up_neither_output_nor_stop(make_manager):
-    manager = make_manager(grace_period=0.5)
+    manager = make_manager(grace_period=0.2)
     release = threading.Event()
     try:
         code = "print('x' * 1_000_000)\n" + FOREVER
         with within(15):
             id = begin(manager, code, on_output=lambda chunk: release.wait(60))
-            stopped = manager.stop(id, grace=1)
+            stopped = manager.stop(id, grace=0.5)
         assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
     finally:
         release.set()
@@ -570,8 +570,8 @@ def test_a_host_that_closes_all_descriptors_is_not_held_up():
     code = """
 import os, sidexec
 from sidexec.engine import thread
-thread.SWEEP_ALLOWANCE = 0.5
-manager = sidexec.ExecutionManager(grace_period=1)
+thread.SWEEP_ALLOWANCE = 0.2
+manager = sidexec.ExecutionManager(grace_period=0.2)
 id = manager.start_with_code("import time; time.sleep(60)").id
 os.closerange(3, 200)
 response = manager.stop(id)
@@ -587,8 +587,8 @@ os._exit(0)
 def test_a_snippet_that_stops_its_keeper_and_breaks_the_protocol_is_ended(
     make_manager, monkeypatch
 ):
-    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.5)
-    manager = make_manager(grace_period=0.5, default_timeout=None)
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.2)
+    manager = make_manager(grace_period=0.2, default_timeout=None)
     id = manager.start_with_code("""
 import os, signal, time
 os.kill(os.getppid(), signal.SIGSTOP)

@@ -15,7 +15,7 @@ from test_without_kernel_help import taken_away
 import sidexec
 from sidexec.engine import thread
 
-GRACE = 0.5
+GRACE = 0.25
 # How long past its grace a stop may take when the keeper itself does not answer.
 WITHOUT_KEEPER = 9.0
 
@@ -33,9 +33,10 @@ KILL_KEEPER = "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)\n"
 
 
 @pytest.fixture
-def manager():
+def manager(request):
+    grace = getattr(request, "param", GRACE)
     with nothing_left():
-        with sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0) as manager:
+        with sidexec.ExecutionManager(grace_period=grace, default_timeout=60.0) as manager:
             yield manager
 
 
@@ -98,7 +99,7 @@ def test_a_keeper_killed_during_a_stop(manager, trace):
     id = begin(manager, with_descendant("deaf", "deaf()" + WAIT), trace.params)
     (keeper,) = trace.noted("keeper")
     # In the midst of the grace period, as the snippet is deaf.
-    killer = threading.Timer(0.3, keeper.kill)
+    killer = threading.Timer(0.1, keeper.kill)
     killer.start()
     stopped = manager.stop(id)
     killer.join()
@@ -137,6 +138,7 @@ def test_a_killed_launcher(manager, trace, launcher_of):
     assert launcher_of().pid != launcher.pid
 
 
+@pytest.mark.parametrize("manager", [10.0], indirect=True)
 def test_a_killed_launcher_lets_its_executions_clean_up(manager, trace, launcher_of):
     id = begin(manager, program(CLEAN_UP), trace.params)
     launcher_of().kill()
@@ -260,7 +262,7 @@ def test_what_a_launcher_fails_of_is_told(manager, trace, caplog):
 
 
 def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
-    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 1.0)
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.3)
     id = begin(manager, TREE + WAIT, trace.params)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
     # In a thread, so that it fails rather than hangs.
