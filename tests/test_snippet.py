@@ -13,7 +13,16 @@ import tempfile
 import textwrap
 
 import pytest
-from conftest import ENVIRONMENT, IS_FREE_THREADED, ahead, argument, eventually, finish, one_in
+from conftest import (
+    ENVIRONMENT,
+    IS_FREE_THREADED,
+    ahead,
+    argument,
+    crossed,
+    eventually,
+    finish,
+    one_in,
+)
 from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
@@ -452,7 +461,14 @@ MODES = {
 NOT_ASYNC = {"signals", "trace", "frame", "logging"}
 
 
-@pytest.mark.parametrize("name", SAME)
+# What the documentation names.
+PROMISED = ("names", "global", "annotations", "pickle", "line numbers")
+PROMISED += ("stdin", "environment", "signals", "streams")
+
+
+@pytest.mark.parametrize(
+    "name", [*PROMISED, *one_in(2, [name for name in SAME if name not in PROMISED])]
+)
 def test_code_means_what_it_means_in_a_plain_interpreter(run, with_asyncio, name, plain):
     done = plain(SAME[name])
     assert done.returncode == 0, done.stderr
@@ -529,8 +545,7 @@ if NEW >= (3, 11):
     TRACEBACKS["base group"] = "raise BaseExceptionGroup('group', [KeyboardInterrupt(1)])\n"
 
 
-@pytest.mark.parametrize("mode", ["plain", "return"])
-@pytest.mark.parametrize("name", TRACEBACKS)
+@pytest.mark.parametrize("name, mode", crossed(2, TRACEBACKS, ["plain", "return"]))
 def test_a_failure_reads_as_that_of_a_file(run, name, mode, plain_file):
     code = TRACEBACKS[name]
     exit_code, _, errors = plain_file(code)
@@ -572,8 +587,7 @@ PRINTED = {
 LINES_LEFT_OUT = {"thread", "syntax warning", "invalid escape"}
 
 
-@pytest.mark.parametrize("mode", ["plain", "return"])
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name, mode", crossed(2, PRINTED, ["plain", "return"]))
 def test_what_shows_source_lines_shows_those_of_the_snippet(run, name, mode, plain_file):
     code = PRINTED[name]
     _, output, errors = plain_file(code)
