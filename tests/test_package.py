@@ -287,7 +287,7 @@ def vendored(tmp_path):
     vendor.mkdir(parents=True)
     (vendor.parent / "__init__.py").touch()
     (vendor / "__init__.py").touch()
-    shutil.copytree(PACKAGE, vendor / "sidexec", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, vendor / "sidexec")
     return tmp_path
 
 
