@@ -31,6 +31,7 @@ from conftest import eventually, is_alive, nothing_left, one_in
 import sidexec
 from sidexec import __main__
 
+
 @pytest.fixture
 def in_process(capfd, monkeypatch, tmp_path):
     """What `cli.run` returns, where it is not the process that is tested."""

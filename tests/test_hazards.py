@@ -10,6 +10,8 @@ What stands elsewhere:
 - `PR_SET_PDEATHSIG` fires when the creating thread ends: test_host_death (ended_thread)
 - a worker that the host forks keeps the sockets open: test_host_death (with_worker)
 - `Thread.start()` at interpreter exit raises: test_host_death (exit handlers)
+- a process outside of the tree holds the pipe: test_output (a_stranger_holds)
+- a host that ignores SIGCHLD or reaps everything: test_misbehaving_hosts (SETUPS)
 - `killpg(pid, 0)` succeeds on a group of zombies, without /proc: test_without_kernel_help
 - `Popen.send_signal` reaps and so frees the pid: here, and test_no_survivors (the_pid_of)
 """
@@ -19,7 +21,6 @@ import gc
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -188,30 +189,6 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_up_the_end(run, trace, k
     data = run(code, trace.params)
     assert (data.status, data.result, data.output) == ("completed", 1, "last\n")
     assert trace.left() == set()
-
-
-def test_a_process_outside_the_tree_that_holds_the_pipe_does_not_hold_up_the_end(manager, trace):
-    """The snippet hands its standard output to a process that is none of its own."""
-    code = """
-import socket
-with socket.socket(socket.AF_UNIX) as client:
-    client.connect("socket")
-    socket.send_fds(client, [b"x"], [1])
-    client.recv(1)
-print("last")
-"""
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.join(trace.directory, "socket"))
-        server.listen()
-        id = manager.start_with_code(program(code), trace.params).id
-        connection, _ = server.accept()
-        _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
-        connection.close()
-        try:
-            data = manager.wait(id, HANG).data
-            assert (data.status, data.output) == ("completed", "last\n")
-        finally:
-            os.close(fd)
 
 
 def test_a_group_of_zombies_counts_as_gone(make_manager, trace):
@@ -451,37 +428,6 @@ def test_an_execution_whose_start_was_interrupted_while_it_waited_is_listed(tmp_
     (listed,) = manager.list_executions("running").data.executions
     stopped = manager.stop(listed.side_execution_id)
     assert (stopped.success, stopped.data.status) == (True, "stopped")
-
-
-STATUSES_HOST = """
-import os, signal, sys, threading, time
-SETTING
-import sidexec
-with sidexec.ExecutionManager(grace_period=5.0) as manager:
-    for code in ("pass", "raise SystemExit(3)", "import os\\nos.kill(os.getpid(), 9)"):
-        data = manager.wait(manager.start_with_code(code).id).data
-        print(data.status, data.exit_code)
-print("closed")
-"""
-REAPING = """
-def reap():
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            time.sleep(0.0005)
-threading.Thread(target=reap, daemon=True).start()
-"""
-
-
-@pytest.mark.parametrize(
-    "setting",
-    ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", REAPING),
-    ids=("SIGCHLD ignored", "waitpid(-1)"),
-)
-def test_a_host_that_reaps_everything_steals_no_exit_code(setting):
-    said = run_as_host(STATUSES_HOST.replace("SETTING", setting))
-    assert said == "completed 0\nfailed 3\nfailed -9\nclosed\n"
 
 
 def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):

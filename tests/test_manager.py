@@ -14,7 +14,6 @@ from programs import STUBBORN, when_asked
 
 from sidexec import ExecutionManager, Limits, SideExecutionError
 
-
 # -- starting
 
 
@@ -67,11 +66,6 @@ def test_what_follows_is_keyword_only(manager, call):
 
 
 # -- timeouts
-
-
-def test_an_execution_that_ends_in_time_is_not_timed_out(run):
-    data = run("return 1", timeout=30)
-    assert (data.status, data.stop_reason) == ("completed", None)
 
 
 # -- states

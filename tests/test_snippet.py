@@ -810,11 +810,6 @@ def test_a_null_byte_in_the_code_fails_it(run):
     assert "null bytes" in data.error.splitlines()[0]
 
 
-def test_a_lone_surrogate_in_the_code_is_refused_at_the_call(manager):
-    with pytest.raises(ValueError, match="code"):
-        manager.start_with_code("x = '\udc80'")
-
-
 def test_a_lone_surrogate_printed_is_treated_as_by_a_plain_interpreter(run, plain):
     code = "import sys\nsys.stderr.write('\\udc80')\nprint('\\udc80')"
     assert run(code).exit_code == run_plain(code, errors="replace").returncode
