@@ -1,9 +1,7 @@
 """The command line, as real processes and in pipelines."""
 
 import configparser
-import contextlib
 import json
-import logging
 import os
 import select
 import signal
@@ -23,35 +21,13 @@ from commands import (
     WAITING,
     cli,  # noqa: F401
     finish,
+    in_process,  # noqa: F401
     state_of,
     unread,
 )
-from conftest import eventually, is_alive, nothing_left, one_in
+from conftest import eventually, is_alive, one_in
 
 import sidexec
-from sidexec import __main__
-
-
-@pytest.fixture
-def in_process(capfd, monkeypatch, tmp_path):
-    """What `cli.run` returns, where it is not the process that is tested."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("sidexec"), "handlers", [])
-
-    def in_process(*arguments):
-        monkeypatch.setattr(sys, "argv", [__main__.__file__, *map(str, arguments)])
-        with contextlib.ExitStack() as stack:
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP):
-                stack.callback(signal.signal, signum, signal.getsignal(signum))
-            try:
-                returncode = __main__.main()
-            except SystemExit as error:
-                returncode = error.code
-        return returncode, *capfd.readouterr()
-
-    with nothing_left():
-        yield in_process
-
 
 # -- exit codes, and the line that says what happened
 

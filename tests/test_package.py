@@ -398,7 +398,10 @@ with package.ExecutionManager() as one, sidexec.ExecutionManager() as two:
 print(tour(sidexec))
 """
     path = f"sys.path.insert(1, {str(PACKAGE.parent)!r})\n"
-    assert python(code=from_place(vendored, "app._vendor.sidexec", path + code)) == "well False\nwell\n"
+    assert (
+        python(code=from_place(vendored, "app._vendor.sidexec", path + code))
+        == "well False\nwell\n"
+    )
 
 
 def test_the_copy_on_disk_may_be_gone_once_it_has_started(vendored):
