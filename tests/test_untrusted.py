@@ -135,9 +135,9 @@ def test_a_stop_during_a_violation_answers(manager, name):
 NO_JSON = {
     "empty": b"",
     "text": b"hello",
-    "brackets": b"[" * 100_000,  # a million: in `test_engine`
-    "braces": b'{"a":' * 100_000,
-    "closed_brackets": b"[" * 100_000 + b"]" * 100_000,
+    "brackets": b"[" * 10_000,  # a million: in `test_engine`
+    "braces": b'{"a":' * 10_000,
+    "closed_brackets": b"[" * 10_000 + b"]" * 10_000,
     "nan": b"NaN",
     "nan_inside": b'{"a": [1, NaN]}',
     "infinity": b"-Infinity",
