@@ -41,6 +41,7 @@ from conftest import (
     run_as_host,
     within,
 )
+from conftest import swept_manager as manager  # noqa: F401
 from programs import (
     CLEAN_UP,
     Bystander,
