@@ -179,10 +179,9 @@ if NEW >= (3, 10):
     AWAITS["match"] = "match await seven():\n    case x:\n        await seven()"
 
 
-@pytest.mark.parametrize("suffix", ["", "\nreturn x"], ids=["alone", "and return"])
-@pytest.mark.parametrize("code", AWAITS.values(), ids=AWAITS)
-def test_await_works_at_the_top_level(with_asyncio, code, suffix):
-    data = completed(with_asyncio(f"{ASYNC_TOOLS}{code}\nprint(x, globals()['x']){suffix}"))
+@pytest.mark.parametrize("name, suffix", crossed(2, AWAITS, ["", "\nreturn x"]))
+def test_await_works_at_the_top_level(with_asyncio, name, suffix):
+    data = completed(with_asyncio(f"{ASYNC_TOOLS}{AWAITS[name]}\nprint(x, globals()['x']){suffix}"))
     assert data.output == "7 7\n"
     assert data.result == (7 if suffix else None)
 
@@ -545,7 +544,7 @@ if NEW >= (3, 11):
     TRACEBACKS["base group"] = "raise BaseExceptionGroup('group', [KeyboardInterrupt(1)])\n"
 
 
-@pytest.mark.parametrize("name, mode", crossed(2, TRACEBACKS, ["plain", "return"]))
+@pytest.mark.parametrize("name, mode", crossed(4, TRACEBACKS, ["plain", "return"]))
 def test_a_failure_reads_as_that_of_a_file(run, name, mode, plain_file):
     code = TRACEBACKS[name]
     exit_code, _, errors = plain_file(code)
