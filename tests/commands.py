@@ -155,9 +155,17 @@ def in_process(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger("sidexec"), "handlers", [])
 
-    def in_process(*arguments):
+    def in_process(*arguments, input=None):
         monkeypatch.setattr(sys, "argv", [__main__.__file__, *map(str, arguments)])
         with contextlib.ExitStack() as stack:
+            if input is not None:
+                before = os.dup(0)
+                stack.callback(os.close, before)
+                stack.callback(os.dup2, before, 0)
+                with open(tmp_path / "stdin", "wb+", buffering=0) as file:
+                    file.write(input)
+                    file.seek(0)
+                    os.dup2(file.fileno(), 0)
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP):
                 stack.callback(signal.signal, signum, signal.getsignal(signum))
             try:

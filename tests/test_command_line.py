@@ -182,21 +182,19 @@ def test_it_runs_in_another_directory(in_process, tmp_path):
 READ = "import sys; print(sys.stdin.readline(), end='')"
 
 
-def test_code_comes_from_standard_input(cli):
-    sources = (
-        HELLO.encode(),
-        b"",
-        "# coding: latin-1\nprint('\u00e9')\n".encode("latin-1"),
-        b"print('\xff')",
-        b"# coding: nonsense\n",
-        READ.encode() + b"\n",
-    )
-    started = [cli.start("run", "-", stdin=subprocess.PIPE) for _ in sources]
-    hello, empty, encoded, *bad, read = map(finish, started, sources)
-    assert hello == (0, "hello\n", "") and empty == (0, "", "")
-    assert encoded == (0, "\u00e9\n", "")
-    assert [(code, out, err.count("\n")) for code, out, err in bad] == [(2, "", 1)] * 2
-    assert read[:2] == (0, "")  # there is none left for the snippet
+def test_code_comes_from_standard_input(in_process):
+    assert in_process("run", "-", input=HELLO.encode()) == (0, "hello\n", "")
+    assert in_process("run", "-", input=b"") == (0, "", "")
+    # There is none left for the snippet.
+    assert in_process("run", "-", input=READ.encode() + b"\n")[:2] == (0, "")
+
+
+def test_code_from_standard_input_may_say_its_encoding(in_process):
+    source = "# coding: latin-1\nprint('\u00e9')\n".encode("latin-1")
+    assert in_process("run", "-", input=source) == (0, "\u00e9\n", "")
+    for bad in (b"print('\xff')", b"# coding: nonsense\n"):
+        returncode, out, err = in_process("run", "-", input=bad)
+        assert (returncode, out, err.count("\n")) == (2, "", 1)
 
 
 # -- output
@@ -216,9 +214,9 @@ def test_output_arrives_as_it_is_written(cli, tmp_path):
     assert finish(process) == (0, "last\n", "")
 
 
-def test_all_of_a_long_output_arrives_in_order(cli):
+def test_all_of_a_long_output_arrives_in_order(in_process):
     code = "for number in range(50_000): print(number)"
-    _, out, err = cli.run("run", "-c", code)
+    _, out, err = in_process("run", "-c", code)
     assert out.split() == [str(number) for number in range(50_000)] and err == ""
 
 
