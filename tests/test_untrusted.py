@@ -6,7 +6,7 @@ import json
 import pickle
 
 import pytest
-from conftest import begin, eventually, finish, one_in, within
+from conftest import begin, crossed, eventually, finish, one_in, within
 from conftest import shared_manager as manager  # noqa: F401
 from test_misbehaving_hosts import run_host
 
@@ -118,7 +118,7 @@ def test_what_is_no_frame_of_a_snippets_fails_the_execution_and_no_other(manager
             check_response(manager.stop(id))
 
 
-@pytest.mark.parametrize("name", list(VIOLATIONS))
+@pytest.mark.parametrize("name", one_in(3, VIOLATIONS))
 def test_a_stop_during_a_violation_answers(manager, name):
     id = manager.start_with_code(f"{CHANNEL}print('ready')\n{VIOLATIONS[name]}\nhold()").id
     response = manager.stop(id)
@@ -179,8 +179,10 @@ def _expression(payload):
     return f"{unit!r} * {count} + {half!r} * {tail}"
 
 
-@pytest.mark.parametrize("depth", [10, 50, 200, 400, 900, 990, 5000])
-@pytest.mark.parametrize("way", ["sent", "returned", "reported"])
+@pytest.mark.parametrize(
+    "depth, way",
+    crossed(2, [10, 50, 200, 400, 900, 990, 5000], ["sent", "returned", "reported"]),
+)
 def test_a_deeply_nested_result_is_one_that_every_response_can_hold_or_a_failure(
     manager, depth, way
 ):
