@@ -276,16 +276,23 @@ def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
     check_that_it_goes_on(manager)
 
 
-def spare_of(launcher, whom):
-    """The keeper or snippet that waits: it is there when the keeper has a snippet."""
-    keeper = eventually(lambda: [pid for pid in children(launcher.pid) if children(pid)])[0]
+def spare_of(manager, launcher_of, whom):
+    """The keeper or snippet that waits: it is there when the keeper has a snippet.
+
+    If the one before was lost while it came, there is none until an execution has begun.
+    """
+
+    def keepers():
+        check_that_it_goes_on(manager)
+        return [pid for pid in children(launcher_of().pid) if children(pid)]
+
+    keeper = eventually(keepers)[0]
     return Process(keeper if whom == "keeper" else (children(keeper) or [0])[0])
 
 
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
 def test_a_killed_spare(manager, launcher_of, victim):
-    check_that_it_goes_on(manager)
-    found = spare_of(launcher_of(), victim)
+    found = spare_of(manager, launcher_of, victim)
     found.kill()
     eventually(lambda: not found.exists)
     check_that_it_goes_on(manager)
@@ -295,8 +302,7 @@ def test_a_killed_spare(manager, launcher_of, victim):
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
 def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, victim):
     for _ in range(20):
-        check_that_it_goes_on(manager)
-        found = spare_of(launcher_of(), victim)
+        found = spare_of(manager, launcher_of, victim)
         found.kill()
         answer = manager.start_with_code("return 1")
         assert answer.success or answer.error
@@ -309,8 +315,7 @@ def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, vict
 
 
 def test_a_spare_killed_when_no_start_follows(manager, launcher_of):
-    check_that_it_goes_on(manager)
-    spare_of(launcher_of(), "keeper").kill()
+    spare_of(manager, launcher_of, "keeper").kill()
 
 
 # -- what the kernel holds
