@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -13,6 +15,9 @@ import time
 import uuid
 
 import pytest
+from conftest import nothing_left
+
+from sidexec import __main__
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIMIT = 30  # only a hang takes so long
@@ -144,6 +149,35 @@ def cli(tmp_path):
                     stream.close()
 
 
+@pytest.fixture
+def in_process(capfd, monkeypatch, tmp_path):
+    """What `cli.run` returns, where it is not the process that is tested."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("sidexec"), "handlers", [])
+
+    def in_process(*arguments, input=None):
+        monkeypatch.setattr(sys, "argv", [__main__.__file__, *map(str, arguments)])
+        with contextlib.ExitStack() as stack:
+            if input is not None:
+                before = os.dup(0)
+                stack.callback(os.close, before)
+                stack.callback(os.dup2, before, 0)
+                with open(tmp_path / "stdin", "wb+", buffering=0) as file:
+                    file.write(input)
+                    file.seek(0)
+                    os.dup2(file.fileno(), 0)
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP):
+                stack.callback(signal.signal, signum, signal.getsignal(signum))
+            try:
+                returncode = __main__.main()
+            except SystemExit as error:
+                returncode = error.code
+        return returncode, *capfd.readouterr()
+
+    with nothing_left():
+        yield in_process
+
+
 def unread(pipe):
     return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
@@ -163,7 +197,7 @@ class Terminal:
         self.resize(columns)
         streams = {"stdin": slave, "stdout": slave, "stderr": slave, **options}
         argv = cli.argv(*arguments)
-        argv[1:1] = ["-c", starter]
+        argv[1:1] = ["-S", "-c", starter]
         self.process = cli.popen(argv, start_new_session=True, **streams)
         os.close(slave)
 

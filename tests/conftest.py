@@ -241,6 +241,13 @@ def shared_manager(shared):
 
 
 @pytest.fixture
+def swept_manager(shared):
+    """The same, where a test may leave executions running."""
+    yield shared
+    shared.stop_all(force=True)
+
+
+@pytest.fixture
 def run(manager):
     """Run code to its end: its status."""
     return functools.partial(finish, manager)

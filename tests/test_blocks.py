@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import eventually
+from conftest import swept_manager as manager  # noqa: F401
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import os
 import time
 
 import pytest
-from conftest import eventually, tree
+from conftest import children, eventually, tree
+from conftest import swept_manager as manager  # noqa: F401
 
 CLOSED = """
 import os
@@ -63,12 +64,14 @@ def test_a_snippet_waits_whatever_timeout_a_preloaded_module_has_set_for_sockets
 ):
     (tmp_path / "sets_a_timeout.py").write_text("import socket; socket.setdefaulttimeout(1e-3)")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    others = set(children())
     manager = make_manager(env=environment, preload=["sets_a_timeout"])
     assert manager.run("return input()", input="x").check().data.result == "x"
+    (launcher,) = set(children()) - others
 
     def has_spare():
-        before = tree(os.getpid())[2:]  # below the launcher and a keeper
+        before = tree(launcher)[1:]  # below a keeper
         time.sleep(0.2)
-        return before and tree(os.getpid())[2:] == before
+        return before and tree(launcher)[1:] == before
 
     eventually(has_spare)

@@ -21,6 +21,7 @@ from commands import (
     WAITING,
     cli,  # noqa: F401
     finish,
+    in_process,  # noqa: F401
     state_of,
     unread,
 )
@@ -62,20 +63,18 @@ def test_what_a_snippet_prints_on_its_way_out_is_shown(cli):
     assert [out for _, out, _ in ends] == list(programs.values())
 
 
-def test_a_traceback_is_printed_once_and_nothing_more(cli):
-    returncode, out, err = cli.run("run", "-c", "\n1 / 0")
+def test_a_traceback_is_printed_once_and_nothing_more(in_process):
+    returncode, out, err = in_process("run", "-c", "\n1 / 0")
     assert (returncode, out) == (1, "")
     assert err.startswith("Traceback (most recent call last):\n")
     assert err.endswith("ZeroDivisionError: division by zero\n")
     assert err.count("ZeroDivisionError") == 1 and "sidexec" not in err
 
 
-def test_there_is_no_time_limit_unless_one_is_given(cli):
-    (_, out, _), infinite = cli.each(
-        ["run", "--json", "-c", HELLO], ["run", "--timeout", "inf", "-c", HELLO]
-    )
+def test_there_is_no_time_limit_unless_one_is_given(in_process):
+    _, out, _ = in_process("run", "--json", "-c", HELLO)
     assert json.loads(out)["data"]["status"] == "completed"
-    assert infinite[0] == 0
+    assert in_process("run", "--timeout", "inf", "-c", HELLO)[0] == 0
 
 
 # -- bad usage
@@ -110,16 +109,16 @@ BAD_USAGE = [
 ]
 
 
-@pytest.mark.parametrize("part", one_in(3, range(3)))
-def test_bad_usage_is_one_line_and_exit_code_2(cli, part):
-    for arguments, (returncode, out, err) in zip(BAD_USAGE[part::3], cli.each(*BAD_USAGE[part::3])):
-        assert (returncode, out) == (2, ""), arguments
-        assert err.startswith("python -m sidexec") and err.endswith("\n"), arguments
-        assert err.count("\n") == 1 and "Traceback" not in err, arguments
+@pytest.mark.parametrize("arguments", BAD_USAGE, ids=range(len(BAD_USAGE)))
+def test_bad_usage_is_one_line_and_exit_code_2(in_process, arguments):
+    returncode, out, err = in_process(*arguments)
+    assert (returncode, out) == (2, "")
+    assert err.startswith("python -m sidexec") and err.endswith("\n")
+    assert err.count("\n") == 1
 
 
-def test_code_that_is_not_utf8_is_bad_usage(cli):
-    returncode, out, err = cli.run("run", "-c", os.fsdecode(b"print('\xff')"))
+def test_code_that_is_not_utf8_is_bad_usage(in_process):
+    returncode, out, err = in_process("run", "-c", os.fsdecode(b"print('\xff')"))
     assert (returncode, out, err.count("\n")) == (2, "", 1)
 
 
@@ -132,77 +131,78 @@ FAILING = [
 ]
 
 
-def test_a_start_that_fails_is_one_line_and_exit_code_125(cli):
-    ends = cli.each(*(["run", *arguments] for arguments, _ in FAILING))
-    for (returncode, out, err), (_, line) in zip(ends, FAILING):
-        assert (returncode, out) == (125, ""), line
-        assert err.startswith(f"sidexec: {line}") and err.count("\n") == 1
-    ends = cli.each(*(["run", "--json", *arguments] for arguments, _ in FAILING[::2]))
-    for (returncode, out, err), (_, line) in zip(ends, FAILING[::2]):
-        assert (returncode, err.count("\n")) == (125, 1), line
-        response = json.loads(out)
-        assert response["type"] == "startSideExecutionResponse"
-        assert response["success"] is False and line in response["error"]
+@pytest.mark.parametrize("arguments, line", FAILING)
+def test_a_start_that_fails_is_one_line_and_exit_code_125(in_process, arguments, line):
+    returncode, out, err = in_process("run", *arguments)
+    assert (returncode, out) == (125, "")
+    assert err.startswith(f"sidexec: {line}") and err.count("\n") == 1
+    returncode, out, err = in_process("run", "--json", *arguments)
+    assert (returncode, err.count("\n")) == (125, 1)
+    response = json.loads(out)
+    assert response["type"] == "startSideExecutionResponse"
+    assert response["success"] is False and line in response["error"]
 
 
 # -- where the code comes from
 
 
-def test_code_comes_from_a_file_or_a_directory(cli, tmp_path):
+def test_code_comes_from_a_file_or_a_directory(in_process, tmp_path):
     block = tmp_path / "block"
     block.mkdir()
     (block / "helper.py").write_text("def greet(name): print('hello', name)\n")
     (block / "__main__.py").write_text("import helper\nhelper.greet(params['name'])\n")
-    paths = ("block", "block/__main__.py", tmp_path / "block")
-    ends = cli.each(*(["run", "--params", '{"name": "you"}', path] for path in paths))
-    assert ends == [(0, "hello you\n", "")] * 3
+    for path in ("block", "block/__main__.py", tmp_path / "block"):
+        assert in_process("run", "--params", '{"name": "you"}', path) == (0, "hello you\n", "")
 
 
-def test_all_after_a_path_is_the_snippets(cli, tmp_path):
+def test_all_after_a_path_is_the_snippets(in_process, tmp_path):
     (tmp_path / "block.py").write_text("import sys; print(ascii(sys.argv[1:]))")
     arguments = ["--json", "-c", "--", "--timeout", "soon", "--no=1", "", "-", "--", "\u00e9", "-h"]
-    ends = cli.each(
-        ["run", "block.py", *arguments],
-        ["run", "--timeout", "9", "--", "block.py", "--", "x"],
-        ["run", "block.py"],
-    )
-    assert [out for _, out, _ in ends] == [f"{ascii(arguments)}\n", "['--', 'x']\n", "[]\n"]
-    assert ends[2] == (0, "[]\n", "")
+    for given, shown in (
+        (["block.py", *arguments], ascii(arguments)),
+        (["--timeout", "9", "--", "block.py", "--", "x"], "['--', 'x']"),
+        (["block.py"], "[]"),
+    ):
+        assert in_process("run", *given) == (0, f"{shown}\n", "")
 
 
-def test_params_come_from_a_file(cli, tmp_path):
+def test_params_come_from_a_file(in_process, tmp_path):
     (tmp_path / "params.json").write_bytes('{"name": "\u00e9"}'.encode())
     code = "print(params)"
-    assert cli.run("run", "--params", "@params.json", "-c", code)[1] == "{'name': '\u00e9'}\n"
+    assert in_process("run", "--params", "@params.json", "-c", code)[1] == "{'name': '\u00e9'}\n"
 
 
-def test_it_runs_in_another_directory(cli, tmp_path):
+def test_it_runs_in_another_directory(in_process, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "block.py").write_text("import os; print(os.getcwd())")
-    sources = (["-c", "import os; print(os.getcwd())"], ["block.py"])
-    for _, out, _ in cli.each(*(["run", "--cwd", "elsewhere", *source] for source in sources)):
-        assert out == f"{tmp_path}/elsewhere\n"
+    for source in (["-c", "import os; print(os.getcwd())"], ["block.py"]):
+        assert in_process("run", "--cwd", "elsewhere", *source)[1] == f"{tmp_path}/elsewhere\n"
 
 
-def test_code_comes_from_standard_input(cli):
-    assert cli.run("run", "-", input=HELLO.encode()) == (0, "hello\n", "")
-    assert cli.run("run", "-", input=b"") == (0, "", "")
+READ = "import sys; print(sys.stdin.readline(), end='')"
 
 
-def test_code_from_standard_input_may_say_its_encoding(cli):
+def test_code_comes_from_standard_input(in_process):
+    assert in_process("run", "-", input=HELLO.encode()) == (0, "hello\n", "")
+    assert in_process("run", "-", input=b"") == (0, "", "")
+    # There is none left for the snippet.
+    assert in_process("run", "-", input=READ.encode() + b"\n")[:2] == (0, "")
+
+
+def test_code_from_standard_input_may_say_its_encoding(in_process):
     source = "# coding: latin-1\nprint('\u00e9')\n".encode("latin-1")
-    assert cli.run("run", "-", input=source) == (0, "\u00e9\n", "")
+    assert in_process("run", "-", input=source) == (0, "\u00e9\n", "")
     for bad in (b"print('\xff')", b"# coding: nonsense\n"):
-        returncode, out, err = cli.run("run", "-", input=bad)
+        returncode, out, err = in_process("run", "-", input=bad)
         assert (returncode, out, err.count("\n")) == (2, "", 1)
 
 
 # -- output
 
 
-def test_the_two_streams_are_kept_apart(cli):
+def test_the_two_streams_are_kept_apart(in_process):
     code = "import sys\nprint('out \u2713')\nprint('err', file=sys.stderr)"
-    assert cli.run("run", "-c", code) == (0, "out \u2713\n", "err\n")
+    assert in_process("run", "-c", code) == (0, "out \u2713\n", "err\n")
 
 
 def test_output_arrives_as_it_is_written(cli, tmp_path):
@@ -214,9 +214,9 @@ def test_output_arrives_as_it_is_written(cli, tmp_path):
     assert finish(process) == (0, "last\n", "")
 
 
-def test_all_of_a_long_output_arrives_in_order(cli):
+def test_all_of_a_long_output_arrives_in_order(in_process):
     code = "for number in range(50_000): print(number)"
-    _, out, err = cli.run("run", "-c", code)
+    _, out, err = in_process("run", "-c", code)
     assert out.split() == [str(number) for number in range(50_000)] and err == ""
 
 
@@ -324,11 +324,11 @@ def test_a_pipe_that_nobody_reads_makes_no_noise(cli, tmp_path):
 # -- --json
 
 
-def test_json_is_the_status_of_what_ended_by_itself(cli):
+def test_json_is_the_status_of_what_ended_by_itself(in_process):
     code = "import sys\nprint('out')\nprint('err', file=sys.stderr)\nreturn {'n': params['n'] + 1}"
-    returncode, out, err = cli.run("run", "--json", "--params", '{"n": 1}', "-c", code)
+    returncode, out, err = in_process("run", "--json", "--params", '{"n": 1}', "-c", code)
     assert returncode == 0
-    assert sorted(err.split()) == ["err", "out"]
+    assert sorted(err) == sorted("out\nerr\n")  # in any order
     assert out.count("\n") == 1
     response = json.loads(out)
     assert response["type"] == "getSideExecutionStatusResponse"
@@ -338,9 +338,9 @@ def test_json_is_the_status_of_what_ended_by_itself(cli):
     assert (data["output"], data["errorOutput"]) == ("out\n", "err\n")
 
 
-def test_json_is_the_response_to_the_stop_of_what_was_stopped(cli):
+def test_json_is_the_response_to_the_stop_of_what_was_stopped(in_process):
     code = f"results = [1]\n{WAITING}\nreturn results"
-    returncode, out, err = cli.run("run", "--json", "--stop-after", "0.3", "-c", code)
+    returncode, out, err = in_process("run", "--json", "--stop-after", "0.3", "-c", code)
     assert returncode == 0
     assert err == "ready\ncleaned\nsidexec: stopped\n"
     response = json.loads(out)
@@ -351,14 +351,11 @@ def test_json_is_the_response_to_the_stop_of_what_was_stopped(cli):
     assert data["output"] == "ready\ncleaned\n"
 
 
-def test_json_is_the_status_of_what_timed_out_or_failed(cli):
-    (returncode, out, _), failed = cli.each(
-        ["run", "--json", "--timeout", "0.3", "-c", WAITING],
-        ["run", "--json", "-c", "raise ValueError('x')"],
-    )
+def test_json_is_the_status_of_what_timed_out_or_failed(in_process):
+    returncode, out, _ = in_process("run", "--json", "--timeout", "0.1", "-c", WAITING)
     data = json.loads(out)["data"]
     assert (returncode, data["status"], data["stopReason"]) == (124, "stopped", "timeout")
-    returncode, out, err = failed
+    returncode, out, err = in_process("run", "--json", "-c", "raise ValueError('x')")
     data = json.loads(out)["data"]
     assert (returncode, data["status"]) == (1, "failed")
     assert data["error"].splitlines()[0] == "ValueError: x"
@@ -457,10 +454,20 @@ def test_an_interrupt_before_the_interpreter_is_up_ends_it(cli, tmp_path):
     assert finish(process) == (130, "", f"{STOPPING}\nsidexec: stopped\n")
 
 
+# The command, which waits less long for a reader than it does as a rule.
+IMPATIENT = """
+import sys
+from sidexec import __main__, running
+running.LAST_WORDS = 0.2
+sys.exit(__main__.main())
+"""
+
+
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, stderr):
     code = "import os\nprint('x' * 1_000_000)\nprint(os.getpid(), file=open('pid', 'w'))\n"
-    process = cli.start("run", "-c", code + WAITING, stderr=stderr)
+    argv = [sys.executable, "-c", IMPATIENT, "run", "-c", code + WAITING]
+    process = cli.popen(argv, stderr=stderr)
     eventually((tmp_path / "pid").exists)
     pid = int(eventually((tmp_path / "pid").read_text))
     process.send_signal(signal.SIGINT)
@@ -490,7 +497,8 @@ def test_an_output_that_fills_up_just_now_does_not_hold_a_signal_up(cli, tmp_pat
     (tmp_path / "sitecustomize.py").write_text(FULL_ONCE_ASKED)
     cli.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
     code = WAITING + "    print('x' * 1_000_000)\n    open('said', 'w').close()\n"
-    process = cli.start("run", "-c", code, stderr=subprocess.STDOUT)
+    argv = [sys.executable, "-c", IMPATIENT, "run", "-c", code]
+    process = cli.popen(argv, stderr=subprocess.STDOUT)
     eventually(lambda: unread(process.stdout) == len("ready\n"))
     process.send_signal(signal.SIGINT)
     eventually((tmp_path / "said").exists)
@@ -520,28 +528,22 @@ def test_nothing_is_left_when_the_command_is_killed(cli):
 # -- standard input
 
 
-READ = "import sys; print(sys.stdin.readline(), end='')"
-
-
 def test_the_snippet_has_the_standard_input_of_the_command(cli, tmp_path):
     (tmp_path / "read.py").write_text(READ)
     (tmp_path / "lines").write_text("one\ntwo\n")
-    assert cli.run("run", "-c", READ, input=b"one\ntwo\n")[1] == "one\n"
-    with open(tmp_path / "lines") as lines:
-        assert cli.run("run", "read.py", stdin=lines)[1] == "one\n"
-    many = b"x" * 1_000_000
     count = "import sys; print(len(sys.stdin.buffer.read()))"
-    assert cli.run("run", "-c", count, input=many)[1] == "1000000\n"
+    with open(tmp_path / "lines") as lines:
+        from_file = cli.start("run", "read.py", stdin=lines)
+    inputs = {READ: b"one\ntwo\n", count: b"x" * 1_000_000}
+    started = [cli.start("run", "-c", code, stdin=subprocess.PIPE) for code in inputs]
+    ends = [finish(from_file), *map(finish, started, inputs.values())]
+    assert [out for _, out, _ in ends] == ["one\n", "one\n", "1000000\n"]
 
 
 def test_what_a_snippet_does_not_read_is_left_for_the_next(cli):
     command = [*cli.argv("run", "-c"), "import os; os.write(1, os.read(0, 4))"]
     shell = ["sh", "-c", '"$@"; cat', "sh", *command]
     assert finish(cli.popen(shell, stdin=subprocess.PIPE), b"one\ntwo\n") == (0, "one\ntwo\n", "")
-
-
-def test_where_the_code_came_from_standard_input_the_snippet_has_none(cli):
-    assert cli.run("run", "-", input=READ.encode() + b"\n")[:2] == (0, "")
 
 
 # -- blocks
@@ -559,14 +561,15 @@ def library(tmp_path):
     return tmp_path / "blocks"
 
 
-def test_blocks_lists_names_descriptions_and_paths(cli, library):
+def test_blocks_lists_names_descriptions_and_paths(in_process, library, monkeypatch):
     expected = f"er    -       {library}/tools/deep/er\nsort  Sorts.  {library}/tools/sort\n"
-    assert cli.run("blocks", library) == (0, expected, "")
-    assert cli.run("blocks", cwd=library) == (0, expected, "")
+    assert in_process("blocks", library) == (0, expected, "")
+    monkeypatch.chdir(library)
+    assert in_process("blocks") == (0, expected, "")
 
 
-def test_blocks_as_json_is_the_wire_form(cli, library):
-    returncode, out, err = cli.run("blocks", library, "--json")
+def test_blocks_as_json_is_the_wire_form(in_process, library):
+    returncode, out, err = in_process("blocks", library, "--json")
     response = json.loads(out)
     assert (returncode, err, out.count("\n")) == (0, "", 1)
     assert response["type"] == "listActionBlocksResponse"
@@ -574,10 +577,11 @@ def test_blocks_as_json_is_the_wire_form(cli, library):
     assert response["data"]["searchPath"] == str(library)
 
 
-def test_blocks_says_where_there_are_none(cli):
-    none, bad, (_, out, err) = cli.each(["blocks"], ["blocks", ""], ["blocks", "--json"])
-    assert none == (0, "", f"sidexec: no action blocks below {cli.cwd}\n")
-    assert bad == (2, "", "python -m sidexec blocks: PATH must be a path, not ''\n")
+def test_blocks_says_where_there_are_none(in_process, tmp_path):
+    assert in_process("blocks") == (0, "", f"sidexec: no action blocks below {tmp_path}\n")
+    told = "python -m sidexec blocks: PATH must be a path, not ''\n"
+    assert in_process("blocks", "") == (2, "", told)
+    _, out, err = in_process("blocks", "--json")
     assert (json.loads(out)["data"]["count"], err) == (0, "")
 
 
@@ -602,11 +606,12 @@ def test_a_vendored_copy_goes_by_its_own_name(cli, tmp_path):
     os.symlink(os.path.join(ROOT, "sidexec"), vendored / "runner")
     cli.env["PYTHONDONTWRITEBYTECODE"] = "1"
     argv = [sys.executable, "-m", "_vendor.runner"]
-    _, out, _ = finish(cli.popen([*argv, "-h"]))
-    assert out.startswith("usage: python -m _vendor.runner ")
-    ended = finish(cli.popen([*argv, "run", "--stop-after", "0", "-c", WAITING]))
-    assert ended[2] == "runner: stopped\n"
-    assert finish(cli.popen([*argv, "--version"])) == (0, f"runner {sidexec.__version__}\n", "")
+    commands = (["-h"], ["run", "--stop-after", "0", "-c", WAITING], ["--version"])
+    started = [cli.popen([*argv, *arguments]) for arguments in commands]
+    (_, usage, _), stopped, version = map(finish, started)
+    assert usage.startswith("usage: python -m _vendor.runner ")
+    assert stopped[2] == "runner: stopped\n"
+    assert version == (0, f"runner {sidexec.__version__}\n", "")
 
 
 def test_the_installed_command_is_the_same(cli, tmp_path):
@@ -617,6 +622,8 @@ def test_the_installed_command_is_the_same(cli, tmp_path):
     script = tmp_path / name
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())")
     argv = [sys.executable, str(script)]
-    assert finish(cli.popen([*argv, "--version"])) == (0, f"sidexec {sidexec.__version__}\n", "")
-    assert finish(cli.popen([*argv, "run", "-c", "raise SystemExit(3)"])) == (3, "", "")
-    assert finish(cli.popen([*argv, "run"]))[2].startswith("sidexec run: pass either ")
+    commands = (["--version"], ["run", "-c", "raise SystemExit(3)"], ["run"])
+    version, exited, bad = map(finish, [cli.popen([*argv, *arguments]) for arguments in commands])
+    assert version == (0, f"sidexec {sidexec.__version__}\n", "")
+    assert exited == (3, "", "")
+    assert bad[2].startswith("sidexec run: pass either ")

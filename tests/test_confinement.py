@@ -14,8 +14,9 @@ import textwrap
 
 import programs
 import pytest
-from commands import cli  # noqa: F401
+from commands import in_process  # noqa: F401
 from conftest import FOREVER, begin, children, eventually, is_alive, one_in
+from conftest import swept_manager as manager  # noqa: F401
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
 import sidexec
@@ -693,7 +694,7 @@ def test_it_stops_as_gracefully(manager):
     """
     id = begin(manager, code, confinement=Confinement())
     pid = eventually(lambda: manager.get_status(id).data.error_output)
-    stopped = manager.stop(id, grace=1.0)
+    stopped = manager.stop(id, grace=0.5)
     assert (stopped.data.status, stopped.data.output) == ("stopped", "ready\ncleaned up\n")
     assert stopped.data.result == "partial"
     assert not is_alive(int(pid))
@@ -710,15 +711,15 @@ def test_it_stops_as_gracefully(manager):
         (["--confine", "--write", "nowhere"], 2, "there is no such file or directory"),
     ],
 )
-def test_command_line(cli, tmp_path, options, code, line):
-    returncode, _, err = cli.run("run", *options, "-", input=b"open('x', 'w')")
+def test_command_line(in_process, tmp_path, options, code, line):
+    returncode, _, err = in_process("run", *options, "-c", "open('x', 'w')")
     assert returncode == code and line in err
     assert os.path.exists(tmp_path / "x") == (code == 0)
 
 
 @pytest.mark.parametrize("options, code", [(["--confine"], 1), (["--confine", "--network"], 0)])
-def test_command_line_and_the_network(cli, options, code):
-    assert cli.run("run", *options, "-c", "import socket; socket.socket()")[0] == code
+def test_command_line_and_the_network(in_process, options, code):
+    assert in_process("run", *options, "-c", "import socket; socket.socket()")[0] == code
 
 
 def test_the_confinement_of_a_start_replaces_that_of_its_manager(make_manager, tmp_path):

@@ -331,7 +331,8 @@ def fail():
     open(flag, "w").close()
 def work():
     os.remove(flag)
-WORDS = ["could not fork", "Resource temporarily unavailable"]
+process = "a keeper" if where == "child.launcher" else "the snippet"
+WORDS = [f"could not fork {process}: Resource temporarily unavailable"]
 """
 )
 

@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 
 import pytest
-from conftest import ENVIRONMENT, ahead, argument, finish
+from conftest import ENVIRONMENT, ahead, argument, finish, one_in
 from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
@@ -200,7 +200,7 @@ def plain(request, shared, tmp_path_factory):
     yield from ahead(request, run, name_of)
 
 
-@pytest.mark.parametrize("name", [*CASES, *OTHERS])
+@pytest.mark.parametrize("name", [*CASES, *one_in(2, OTHERS)])
 def test_what_a_plain_interpreter_writes_is_written(tmp_path, run, plain, name):
     data = run(WRITTEN[name], {"path": str(tmp_path / "file")})
     done, expected = plain(name)

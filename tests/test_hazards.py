@@ -10,6 +10,8 @@ What stands elsewhere:
 - `PR_SET_PDEATHSIG` fires when the creating thread ends: test_host_death (ended_thread)
 - a worker that the host forks keeps the sockets open: test_host_death (with_worker)
 - `Thread.start()` at interpreter exit raises: test_host_death (exit handlers)
+- a process outside of the tree holds the pipe: test_output (a_stranger_holds)
+- a host that ignores SIGCHLD or reaps everything: test_misbehaving_hosts (SETUPS)
 - `killpg(pid, 0)` succeeds on a group of zombies, without /proc: test_without_kernel_help
 - `Popen.send_signal` reaps and so frees the pid: here, and test_no_survivors (the_pid_of)
 """
@@ -19,7 +21,6 @@ import gc
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +41,7 @@ from conftest import (
     run_as_host,
     within,
 )
+from conftest import swept_manager as manager  # noqa: F401
 from programs import (
     CLEAN_UP,
     Bystander,
@@ -84,7 +86,7 @@ print("ready", flush=True)
 until = time.monotonic() + 60
 while not count and time.monotonic() < until:
     time.sleep(0.01)
-time.sleep(0.3)
+time.sleep(0.15)
 print(count)
 """
     )
@@ -103,7 +105,7 @@ print(count)
 
 def test_a_sigterm_before_the_handler_stands_does_not_kill(tmp_path, make_manager):
     # Every fork takes a while, so that the ask finds a snippet that has just come up.
-    slow = "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.2))\n"
+    slow = "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.1))\n"
     manager = preloading(make_manager, tmp_path, slow_fork=slow)
     data = manager.stop(manager.start_with_code("while True: pass").id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, ASKED)
@@ -174,7 +176,7 @@ finally:
 def test_a_member_that_ignores_sigterm_is_killed_although_the_leader_left_politely(manager, trace):
     id = begin(manager, with_descendant("deaf", CLEAN_UP), trace.params)
     began = time.monotonic()
-    stopped = manager.stop(id, grace=0.4)
+    stopped = manager.stop(id, grace=0.2)
     # Less than it takes until a keeper counts as one that does not answer.
     assert time.monotonic() - began < 4.0
     assert trace.left() == set()
@@ -188,30 +190,6 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_up_the_end(run, trace, k
     data = run(code, trace.params)
     assert (data.status, data.result, data.output) == ("completed", 1, "last\n")
     assert trace.left() == set()
-
-
-def test_a_process_outside_the_tree_that_holds_the_pipe_does_not_hold_up_the_end(manager, trace):
-    """The snippet hands its standard output to a process that is none of its own."""
-    code = """
-import socket
-with socket.socket(socket.AF_UNIX) as client:
-    client.connect("socket")
-    socket.send_fds(client, [b"x"], [1])
-    client.recv(1)
-print("last")
-"""
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.join(trace.directory, "socket"))
-        server.listen()
-        id = manager.start_with_code(program(code), trace.params).id
-        connection, _ = server.accept()
-        _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
-        connection.close()
-        try:
-            data = manager.wait(id, HANG).data
-            assert (data.status, data.output) == ("completed", "last\n")
-        finally:
-            os.close(fd)
 
 
 def test_a_group_of_zombies_counts_as_gone(make_manager, trace):
@@ -233,7 +211,7 @@ def leave_a_deaf_stray(manager, trace, spawn):
 
 @needs_pids
 def test_nobody_gets_the_pid_of_a_leader_whose_group_has_a_member(make_manager, trace, tmp_path):
-    manager = make_manager(grace_period=1.0)
+    manager = make_manager(grace_period=0.6)
     id = leave_a_deaf_stray(manager, trace, "in_child")
     assert Bystander.with_pid(tmp_path / "log", trace.noted("snippet")[0].pid, tries=3) is None
     assert trace.noted("descendant")[0].is_alive
@@ -453,37 +431,6 @@ def test_an_execution_whose_start_was_interrupted_while_it_waited_is_listed(tmp_
     assert (stopped.success, stopped.data.status) == (True, "stopped")
 
 
-STATUSES_HOST = """
-import os, signal, sys, threading, time
-SETTING
-import sidexec
-with sidexec.ExecutionManager(grace_period=5.0) as manager:
-    for code in ("pass", "raise SystemExit(3)", "import os\\nos.kill(os.getpid(), 9)"):
-        data = manager.wait(manager.start_with_code(code).id).data
-        print(data.status, data.exit_code)
-print("closed")
-"""
-REAPING = """
-def reap():
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            time.sleep(0.0005)
-threading.Thread(target=reap, daemon=True).start()
-"""
-
-
-@pytest.mark.parametrize(
-    "setting",
-    ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", REAPING),
-    ids=("SIGCHLD ignored", "waitpid(-1)"),
-)
-def test_a_host_that_reaps_everything_steals_no_exit_code(setting):
-    said = run_as_host(STATUSES_HOST.replace("SETTING", setting))
-    assert said == "completed 0\nfailed 3\nfailed -9\nclosed\n"
-
-
 def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):
     answers = queue.SimpleQueue()
     known = threading.Event()
@@ -503,13 +450,13 @@ def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):
 
 
 def test_an_on_output_that_never_returns_holds_up_neither_output_nor_stop(make_manager):
-    manager = make_manager(grace_period=0.5)
+    manager = make_manager(grace_period=0.2)
     release = threading.Event()
     try:
         code = "print('x' * 1_000_000)\n" + FOREVER
         with within(15):
             id = begin(manager, code, on_output=lambda chunk: release.wait(60))
-            stopped = manager.stop(id, grace=1)
+            stopped = manager.stop(id, grace=0.5)
         assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
     finally:
         release.set()
@@ -570,8 +517,8 @@ def test_a_host_that_closes_all_descriptors_is_not_held_up():
     code = """
 import os, sidexec
 from sidexec.engine import thread
-thread.SWEEP_ALLOWANCE = 0.5
-manager = sidexec.ExecutionManager(grace_period=1)
+thread.SWEEP_ALLOWANCE = 0.2
+manager = sidexec.ExecutionManager(grace_period=0.2)
 id = manager.start_with_code("import time; time.sleep(60)").id
 os.closerange(3, 200)
 response = manager.stop(id)
@@ -587,8 +534,8 @@ os._exit(0)
 def test_a_snippet_that_stops_its_keeper_and_breaks_the_protocol_is_ended(
     make_manager, monkeypatch
 ):
-    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.5)
-    manager = make_manager(grace_period=0.5, default_timeout=None)
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.2)
+    manager = make_manager(grace_period=0.2, default_timeout=None)
     id = manager.start_with_code("""
 import os, signal, time
 os.kill(os.getppid(), signal.SIGSTOP)

@@ -16,7 +16,7 @@ from programs import Process
 import sidexec
 
 GRACE = 4.0  # in which a busy machine comes to the end of a cleanup
-DEAF_GRACE = 1.0
+DEAF_GRACE = 0.4
 MOMENT = 2.0
 HANG = 30.0
 
@@ -182,7 +182,7 @@ def test_what_is_deaf_is_killed_after_the_grace(trace, death, has_worker):
 def test_a_worker_forked_by_the_host_can_end_without_harm(trace):
     with running_host(trace, "SIGKILL", POLITE, has_worker=True) as (host, others, worker):
         worker.kill()
-        time_up = time.monotonic() + 0.5
+        time_up = time.monotonic() + 0.25
         while time.monotonic() < time_up:
             assert all(each.is_alive for each in others)
             time.sleep(0.02)

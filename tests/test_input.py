@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from conftest import eventually
+from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
 from sidexec.engine.descriptors import Descriptor

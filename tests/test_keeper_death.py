@@ -17,7 +17,7 @@ import sidexec
 from sidexec.engine import thread
 from sidexec.engine.launcher import Launcher
 
-GRACE = 0.5
+GRACE = 0.25
 # How long past its grace a stop may take when the keeper itself does not answer.
 WITHOUT_KEEPER = 9.0
 
@@ -35,9 +35,10 @@ KILL_KEEPER = "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)\n"
 
 
 @pytest.fixture
-def manager():
+def manager(request):
+    grace = getattr(request, "param", GRACE)
     with nothing_left():
-        with sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0) as manager:
+        with sidexec.ExecutionManager(grace_period=grace, default_timeout=60.0) as manager:
             yield manager
 
 
@@ -100,7 +101,7 @@ def test_a_keeper_killed_during_a_stop(manager, trace):
     id = begin(manager, with_descendant("deaf", "deaf()" + WAIT), trace.params)
     (keeper,) = trace.noted("keeper")
     # In the midst of the grace period, as the snippet is deaf.
-    killer = threading.Timer(0.3, keeper.kill)
+    killer = threading.Timer(0.1, keeper.kill)
     killer.start()
     stopped = manager.stop(id)
     killer.join()
@@ -139,6 +140,7 @@ def test_a_killed_launcher(manager, trace, launcher_of):
     assert launcher_of().pid != launcher.pid
 
 
+@pytest.mark.parametrize("manager", [10.0], indirect=True)
 def test_a_killed_launcher_lets_its_executions_clean_up(manager, trace, launcher_of):
     id = begin(manager, program(CLEAN_UP), trace.params)
     launcher_of().kill()
@@ -262,7 +264,7 @@ def test_what_a_launcher_fails_of_is_told(manager, trace, caplog):
 
 
 def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
-    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 1.0)
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.3)
     id = begin(manager, TREE + WAIT, trace.params)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
     # In a thread, so that it fails rather than hangs.
@@ -276,24 +278,31 @@ def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
     check_that_it_goes_on(manager)
 
 
-def spare_of(launcher, whom):
-    """The keeper or snippet that waits for a request."""
+def spare_of(manager, launcher_of, whom):
+    """The keeper or snippet that waits for a request.
+
+    If the one before was lost while it came, there is none until an execution has begun.
+    """
 
     def waits(pid):  # until then, it may hold the keeper's end of its socket
         with contextlib.suppress(OSError):
             return state_of(pid) == "S"
 
     def keepers():
-        return [pid for pid in children(launcher.pid) if any(map(waits, children(pid)))]
+        return [pid for pid in children(launcher_of().pid) if any(map(waits, children(pid)))]
 
-    keeper = eventually(keepers)[0]
+    def keepers_after_a_start():
+        check_that_it_goes_on(manager)
+        with contextlib.suppress(AssertionError):
+            return eventually(keepers, timeout=1)
+
+    keeper = eventually(keepers_after_a_start)[0]
     return Process(keeper if whom == "keeper" else (children(keeper) or [0])[0])
 
 
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
 def test_a_killed_spare(manager, launcher_of, victim):
-    check_that_it_goes_on(manager)
-    found = spare_of(launcher_of(), victim)
+    found = spare_of(manager, launcher_of, victim)
     found.kill()
     eventually(lambda: not found.exists)
     check_that_it_goes_on(manager)
@@ -303,8 +312,7 @@ def test_a_killed_spare(manager, launcher_of, victim):
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
 def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, victim):
     for _ in range(20):
-        check_that_it_goes_on(manager)
-        found = spare_of(launcher_of(), victim)
+        found = spare_of(manager, launcher_of, victim)
         found.kill()
         answer = manager.start_with_code("return 1")
         assert answer.success or answer.error
@@ -317,8 +325,7 @@ def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, vict
 
 
 def test_a_spare_killed_when_no_start_follows(manager, launcher_of):
-    check_that_it_goes_on(manager)
-    spare_of(launcher_of(), "keeper").kill()
+    spare_of(manager, launcher_of, "keeper").kill()
 
 
 @pytest.mark.slow

@@ -9,16 +9,10 @@ import time
 
 import pytest
 from conftest import FOREVER, alarm, eventually, finish, has_printed, run_as_host, within
+from conftest import swept_manager as manager  # noqa: F401
 from programs import STUBBORN, when_asked
 
 from sidexec import ExecutionManager, Limits, SideExecutionError
-
-
-@pytest.fixture
-def manager(shared):
-    yield shared
-    shared.stop_all(force=True)
-
 
 # -- starting
 
@@ -72,11 +66,6 @@ def test_what_follows_is_keyword_only(manager, call):
 
 
 # -- timeouts
-
-
-def test_an_execution_that_ends_in_time_is_not_timed_out(run):
-    data = run("return 1", timeout=30)
-    assert (data.status, data.stop_reason) == ("completed", None)
 
 
 # -- states

@@ -185,6 +185,11 @@ def host(tmp_path):
 
 SETUPS = {
     "sigchld_ignored": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "everything_ignored": """
+        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+            signal.signal(signum, signal.SIG_IGN)
+    """,
+    "everything_blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
     "all_children_reaped": """
         def reap():
             while True:
@@ -195,11 +200,6 @@ SETUPS = {
         threading.Thread(target=reap, daemon=True).start()
         THREADS_BEFORE += 1
     """,
-    "everything_ignored": """
-        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
-            signal.signal(signum, signal.SIG_IGN)
-    """,
-    "everything_blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
     "sigpipe_deadly": "signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
     "everything_handled": """
         for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:

@@ -13,7 +13,7 @@ from programs import Bystander, Trace, attempts, needs_pids, program, spawned
 
 import sidexec
 
-GRACE = 0.3
+GRACE = 0.2
 TICKS = os.sysconf("SC_CLK_TCK")
 BY_ITSELF = {
     "return": 'return {"done": True}',
@@ -56,7 +56,7 @@ def bring_to_its_end(manager, trace, kind, end, **params):
         return left
     code = programs.with_descendant(kind)
     if end == "timeout":
-        for timeout in (0.4, 2.0, 10.0):  # a busy machine may need longer to get there
+        for timeout in (0.2, 1.0, 10.0):  # a busy machine may need longer to get there
             data = finish(manager, code, params, timeout=timeout)
             left = trace.left()
             assert (data.status, data.stop_reason) == ("stopped", "timeout")

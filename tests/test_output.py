@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import logging
 import os
 import signal
@@ -13,7 +14,8 @@ import threading
 import time
 
 import pytest
-from conftest import eventually
+from conftest import begin, eventually
+from conftest import swept_manager as manager  # noqa: F401
 
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -50,15 +52,13 @@ def test_output_and_error_output_are_apart(run):
     "end",
     ["", "import os; os._exit(0)", "1 / 0", "import os; os.abort()", "raise SystemExit(3)"],
 )
-def test_what_has_no_newline_is_not_lost(run, monkeypatch, end):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+def test_what_has_no_newline_is_not_lost(run, end):
     data = run(f"import sys\nsys.stdout.write('out')\nsys.stderr.write('err')\n{end}")
     assert data.output == "out"
     assert data.error_output.startswith("err")
 
 
-def test_what_was_never_flushed_is_not_lost_by_a_forced_kill(manager, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+def test_what_was_never_flushed_is_not_lost_by_a_forced_kill(manager):
     id = id_of(
         manager.start_with_code(
             DEAF + "import sys\nfor n in range(1000): sys.stdout.write(f'{n},')\n"
@@ -163,8 +163,7 @@ def test_newlines_are_left_as_they_are(run):
 # -- max_output
 
 
-@pytest.mark.parametrize("sizes", [[2500], [1] * 2500, [999, 1, 1], [1000], [3, 5000, 7], [999]])
-def test_the_newest_bytes_are_kept_and_the_others_counted(make_manager, sizes):
+def test_the_newest_bytes_are_kept_and_the_others_counted(make_manager):
     manager = make_manager(max_output=1000)
     code = """
     import os
@@ -173,9 +172,10 @@ def test_the_newest_bytes_are_kept_and_the_others_counted(make_manager, sizes):
         os.write(params["fd"], "".join(chr(97 + i % 26) for i in range(n, n + size)).encode())
         n += size
     """
-    total = sum(sizes)
-    written = "".join(chr(97 + i % 26) for i in range(total))
-    for fd in (1, 2):
+    every_size = ([2500], [1] * 2500, [999, 1, 1], [1000], [3, 5000, 7], [999])
+    for sizes, fd in itertools.product(every_size, (1, 2)):
+        total = sum(sizes)
+        written = "".join(chr(97 + i % 26) for i in range(total))
         id = id_of(manager.start_with_code(code, {"sizes": sizes, "fd": fd}))
         data = manager.wait(id).data
         kept = data.output if fd == 1 else data.error_output
@@ -196,18 +196,18 @@ def test_what_both_streams_drop_is_counted_together(make_manager):
     assert data.output_dropped == 57
 
 
-@pytest.mark.parametrize("each", [2, 4000, 70_000])
 @pytest.mark.parametrize("limit", [999, 10_001, 70_001])
-def test_no_character_is_cut(make_manager, each, limit):
+def test_no_character_is_cut(make_manager, limit):
     manager = make_manager(max_output=limit)
     total = 140_000
     code = "import os\nfor _ in range(params['n']): os.write(1, 'é'.encode() * params['each'])"
-    params = {"n": total // each, "each": each // 2}
-    data = manager.wait(id_of(manager.start_with_code(code, params))).data
-    assert set(data.output) == {"é"}
-    kept = len(data.output.encode())
-    assert limit - 1 <= kept <= limit
-    assert kept + data.output_dropped == total
+    for each in (2, 4000, 70_000):
+        params = {"n": total // each, "each": each // 2}
+        data = manager.wait(id_of(manager.start_with_code(code, params))).data
+        assert set(data.output) == {"é"}
+        kept = len(data.output.encode())
+        assert limit - 1 <= kept <= limit
+        assert kept + data.output_dropped == total
 
 
 def test_a_limit_of_one_byte(make_manager):
@@ -295,9 +295,9 @@ def test_follow_of_one_that_writes_nothing(manager, run):
     assert list(manager.follow(run("pass").side_execution_id)) == []
 
 
-def test_follow_after_close(manager, start):
-    code = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
-    id = start(code)
+def test_follow_after_close(make_manager):
+    manager = make_manager()
+    id = begin(manager, "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')")
     follower = manager.follow(id)
     manager.close()
     assert texts(follower) == ("ready\nbye\n", "")
@@ -432,26 +432,14 @@ def test_on_output_has_everything_in_order_when_wait_returns(manager):
         assert data.output.split() == [str(n) for n in range(3000) if n % 3 < 2]
 
 
-def test_on_output_has_everything_when_stop_returns(manager):
-    got = []
-    id = id_of(
-        manager.start_with_code(
-            "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')",
-            on_output=got.append,
-        )
-    )
-    eventually(lambda: texts(got)[0] == "ready\n")
-    assert manager.stop(id).data.output == "ready\nbye\n"
-    assert texts(got) == ("ready\nbye\n", "")
-
-
-def test_on_output_has_everything_when_close_returns(make_manager):
+@pytest.mark.parametrize("end", ["stop_all", "close"])
+def test_on_output_has_everything_when_a_stop_returns(make_manager, end):
     manager = make_manager()
     got = []
     code = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
     manager.start_with_code(code, on_output=got.append)
     eventually(lambda: texts(got)[0] == "ready\n")
-    manager.close()
+    getattr(manager, end)()
     assert texts(got) == ("ready\nbye\n", "")
 
 
@@ -544,19 +532,6 @@ def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
     data = manager.wait(id).data
     assert (data.status, len(data.output)) == ("completed", 50000 * 31)
     assert texts(got)[0] == data.output
-
-
-def test_a_slow_on_output_gets_everything(manager):
-    got = []
-
-    def on_output(chunk):
-        time.sleep(0.01)
-        got.append(chunk)
-
-    code = "import time\nfor n in range(20):\n    print(n)\n    time.sleep(0.002)"
-    id = id_of(manager.start_with_code(code, on_output=on_output))
-    assert manager.wait(id).data.status == "completed"
-    eventually(lambda: texts(got)[0] == "".join(f"{n}\n" for n in range(20)))
 
 
 # -- a descriptor in other hands

@@ -161,7 +161,7 @@ def interpreter(version):
 
 
 PAIRS = [
-    pytest.param(host, other, marks=[] if {host, other} == {"3.10", "3.15"} else pytest.mark.slow)
+    pytest.param(host, other, marks=() if (host, other) == ("3.10", "3.15") else pytest.mark.slow)
     for host in VERSIONS
     for other in VERSIONS
     if host != other

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import IS_FREE_THREADED
+from conftest import IS_FREE_THREADED, ahead, argument
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,21 +44,29 @@ def test_there_are_examples():
     assert [engine_of(code) for code in EXAMPLES if engine_of(code)] == list(ENGINES)
 
 
+@pytest.fixture(scope="module")
+def examples(request, tmp_path_factory):
+    def run(number):
+        script = tmp_path_factory.mktemp("example") / "example.py"
+        code = RUNNABLE[number]
+        if IS_FREE_THREADED:
+            code = re.sub(r"memory=\w+, ", "", code)  # as the README says
+        script.write_text(code, encoding="utf-8")
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-X", "dev", str(script)],
+            env=environment(),
+            cwd=script.parent,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    yield from ahead(request, run, lambda item: argument(item, "number"))
+
+
 @pytest.mark.parametrize("number", range(len(RUNNABLE)))
-def test_example_runs(number, tmp_path):
-    script = tmp_path / "example.py"
-    code = RUNNABLE[number]
-    if IS_FREE_THREADED:
-        code = re.sub(r"memory=\w+, ", "", code)  # as the README says
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", str(script)],
-        env=environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_example_runs(examples, number):
+    done = examples(number)
     # Of a busy machine asyncio's debug mode says that a step of its loop took long.
     said = re.sub(r"^Executing <.* took .* seconds\n", "", done.stderr, flags=re.MULTILINE)
     assert (done.returncode, said) == (0, "")

@@ -302,12 +302,6 @@ def test_responses_are_frozen(responses):
         responses["blocks"].data.action_blocks[0].name = "other"
 
 
-def test_no_response_shares_its_result_with_another(manager, run):
-    id = run("return {'list': []}").side_execution_id
-    manager.get_status(id).data.result["list"].append(1)
-    assert manager.get_status(id).data.result == {"list": []}
-
-
 def test_times_are_aware_and_in_utc(responses):
     times = [
         responses["start"].data.start_time,

@@ -1,14 +1,21 @@
-"""The document that the project was created from: its examples, use cases and notes."""
+"""The document that the project was created from: its examples, use cases and notes.
+
+Notes that stand elsewhere:
+- an unknown id, what has ended, a second stop, the final status: test_manager
+- clean-up and its handlers, a busy one, force, `stoppedAt`: test_stopping
+- partial results: test_results; output until the stop: test_output
+- several stops at once: test_concurrency; child processes: test_no_survivors
+- the structure of the response: test_responses
+"""
 
 import concurrent.futures
 import fcntl
-import json
 import threading
 import time
 from datetime import datetime, timezone
 
 import pytest
-from conftest import descriptors, eventually, is_alive, tree
+from conftest import descriptors, eventually, tree
 from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
@@ -299,94 +306,7 @@ def test_use_case_5_emergency_stop(manager, start, run):
     assert manager.list_executions("running").data.executions == ()
 
 
-# -- the notes, in their order
-
-
-def test_note_the_id_must_come_from_a_previous_start(manager, run):
-    id = run("pass").side_execution_id
-    assert manager.stop(id).data.status == "completed"
-    assert manager.stop(id[:-1]).data.status == "not_found"
-
-
-def test_note_stopping_terminates_the_side_process(manager, start):
-    id = start("import os, time; print(os.getpid(), 'ready'); time.sleep(600)")
-    pid = int(manager.get_status(id).data.output.split()[0])
-    assert is_alive(pid)
-    manager.stop(id)
-    assert not is_alive(pid)
-
-
-@pytest.mark.parametrize("code, status", [("return 5", "completed"), ("1 / 0", "failed")])
-def test_note_what_has_ended_can_not_be_stopped(manager, run, code, status):
-    id = run(code).side_execution_id
-    response = manager.stop(id)
-    assert not response.success
-    assert response.error
-    assert response.data.status == status
-    assert manager.get_status(id).data.status == status
-
-
-def test_note_the_operation_is_idempotent(manager, start):
-    id = start(FOREVER)
-    first = manager.stop(id)
-    again = [manager.stop(id) for _ in range(3)]
-    assert first.data.status == "stopped"
-    assert {each.data.status for each in again} == {"already_stopped"}
-    assert all(each.success for each in again)
-    assert {each.data.stopped_at for each in again} == {first.data.stopped_at}
-
-
-def test_note_partial_results_are_available(manager, start):
-    id = start(
-        "import time\nfor i in range(3): report_result({'done': i})\nprint('ready')\ntime.sleep(600)"
-    )
-    assert manager.get_status(id).data.result == {"done": 2}
-    assert manager.stop(id).data.result == {"done": 2}
-
-
-def test_note_the_process_has_a_chance_to_clean_up(manager, start, tmp_path):
-    id = start(
-        "import os, time\n"
-        "open(params['file'], 'w').close()\n"
-        "try: print('ready'); time.sleep(600)\n"
-        "finally: os.remove(params['file'])",
-        {"file": str(tmp_path / "lock")},
-    )
-    assert (tmp_path / "lock").exists()
-    assert not manager.stop(id).data.forced
-    assert not (tmp_path / "lock").exists()
-
-
-def test_note_force_is_used_when_the_graceful_stop_fails(manager, start):
-    id = start(
-        "import signal, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "print('ready')\n"
-        "while True: time.sleep(1)"
-    )
-    response = manager.stop(id, grace=0.2)
-    assert response.success
-    assert response.data.status == "stopped"
-    assert response.data.forced
-    assert response.data.exit_code == -9
-
-
-def test_note_the_final_status_is_stopped(manager, start):
-    id = start(FOREVER)
-    manager.stop(id)
-    assert manager.get_status(id).data.status == "stopped"
-    assert manager.wait(id).data.status == "stopped"
-    summaries = manager.list_executions("stopped").data.executions
-    assert [each.side_execution_id for each in summaries][-1] == id
-
-
-def test_note_output_generated_before_stopping_is_captured(manager, start):
-    id = start(
-        "import sys, time\nprint('out')\nprint('err', file=sys.stderr)\nprint('ready')\ntime.sleep(600)",
-    )
-    data = manager.stop(id).data
-    assert (data.output, data.error_output) == ("out\nready\n", "err\n")
-    assert manager.get_status(id).data.output == data.output
+# -- the notes
 
 
 def test_note_stopped_executions_can_not_be_resumed(manager, start, run):
@@ -411,90 +331,6 @@ def test_note_resources_are_released(manager, start, run):
     assert len(descriptors()) <= before + 5
 
 
-def test_note_an_unknown_id_fails_with_an_error(manager):
-    response = manager.stop("no-such-id")
-    assert not response.success
-    assert response.data.status == "not_found"
-    assert "no-such-id" in response.error
-    with pytest.raises(sidexec.SideExecutionError, match="no-such-id"):
-        response.raise_for_error()
-
-
-def test_note_stop_takes_a_moment_when_the_process_is_busy(manager, start):
-    id = start(
-        "import time\n"
-        "try: print('ready'); time.sleep(600)\n"
-        "finally:\n"
-        "    time.sleep(0.3)\n"
-        "    print('done')",
-    )
-    begin = time.monotonic()
-    data = manager.stop(id).data
-    assert time.monotonic() - begin >= 0.3
-    assert data.output == "ready\ndone\n"
-    assert not data.forced
-
-
-def test_note_cleanup_handlers_run(manager, start):
-    id = start(
-        """
-        import atexit, contextlib, time
-        atexit.register(print, "atexit")
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.callback(print, "context manager")
-                print("ready")
-                try:
-                    time.sleep(600)
-                except SystemExit:
-                    print("except")
-                    raise
-        finally:
-            print("finally")
-        """,
-    )
-    output = manager.stop(id).data.output
-    assert output.split("\n") == ["ready", "except", "context manager", "finally", "atexit", ""]
-
-
-def test_note_multiple_stop_calls_are_safe(manager, start):
-    id = start(FOREVER)
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        responses = list(pool.map(manager.stop, [id] * 6))
-    assert sorted(each.data.status for each in responses) == ["already_stopped"] * 5 + ["stopped"]
-    assert all(each.success for each in responses)
-
-
-def test_note_stopped_at_is_when_the_stop_completed(manager, start):
-    id = start(
-        "import time\n"
-        "try: print('ready'); time.sleep(600)\n"
-        "finally:\n"
-        "    time.sleep(0.1)\n"
-        "    report_result(time.time())"
-    )
-    data = manager.stop(id).data
-    # To the microsecond that a datetime has.
-    assert data.result - 1e-6 <= data.stopped_at.timestamp() <= time.time() + 1e-6
-    assert data.stopped_at.utcoffset().total_seconds() == 0
-    assert manager.get_status(id).data.end_time == data.stopped_at
-
-
-def test_note_child_processes_are_terminated(manager, start):
-    id = start(
-        "import json, subprocess, sys, time\n"
-        "nap = 'import time; time.sleep(600)'\n"
-        "children = [subprocess.Popen([sys.executable, '-c', nap], start_new_session=own)"
-        " for own in (False, True)]\n"
-        "report_result([child.pid for child in children])\n"
-        "print('ready')\n"
-        "time.sleep(600)"
-    )
-    data = manager.stop(id).data
-    assert len(data.result) == 2
-    assert not any(map(is_alive, data.result))
-
-
 @pytest.mark.parametrize("force", [False, True])
 def test_note_file_locks_are_released(manager, start, tmp_path, force):
     id = start(
@@ -510,14 +346,3 @@ def test_note_file_locks_are_released(manager, start, tmp_path, force):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         manager.stop(id, force=force)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_the_stop_response_has_the_structure_of_the_document(manager, start):
-    response = manager.stop(start(FOREVER, thread_id="a-thread"))
-    wire = json.loads(response.to_json())
-    assert set(wire) == {
-        "type", "data", "success", "message", "error", "messageId", "threadId"
-    }  # fmt: skip
-    assert {"sideExecutionId", "status", "stoppedAt", "result", "output"} <= set(wire["data"])
-    assert wire["type"] == "stopSideExecutionResponse"
-    assert wire["threadId"] == "a-thread"

@@ -435,7 +435,7 @@ def test_asked_in_a_finalizer_at_the_end_it_ends_within_the_grace(manager, start
         "        print('ready')\n        sleep(60)\nc = C()"
     )
     before = time.monotonic()
-    assert manager.stop(id, grace=0.5).data.status == "stopped"
+    assert manager.stop(id, grace=0.2).data.status == "stopped"
     assert time.monotonic() - before < 15
 
 
@@ -530,7 +530,7 @@ ASYNC = {
     "gather": "ready()\nawait asyncio.gather(asyncio.sleep(60), asyncio.sleep(60))",
     "wait": "ready()\nawait asyncio.wait([asyncio.ensure_future(asyncio.sleep(60))])",
     "shield": "ready()\nawait asyncio.shield(asyncio.sleep(60))",
-    "to_thread": "ready()\nawait asyncio.to_thread(time.sleep, 0.3)\nawait asyncio.sleep(60)",
+    "to_thread": "ready()\nawait asyncio.to_thread(time.sleep, 0.1)\nawait asyncio.sleep(60)",
     "subprocess": "p = await asyncio.create_subprocess_exec('sleep', '60')\nready()\n"
     "try: await p.wait()\nfinally:\n    p.kill()\n    await p.wait()",
     "blocking sleep": "ready()\ntime.sleep(60)",
@@ -926,7 +926,7 @@ def test_a_timeout_takes_the_same_road(manager, code):
 
 
 def test_a_timeout_that_meets_a_deaf_one_kills_it_when_the_grace_is_over():
-    with sidexec.ExecutionManager(grace_period=0.2, env=ENVIRONMENT) as manager:
+    with sidexec.ExecutionManager(grace_period=0.1, env=ENVIRONMENT) as manager:
         data = finish(manager, IGNORES_SIGTERM, timeout=0.3)
         assert (data.status, data.stop_reason, data.exit_code) == ("stopped", "timeout", -9)
         assert data.error is None

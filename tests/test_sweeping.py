@@ -36,7 +36,7 @@ print("ready")
 HOST = """
 import json, sys, sidexec
 code, params = json.loads(sys.argv[1])
-manager = sidexec.ExecutionManager(grace_period=0.5)
+manager = sidexec.ExecutionManager(grace_period=0.2)
 id = manager.start_with_code(code, params).raise_for_error().data.side_execution_id
 for chunk in manager.follow(id):
     break

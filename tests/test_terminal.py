@@ -26,7 +26,7 @@ def test_a_bar_never_tears_the_snippets_lines(cli):
     code = """
 import sys, time
 stream = getattr(sys, params["stream"])
-for number in range(15):
+for number in range(8):
     report_progress(number)
     print("partial", number, end="", file=stream)
     if number % 7 == 0: time.sleep(0.15)
@@ -38,7 +38,7 @@ for number in range(15):
     for terminal in [Terminal(cli, *each) for each in arguments]:
         assert terminal.finish() == 0
         assert b"%" in terminal.data
-        assert terminal.lines() == [f"partial {number} whole" for number in range(15)] + [""]
+        assert terminal.lines() == [f"partial {number} whole" for number in range(8)] + [""]
 
 
 def test_a_prompt_is_answered_at_the_terminal(cli):
@@ -91,7 +91,7 @@ def test_there_is_no_bar_without_progress_or_terminal(cli):
     ]:
         code = f"import time\nif {percent}: report_progress({percent})\nprint('one')\n"
         cli.env["TERM"] = term
-        terminals.append(Terminal(cli, "run", "-c", code + "time.sleep(0.3)", **options))
+        terminals.append(Terminal(cli, "run", "-c", code + "time.sleep(0.2)", **options))
     for terminal in terminals:
         assert terminal.finish() == 0
         streams = (terminal.process.stdout, terminal.process.stderr)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import eventually, nothing_left
+from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
 from sidexec import SideExecutionError
@@ -60,7 +61,8 @@ def test_what_interrupts_a_run_stops_it(manager):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert [each.status for each in manager.list_executions().data.executions] == ["stopped"]
+    assert manager.list_executions().data.executions[-1].status == "stopped"
+    assert manager.list_executions("running").data.count == 0
 
 
 def test_misuse_of_run_raises(manager):
