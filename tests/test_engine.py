@@ -20,7 +20,7 @@ from conftest import begin, children, descriptors, eventually, finish, is_alive,
 from test_misbehaving_hosts import run_host
 
 import sidexec
-from sidexec.engine import payload
+from sidexec.engine import engine, payload
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
@@ -174,6 +174,35 @@ def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeyp
     assert len(released) == 1
 
 
+def test_a_spare_that_is_being_released_as_it_is_handed_a_request(launcher_of, monkeypatch):
+    manager, _ = launcher_of
+    spare_of(manager)
+    looked = threading.Event()
+    is_gone, caller = Pair.is_gone, threading.get_ident()
+
+    def release_it(pair):
+        if looked.is_set():
+            return is_gone(pair)
+        pair.release()
+        return False
+
+    def get(pair):
+        if threading.get_ident() == caller:
+            looked.set()
+        return vars(pair).get("is_released", False)
+
+    def set_late(pair, value):
+        # Its thread has waited in vain, and says so only when the call has looked.
+        if value:
+            looked.wait(10)
+        vars(pair)["is_released"] = value
+
+    monkeypatch.setattr(Pair, "is_gone", release_it)
+    monkeypatch.setattr(Pair, "_is_released", property(get, set_late), raising=False)
+    id = manager.start_with_code("return 2").id
+    assert manager.wait(id, 20).data.result == 2
+
+
 @pytest.fixture
 def with_lost_spare(launcher_of, monkeypatch):
     """A manager whose next request is handed to a spare pair that is gone by then.
@@ -267,6 +296,21 @@ def test_a_start_that_comes_while_a_manager_is_closed_leaves_no_launcher(make_ma
     monkeypatch.setattr(manager._engine, "_launcher", close_first)
     assert "closed" in manager.start_with_code("pass").error
     eventually(lambda: not manager._engine._launchers)
+
+
+def test_a_first_start_within_another_shares_its_launcher(make_manager, monkeypatch):
+    """As one by a signal handler, or by another thread."""
+    manager = make_manager()
+    make = engine.Launcher
+
+    def start_first(*arguments):
+        monkeypatch.setattr(engine, "Launcher", make)
+        begin(manager, SLEEP)
+        return make(*arguments)
+
+    monkeypatch.setattr(engine, "Launcher", start_first)
+    begin(manager, SLEEP)
+    assert len(manager._engine._launchers) == 1
 
 
 def test_a_run_that_is_interrupted_once_its_request_is_handed_over_is_stopped(
@@ -516,10 +560,13 @@ def test_the_descriptors_of_an_execution_are_closed_when_its_end_is_told(launche
     (pairs,) = [each._pairs for each in manager._engine._launchers]
     eventually(lambda: len(pairs) == 3 and all(pair.ready_at for pair in pairs.values()))
     before = len(descriptors())
-    for id in ids:
+    told = []
+    for count, id in enumerate(ids, 1):
+        manager.future(id).add_done_callback(lambda done: told.append(len(descriptors())))
         manager.stop(id)
-        before -= 5  # the control socket, the channel, both outputs and what wakes the thread
-        assert len(descriptors()) == before
+        eventually(lambda count=count: len(told) == count)
+    # The control socket, the channel, both outputs and what wakes the thread.
+    assert told == [before - 5, before - 10]
 
 
 class Interrupt(Exception):

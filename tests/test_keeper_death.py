@@ -75,7 +75,9 @@ def test_a_keeper_killed_by_its_snippet(manager, trace):
     check_that_it_goes_on(manager)
 
 
-def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path):
+def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path, monkeypatch):
+    # The launcher's word ends it, not that time is up.
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 60.0)
     with contextlib.ExitStack() as stack:
         traces = [Trace(tmp_path / name) for name in ("one", "other")]
         for trace in traces:
@@ -199,7 +201,8 @@ def test_close_ends_a_launcher_that_is_stopped(manager, trace, launcher_of):
 
 
 @pytest.mark.parametrize("first", ("keeper", "launcher"))
-def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first):
+def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first, monkeypatch):
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 60.0)  # their end is heard of, not waited for
     id = begin(manager, with_descendant("deaf"), trace.params)
     both = [trace.noted("keeper")[0], launcher_of()]
     for each in both if first == "keeper" else reversed(both):
