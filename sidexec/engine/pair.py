@@ -69,7 +69,6 @@ class Pair:
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
         self.input_fd = -1  # while it is waited for room there
-        self.was_killed = False  # its keeper, before it was ready
         self._has_ended = False  # before it had a request
         self._is_released = False  # and so takes none
         self._deadlines: list[float] = []
@@ -175,7 +174,6 @@ class Pair:
                 self._has_ended = frames[-1][0] != protocol.READY
                 return None
             if not is_open:
-                self.was_killed = not fault
                 return f"{keeper} ended before it was ready{fault}"
         return f"{keeper} was not ready after {READY_LIMIT:g} s"
 
