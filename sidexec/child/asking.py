@@ -50,15 +50,11 @@ class Ask:
         self.phase = WAITING
         self.has_come = False
         self._library = library
-        self._is_held = False
-        self._is_deferred = False
         self._is_scheduled = False
         self._has_raised = False
         self._loop: Any = None  # that runs when it is raised
         self._due_at: float | None = None  # when it is raised after all, where it was put off
         self._undo_trace: Callable[[], None] | None = None
-        hooks = (Ask._before_fork, Ask._after_fork_in_parent)
-        self._hooks = frozenset(hook.__code__ for hook in hooks)
         self._fork_masks: dict[int, set[int]] = {}
 
     def listen(self) -> None:
@@ -87,16 +83,6 @@ class Ask:
         finally:
             sys.unraisablehook = report
 
-    def hold(self) -> None:
-        """Raise nothing until `resume`: an exception would cut a frame in two."""
-        self._is_held = True
-
-    def resume(self) -> None:
-        self._is_held = False
-        if self._is_deferred and self._may_raise():
-            self._is_deferred = False
-            self._interrupt(sys._getframe())
-
     def _on_ask(self, signum: int, frame: FrameType | None) -> None:
         if self.has_come:
             return  # a second one would abort the cleanup
@@ -115,8 +101,6 @@ class Ask:
         sys.unraisablehook = raise_again
         if self.phase != RUNNING:
             self._put_off()  # it would end a handler that has just begun to clean up
-        elif self._is_held:
-            self._is_deferred = True
         else:
             self._interrupt(frame)
 
@@ -146,9 +130,7 @@ class Ask:
                 # Last: a nudge that came in between would raise it here, in asyncio's code.
                 self._is_scheduled = True
                 return
-        if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
-            self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
-        elif frame is not None and (
+        if frame is not None and (
             not at_once or frame.f_code.co_code[frame.f_lasti] in self._backward_jumps()
         ):
             self._raise_at_next_opcode(frame)

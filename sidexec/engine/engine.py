@@ -108,8 +108,6 @@ class Engine:
             elif time.monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: try again")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
-        if not is_placed and not execution.is_decided():
-            launcher.withdraw(execution)
         return is_placed
 
     def know(self, execution: Execution) -> None:

@@ -110,11 +110,6 @@ class Requests:
             self._may_fork_ahead.pop()
         except IndexError:
             return  # one is on its way
-        for pair in self._spares.copy():  # `list` would fail where it changes meanwhile
-            if pair.is_gone():  # somebody has killed it meanwhile
-                with contextlib.suppress(ValueError):  # a call has taken it just now
-                    self._spares.remove(pair)
-                    pair.release()
         # Of those that come, one may find that its request has gone to another pair.
         has_spare = self._spares or len(self._coming) > len(self._waiting)
         if self.keeps_spare and not has_spare:
