@@ -55,6 +55,8 @@ class Ask:
         self._loop: Any = None  # that runs when it is raised
         self._due_at: float | None = None  # when it is raised after all, where it was put off
         self._undo_trace: Callable[[], None] | None = None
+        hooks = (Ask._before_fork, Ask._after_fork_in_parent)
+        self._hooks = frozenset(hook.__code__ for hook in hooks)
         self._fork_masks: dict[int, set[int]] = {}
 
     def listen(self) -> None:
@@ -130,7 +132,9 @@ class Ask:
                 # Last: a nudge that came in between would raise it here, in asyncio's code.
                 self._is_scheduled = True
                 return
-        if frame is not None and (
+        if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
+            self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
+        elif frame is not None and (
             not at_once or frame.f_code.co_code[frame.f_lasti] in self._backward_jumps()
         ):
             self._raise_at_next_opcode(frame)
