@@ -1,5 +1,6 @@
 """Standard input, and standard error that goes where standard output goes."""
 
+import collections
 import os
 import select
 import subprocess
@@ -130,4 +131,21 @@ def test_how_much_waits_is_known_whoever_adds_to_it_at_once():
         input.add(data, close=False)
         assert input.has_room() is has_room
     input.end()
+    reader.close()
+
+
+def test_what_comes_with_the_end_while_input_is_written_is_written_as_well():
+    class Arrived(collections.deque):
+        def __bool__(self):
+            if not len(self) and input.is_open:
+                input.add(b"late", close=True)
+                return False
+            return len(self) > 0
+
+    reader, writer = map(Descriptor, os.pipe())
+    input = Input(writer, b"", is_open=True)
+    input._arrived = Arrived()
+    input.write()
+    input.write()
+    assert os.read(reader.fd, 100) == b"late"
     reader.close()

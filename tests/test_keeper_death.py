@@ -14,6 +14,7 @@ from test_without_kernel_help import taken_away
 
 import sidexec
 from sidexec.engine import thread
+from sidexec.engine.pair import Pair
 
 GRACE = 0.5
 # How long past its grace a stop may take when the keeper itself does not answer.
@@ -233,9 +234,27 @@ def check_that_it_is_told(manager, fault, error, caplog):
 
 
 @pytest.mark.parametrize(
-    "method, force, status", (("_ask_strays", False, "failed"), ("_kill_all", True, "stopped"))
+    "method, force, status, is_late",
+    (
+        ("_ask_strays", False, "failed", False),
+        ("_ask_strays", False, "failed", True),
+        ("_kill_all", True, "stopped", False),
+    ),
 )
-def test_what_a_keeper_fails_of_is_told(manager, trace, caplog, method, force, status):
+def test_what_a_keeper_fails_of_is_told(
+    manager, trace, caplog, monkeypatch, method, force, status, is_late
+):
+    def wait_for_both(pair, *args, **options):
+        """What the launcher says of it is there before its own words are read."""
+        found = wait(pair, *args, **options)
+        if pair.control_fd not in found:
+            return found
+        eventually(lambda: pair.lost)
+        return []
+
+    wait = Pair.wait
+    if is_late:
+        monkeypatch.setattr(Pair, "wait", wait_for_both)
     with broken(f"keeper.Keeper.{method}"):
         id = begin(manager, with_descendant("daemon"), trace.params)
         if force:

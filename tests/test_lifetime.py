@@ -40,6 +40,7 @@ import sidexec
 import sidexec.engine.engine
 from sidexec import ExecutionManager, Limits, SideExecutionError
 from sidexec.engine import thread
+from sidexec.engine.process import Process
 
 
 @pytest.fixture
@@ -419,7 +420,17 @@ def test_preloaded_modules_are_there_before_the_snippet(make_manager, tmp_path):
         ("import os; os._exit(7)", "exit code 7"),
     ],
 )
-def test_a_preload_that_fails_is_named(make_manager, tmp_path, body, error):
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, body, error, is_late):
+    def hear_late(process, seconds):
+        """What it has said is read when it has ended."""
+        if process.is_greeted:
+            eventually(lambda: not is_alive(process.pid))
+        return hear(process, seconds)
+
+    hear = Process.hear
+    if is_late:
+        monkeypatch.setattr(Process, "hear", hear_late)
     modules = {} if body is None else {"no_such_module": body}
     before = tree("self")
     manager = with_modules(make_manager, tmp_path, ["json", "no_such_module"], **modules)

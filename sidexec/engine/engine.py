@@ -156,6 +156,7 @@ class Engine:
             for execution in executions:
                 execution.stop("requested", grace, caller)
                 logger.debug("stopping %s", execution.id)
+            self._give_up_what_is_cut_off()
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
         self._wait_for_callbacks(executions, grace)
@@ -170,6 +171,7 @@ class Engine:
         running = self.running()
         for execution in running:
             execution.stop("closed", grace)
+        self._give_up_what_is_cut_off()
         if not wait:
             for launcher in list(self._launchers):
                 launcher.let_go()
@@ -192,6 +194,11 @@ class Engine:
                 delivery.abandon()
 
     # -- launchers
+
+    def _give_up_what_is_cut_off(self) -> None:
+        """Where the host has closed all descriptors, nothing else wakes the threads in `poll`."""
+        for each in list(self._launchers):
+            each.is_cut_off()
 
     def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
         """One that is up and runs snippets as the host is now: user, limits, environment."""
