@@ -205,6 +205,22 @@ def test_a_spare_that_is_being_released_as_it_is_handed_a_request(launcher_of, m
     assert manager.wait(id, 20).data.result == 2
 
 
+def test_a_snippet_that_is_killed_before_its_pair_is_ready_takes_no_request(manager, monkeypatch):
+    read = Pair.read_control
+
+    def kill_first(pair):
+        frames, is_open = read(pair)
+        monkeypatch.setattr(Pair, "read_control", read)
+        os.kill(int(frames[-1][1].split()[0]), signal.SIGKILL)
+        while frames[-1][0] != protocol.END:
+            frames += read(pair)[0]
+        return frames, is_open
+
+    monkeypatch.setattr(Pair, "read_control", kill_first)
+    assert "ended before it was ready" in manager.start_with_code("pass").error
+    assert result_of(manager, "return 1") == 1
+
+
 def test_a_spare_whose_snippet_is_gone_is_not_taken_though_its_keeper_has_not_said_so(launcher_of):
     manager, _ = launcher_of
     spare = spare_of(manager)
@@ -683,6 +699,8 @@ class Request:
 
 
 class ReadyPair:
+    execution = None
+
     def __init__(self, is_ahead):
         self.is_ahead = is_ahead
 
@@ -690,10 +708,11 @@ class ReadyPair:
         return False
 
     def wait_for_request(self):
-        return None
+        return self.execution
 
     def hand_over(self, execution):
-        pass
+        self.execution = execution
+        return True
 
 
 def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
@@ -760,6 +779,20 @@ def test_what_comes_as_a_pair_is_made_the_spare_one_is_seen(moment):
     requests._spares = Spares()
     taken = requests.take(ReadyPair(is_ahead=True))
     assert (taken, len(requests._spares)) == (request if moment == "put" else None, 0)
+
+
+def test_a_spare_pair_may_be_taken_at_once():
+    class Spares(collections.deque):
+        def append(self, pair):
+            super().append(pair)
+            assert requests.put(first)
+            assert not requests.put(second)
+
+    requests, first, second = Requests(lambda frame: None), Request(), Request()
+    requests.keeps_spare = True
+    requests.open()
+    requests._spares = Spares()
+    assert requests.take(ReadyPair(is_ahead=True)) is first
 
 
 def test_a_request_that_waits_for_a_launcher_that_is_let_go_of_is_placed_anew():
