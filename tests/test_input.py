@@ -7,7 +7,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import eventually
+from conftest import begin, descriptors, eventually
 
 import sidexec
 from sidexec.engine.descriptors import Descriptor
@@ -132,6 +132,13 @@ def test_how_much_waits_is_known_whoever_adds_to_it_at_once():
         assert input.has_room() is has_room
     input.end()
     reader.close()
+
+
+def test_the_host_holds_no_end_but_its_own(manager):
+    id = begin(manager, "print('ready')\ninput()", stdin=subprocess.PIPE)
+    writer = manager._engine.executions[id].input.writer.fd
+    assert list(descriptors().values()).count(os.readlink(f"/proc/self/fd/{writer}")) == 1
+    manager.stop(id)
 
 
 def test_what_comes_with_the_end_while_input_is_written_is_written_as_well():

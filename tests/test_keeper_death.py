@@ -14,6 +14,7 @@ from test_without_kernel_help import taken_away
 
 import sidexec
 from sidexec.engine import thread
+from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 
 GRACE = 0.5
@@ -150,6 +151,19 @@ def test_a_killed_launcher_lets_its_executions_clean_up(manager, trace, launcher
     assert data.output == "ready\ncleaning up\n" + "x" * 200_000 + "\n"
 
 
+def test_a_killed_launcher_is_named_also_where_its_end_is_seen_last(
+    manager, launcher_of, monkeypatch
+):
+    asked = threading.Event()
+    end, why_ended = Launcher._end, Launcher.why_ended
+    monkeypatch.setattr(Launcher, "_end", lambda self: asked.wait(20) and end(self))
+    monkeypatch.setattr(Launcher, "why_ended", lambda self: asked.set() or why_ended(self))
+    id = begin(manager, "import time" + WAIT)
+    launcher = launcher_of()
+    launcher.kill()
+    assert manager.wait(id, 30).data.error == gone("launcher", launcher.pid)
+
+
 def test_a_launcher_killed_at_once_with_a_stop(manager, trace, launcher_of):
     id = begin(manager, TREE + WAIT, trace.params)
     launcher_of().kill()
@@ -276,6 +290,23 @@ def test_what_a_launcher_fails_of_is_told(manager, trace, caplog):
     assert data.status == "failed"
     assert data.error.startswith("the launcher (pid ")
     check_that_it_is_told(manager, "_step", data.error, caplog)
+
+
+HALF_A_PAIR = """
+
+def _fork(self, **options):
+    ends = _socket.socketpair()
+    rights = b"".join(each.fileno().to_bytes(4, sys.byteorder) for each in ends)
+    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)]
+    self._socket.sendmsg([pack(PAIR, b"1 0")[:3]], ancillary)
+    os._exit(1)
+Launcher._fork = _fork
+"""
+
+
+def test_descriptors_that_come_with_a_launchers_last_words_are_closed(manager):
+    with taken_away({"launcher": HALF_A_PAIR}):
+        assert "is gone: exit code 1" in manager.start_with_code("pass").error
 
 
 # -- stopped and idle ones

@@ -298,8 +298,6 @@ class Pair:
         descriptors = execution.take_descriptors()
         if descriptors and self._channel is not None:
             self._unsent = self._unsent[self._channel.send_with(frame, descriptors) :]
-        for each in descriptors:
-            each.close()
         self._send_rest()
 
     def _send_rest(self) -> None:
