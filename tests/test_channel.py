@@ -75,3 +75,70 @@ def test_a_snippet_waits_whatever_timeout_a_preloaded_module_has_set_for_sockets
         return before and tree(launcher)[1:] == before
 
     eventually(has_spare)
+
+
+# A thread is in the midst of a report when the snippet forks.
+FORKS = """
+import os, signal, threading
+channel = report_progress.__self__._channel
+write, inside, forked = channel._write, threading.Event(), threading.Event()
+def late(frame):
+    inside.set()
+    forked.wait()
+    write(frame)
+channel._write = late
+thread = threading.Thread(target=report_result, args=("old",))
+thread.start()
+inside.wait()
+reader, writer = os.pipe()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    channel._write = write
+    os.read(reader, 1)
+    report_progress(2)
+    os._exit(0)
+forked.set()
+thread.join()
+report_result("new")
+os.write(writer, b"x")
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_waits_for_no_report_of_its_parent_and_sends_none(run):
+    data = run(FORKS)
+    assert (data.status, data.progress, data.result) == ("completed", 2, "new")
+
+
+@pytest.mark.parametrize("place", ["_write", "_send_all"])
+def test_a_report_by_a_handler_that_comes_during_another_is_sent_after_it(run, place):
+    code = """
+    channel = report_progress.__self__._channel
+    call = getattr(channel, params["place"])
+    def interrupted(*frames):
+        setattr(channel, params["place"], call)
+        if frames: report_progress(2)
+        call(*frames)
+        if not frames: report_progress(2)
+    setattr(channel, params["place"], interrupted)
+    report_progress(1)
+    """
+    data = run(code, {"place": place})
+    assert (data.status, data.progress) == ("completed", 2)
+
+
+def test_a_report_that_a_handler_ends_is_sent_by_the_next(run):
+    code = """
+    channel = report_progress.__self__._channel
+    write = channel._write
+    def interrupted(frame):
+        channel._write = write
+        raise ZeroDivisionError
+    channel._write = interrupted
+    try: report_progress(1)
+    except ZeroDivisionError: pass
+    report_result(2)
+    """
+    data = run(code)
+    assert (data.progress, data.result) == (1, 2)

@@ -1,6 +1,7 @@
 """The engine under a host, or with processes, that do not do what they should."""
 
 import _imp
+import collections
 import copy
 import dataclasses
 import gc
@@ -20,7 +21,8 @@ from conftest import begin, children, descriptors, eventually, finish, is_alive,
 from test_misbehaving_hosts import run_host
 
 import sidexec
-from sidexec.engine import payload
+from sidexec import protocol
+from sidexec.engine import engine, payload, thread
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
@@ -169,6 +171,61 @@ def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeyp
     assert len(released) == 1
 
 
+def test_a_spare_that_is_being_released_as_it_is_handed_a_request(launcher_of, monkeypatch):
+    manager, _ = launcher_of
+    spare_of(manager)
+    looked = threading.Event()
+    is_gone, caller = Pair.is_gone, threading.get_ident()
+
+    def release_it(pair):
+        if looked.is_set():
+            return is_gone(pair)
+        pair.release()
+        return False
+
+    def get(pair):
+        if threading.get_ident() == caller:
+            looked.set()
+        return vars(pair).get("is_released", False)
+
+    def set_late(pair, value):
+        # Its thread has waited in vain, and says so only when the call has looked.
+        if value:
+            looked.wait(10)
+        vars(pair)["is_released"] = value
+
+    monkeypatch.setattr(Pair, "is_gone", release_it)
+    monkeypatch.setattr(Pair, "_is_released", property(get, set_late), raising=False)
+    id = manager.start_with_code("return 2").id
+    assert manager.wait(id, 20).data.result == 2
+
+
+def test_a_snippet_that_is_killed_before_its_pair_is_ready_takes_no_request(manager, monkeypatch):
+    read = Pair.read_control
+
+    def kill_first(pair):
+        frames, is_open = read(pair)
+        monkeypatch.setattr(Pair, "read_control", read)
+        os.kill(int(frames[-1][1].split()[0]), signal.SIGKILL)
+        while frames[-1][0] != protocol.END:
+            frames += read(pair)[0]
+        return frames, is_open
+
+    monkeypatch.setattr(Pair, "read_control", kill_first)
+    assert "ended before it was ready" in manager.start_with_code("pass").error
+    assert result_of(manager, "return 1") == 1
+
+
+def test_a_spare_whose_snippet_is_gone_is_not_taken_though_its_keeper_has_not_said_so(launcher_of):
+    manager, _ = launcher_of
+    spare = spare_of(manager)
+    os.kill(spare.keeper_pid, signal.SIGSTOP)
+    os.kill(spare.snippet_pid, signal.SIGKILL)
+    eventually(lambda: not is_alive(spare.snippet_pid))
+    with within(20):
+        assert result_of(manager, "return 2") == 2
+
+
 @pytest.fixture
 def with_lost_spare(launcher_of, monkeypatch):
     """A manager whose next request is handed to a spare pair that is gone by then.
@@ -260,6 +317,90 @@ def test_a_start_that_comes_while_a_manager_is_closed_leaves_no_launcher(make_ma
     monkeypatch.setattr(manager._engine, "_launcher", close_first)
     assert "closed" in manager.start_with_code("pass").error
     eventually(lambda: not manager._engine._launchers)
+
+
+def test_a_pair_that_takes_its_request_just_as_its_manager_is_closed_is_stopped(
+    launcher_of, monkeypatch
+):
+    manager, _ = launcher_of
+    spare_of(manager)
+    listed, submitted = threading.Event(), threading.Event()
+    running, submit = manager._engine.running, Launcher.submit
+
+    def list_early():
+        found = running()
+        listed.set()
+        submitted.wait(20)
+        return found
+
+    def submit_late(launcher, execution):
+        pool.submit(manager.close)
+        listed.wait(20)
+        is_placed = submit(launcher, execution)
+        eventually(execution.is_decided)
+        submitted.set()
+        return is_placed
+
+    monkeypatch.setattr(manager._engine, "running", list_early)
+    monkeypatch.setattr(Launcher, "submit", submit_late)
+    with ThreadPoolExecutor() as pool:
+        id = manager.start_with_code(SLEEP).id
+        monkeypatch.undo()
+        try:
+            data = manager.wait(id, 10).data
+        finally:
+            manager.close()
+    assert (data.status, data.stop_reason) == ("stopped", "closed")
+
+
+@pytest.mark.parametrize("before, after, is_known", [(0, 1, True), (2, 0, False)])
+def test_an_execution_that_ends_before_its_start_knows_of_it_is_counted_once(
+    make_manager, monkeypatch, before, after, is_known
+):
+    manager = make_manager(max_history=2)
+    engine = manager._engine
+    know, caller = engine.know, threading.get_ident()
+
+    def know_late(execution):
+        if threading.get_ident() == caller:
+            eventually(execution.is_through)
+            monkeypatch.setattr(engine, "know", know)
+            for _ in range(before):
+                manager.run("pass")
+        know(execution)
+
+    assert manager.run("pass").success
+    spare_of(manager)
+    monkeypatch.setattr(engine, "know", know_late)
+    id = manager.start_with_code("pass").id
+    for _ in range(after):
+        manager.run("pass")
+    assert (manager.get_status(id).data.status != "not_found") is is_known
+    assert manager.list_executions("running").data.count == 0
+
+
+def test_an_internal_error_fails_one_execution(manager, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(thread._Run, "_hear_snippet", lambda *args: 1 / 0)
+        data = manager.run("print()").data
+    assert (data.status, data.error) == ("failed", "internal error: see the log")
+    assert "ZeroDivisionError" in caplog.text
+    assert result_of(manager, "return 1") == 1
+
+
+def test_a_first_start_within_another_shares_its_launcher(make_manager, monkeypatch):
+    """As one by a signal handler, or by another thread."""
+    manager = make_manager()
+    make = engine.Launcher
+
+    def start_first(*arguments):
+        monkeypatch.setattr(engine, "Launcher", make)
+        begin(manager, SLEEP)
+        return make(*arguments)
+
+    monkeypatch.setattr(engine, "Launcher", start_first)
+    begin(manager, SLEEP)
+    assert len(manager._engine._launchers) == 1
 
 
 def test_a_run_that_is_interrupted_once_its_request_is_handed_over_is_stopped(
@@ -509,10 +650,13 @@ def test_the_descriptors_of_an_execution_are_closed_when_its_end_is_told(launche
     (pairs,) = [each._pairs for each in manager._engine._launchers]
     eventually(lambda: len(pairs) == 3 and all(pair.ready_at for pair in pairs.values()))
     before = len(descriptors())
-    for id in ids:
+    told = []
+    for count, id in enumerate(ids, 1):
+        manager.future(id).add_done_callback(lambda done: told.append(len(descriptors())))
         manager.stop(id)
-        before -= 5  # the control socket, the channel, both outputs and what wakes the thread
-        assert len(descriptors()) == before
+        eventually(lambda count=count: len(told) == count)
+    # The control socket, the channel, both outputs and what wakes the thread.
+    assert told == [before - 5, before - 10]
 
 
 class Interrupt(Exception):
@@ -538,7 +682,7 @@ def test_a_start_that_is_interrupted_while_it_asks_for_a_pair_takes_none_from_th
 class Request:
     """As much of an execution as `Requests` knows of."""
 
-    refusal = None
+    refusal = place = None
 
     def claim(self, owner):
         return True
@@ -548,6 +692,8 @@ class Request:
 
 
 class ReadyPair:
+    execution = None
+
     def __init__(self, is_ahead):
         self.is_ahead = is_ahead
 
@@ -555,29 +701,11 @@ class ReadyPair:
         return False
 
     def wait_for_request(self):
-        return None
+        return self.execution
 
     def hand_over(self, execution):
-        pass
-
-
-def test_spare_pairs_may_come_and_go_while_they_are_looked_at():
-    requests = Requests(lambda frame: None)
-    requests.keeps_spare = True
-    until = time.monotonic() + 0.3
-
-    def come_and_go():
-        while time.monotonic() < until:
-            requests.take(ReadyPair(is_ahead=True))
-            requests.put(Request())
-
-    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while time.monotonic() < until:
-        requests.fork_ahead()
-    for thread in threads:
-        thread.join()
+        self.execution = execution
+        return True
 
 
 def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
@@ -591,3 +719,79 @@ def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
     assert second.refusal is None
     requests.miss(False, "the second")
     assert second.refusal == "the second"
+
+
+def test_one_pair_is_kept_ahead_and_no_more():
+    asked = []
+    requests = Requests(asked.append)
+    requests.open()
+    requests.take(ReadyPair(is_ahead=False))
+    assert not requests._spares  # nothing is to be kept yet
+    requests.keeps_spare = True
+    requests.fork_ahead()
+    requests.fork_ahead()  # one is on its way
+    requests.take(ReadyPair(is_ahead=True))
+    requests.fork_ahead()
+    requests.take(ReadyPair(is_ahead=False))  # its request went to another pair
+    assert (asked, len(requests._spares)) == ([protocol.FORK_AHEAD], 1)
+
+
+def test_no_pair_is_forked_ahead_where_one_comes_whose_request_has_gone_to_another():
+    asked = []
+    requests = Requests(asked.append)
+    requests.keeps_spare = True
+    requests.open()
+    requests.put(Request())
+    requests.take(ReadyPair(is_ahead=True))
+    requests.fork_ahead()
+    assert asked == [protocol.FORK]
+
+
+def test_a_handler_that_raises_as_a_pair_is_asked_for_leaves_none_to_wait_for():
+    asked = []
+    requests = Requests(lambda frame: asked.append(frame) or 1 / (len(asked) - 1))
+    requests.keeps_spare = True
+    requests.open()
+    with pytest.raises(ZeroDivisionError):
+        requests.put(Request())
+    requests.refuse_all("")
+    requests.fork_ahead()
+    assert asked == [protocol.FORK, protocol.FORK_AHEAD]
+
+
+@pytest.mark.parametrize("moment", ["put", "close"])
+def test_what_comes_as_a_pair_is_made_the_spare_one_is_seen(moment):
+    class Spares(collections.deque):
+        def append(self, pair):
+            requests.put(request) if moment == "put" else requests.close()
+            super().append(pair)
+
+    requests, request = Requests(lambda frame: None), Request()
+    requests.keeps_spare = True
+    requests.open()
+    requests._spares = Spares()
+    taken = requests.take(ReadyPair(is_ahead=True))
+    assert (taken, len(requests._spares)) == (request if moment == "put" else None, 0)
+
+
+def test_a_spare_pair_may_be_taken_at_once():
+    class Spares(collections.deque):
+        def append(self, pair):
+            super().append(pair)
+            assert requests.put(first)
+            assert not requests.put(second)
+
+    requests, first, second = Requests(lambda frame: None), Request(), Request()
+    requests.keeps_spare = True
+    requests.open()
+    requests._spares = Spares()
+    assert requests.take(ReadyPair(is_ahead=True)) is first
+
+
+def test_a_request_that_waits_for_a_launcher_that_is_let_go_of_is_placed_anew():
+    requests, request, placed = Requests(lambda frame: None), Request(), []
+    request.place = lambda: placed.append(request)
+    requests.put(request)
+    requests.close()
+    assert requests.take(ReadyPair(is_ahead=False)) is None
+    assert placed == [request]

@@ -292,7 +292,8 @@ daemon(body)
 os._exit(0)
 """)
     for _ in range(10):
-        data = finish(manager, code, trace.params)
+        with within(HANG):
+            data = finish(manager, code, trace.params)
         assert (data.status, data.exit_code) == ("completed", 0)
         assert trace.left() == set()
         if trace.noted("descendant"):
@@ -515,15 +516,26 @@ return {
 def test_a_host_that_closes_all_descriptors_is_not_held_up():
     """Those of the manager, too: what runs is stopped, and the next start works."""
     code = """
-import os, sidexec
-from sidexec.engine import thread
+import os, sidexec, time
+from sidexec.engine import launcher, pair, thread
 thread.SWEEP_ALLOWANCE = 0.2
+launcher.EXIT_LIMIT = 60
+waits = []
+wait = pair.Pair.wait
+pair.Pair.wait = lambda *args, **options: waits.append(1) or wait(*args, **options)
 manager = sidexec.ExecutionManager(grace_period=0.2)
-id = manager.start_with_code("import time; time.sleep(60)").id
-os.closerange(3, 200)
-response = manager.stop(id)
-assert response.data.status == "stopped", response
+def wait_for_spare():
+    while not manager._engine._launchers[-1]._requests._spares: time.sleep(0.005)
+for is_idle in (False, True):  # at once, and when all threads wait
+    id = manager.start_with_code("import time; time.sleep(60)").id
+    if is_idle: wait_for_spare()
+    os.closerange(3, 200)
+    response = manager.stop(id)
+    assert response.data.status == "stopped", response
+    assert len(waits) < 100, len(waits)
 assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
+wait_for_spare()
+os.closerange(3, 200)
 manager.close()
 os._exit(0)
 """

@@ -1,12 +1,13 @@
 """Standard input, and standard error that goes where standard output goes."""
 
+import collections
 import os
 import select
 import subprocess
 import threading
 
 import pytest
-from conftest import eventually
+from conftest import begin, descriptors, eventually
 from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
@@ -131,4 +132,28 @@ def test_how_much_waits_is_known_whoever_adds_to_it_at_once():
         input.add(data, close=False)
         assert input.has_room() is has_room
     input.end()
+    reader.close()
+
+
+def test_the_host_holds_no_end_but_its_own(manager):
+    id = begin(manager, "print('ready')\ninput()", stdin=subprocess.PIPE)
+    writer = manager._engine.executions[id].input.writer.fd
+    assert list(descriptors().values()).count(os.readlink(f"/proc/self/fd/{writer}")) == 1
+    manager.stop(id)
+
+
+def test_what_comes_with_the_end_while_input_is_written_is_written_as_well():
+    class Arrived(collections.deque):
+        def __bool__(self):
+            if not len(self) and input.is_open:
+                input.add(b"late", close=True)
+                return False
+            return len(self) > 0
+
+    reader, writer = map(Descriptor, os.pipe())
+    input = Input(writer, b"", is_open=True)
+    input._arrived = Arrived()
+    input.write()
+    input.write()
+    assert os.read(reader.fd, 100) == b"late"
     reader.close()

@@ -16,6 +16,7 @@ from test_without_kernel_help import taken_away
 import sidexec
 from sidexec.engine import thread
 from sidexec.engine.launcher import Launcher
+from sidexec.engine.pair import Pair
 
 GRACE = 0.25
 # How long past its grace a stop may take when the keeper itself does not answer.
@@ -78,7 +79,9 @@ def test_a_keeper_killed_by_its_snippet(manager, trace):
     check_that_it_goes_on(manager)
 
 
-def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path):
+def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path, monkeypatch):
+    # The launcher's word ends it, not that time is up.
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 60.0)
     with contextlib.ExitStack() as stack:
         traces = [Trace(tmp_path / name) for name in ("one", "other")]
         for trace in traces:
@@ -151,6 +154,19 @@ def test_a_killed_launcher_lets_its_executions_clean_up(manager, trace, launcher
     assert data.output == "ready\ncleaning up\n" + "x" * 200_000 + "\n"
 
 
+def test_a_killed_launcher_is_named_also_where_its_end_is_seen_last(
+    manager, launcher_of, monkeypatch
+):
+    asked = threading.Event()
+    end, why_ended = Launcher._end, Launcher.why_ended
+    monkeypatch.setattr(Launcher, "_end", lambda self: asked.wait(20) and end(self))
+    monkeypatch.setattr(Launcher, "why_ended", lambda self: asked.set() or why_ended(self))
+    id = begin(manager, "import time" + WAIT)
+    launcher = launcher_of()
+    launcher.kill()
+    assert manager.wait(id, 30).data.error == gone("launcher", launcher.pid)
+
+
 def test_a_launcher_killed_at_once_with_a_stop(manager, trace, launcher_of):
     id = begin(manager, TREE + WAIT, trace.params)
     launcher_of().kill()
@@ -203,7 +219,8 @@ def test_close_ends_a_launcher_that_is_stopped(manager, trace, launcher_of):
 
 
 @pytest.mark.parametrize("first", ("keeper", "launcher"))
-def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first):
+def test_keeper_and_launcher_killed_together(manager, trace, launcher_of, first, monkeypatch):
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 60.0)  # their end is heard of, not waited for
     id = begin(manager, with_descendant("deaf"), trace.params)
     both = [trace.noted("keeper")[0], launcher_of()]
     for each in both if first == "keeper" else reversed(both):
@@ -234,9 +251,27 @@ def check_that_it_is_told(manager, fault, error, caplog):
 
 
 @pytest.mark.parametrize(
-    "method, force, status", (("_ask_strays", False, "failed"), ("_kill_all", True, "stopped"))
+    "method, force, status, is_late",
+    (
+        ("_ask_strays", False, "failed", False),
+        ("_ask_strays", False, "failed", True),
+        ("_kill_all", True, "stopped", False),
+    ),
 )
-def test_what_a_keeper_fails_of_is_told(manager, trace, caplog, method, force, status):
+def test_what_a_keeper_fails_of_is_told(
+    manager, trace, caplog, monkeypatch, method, force, status, is_late
+):
+    def wait_for_both(pair, *args, **options):
+        """What the launcher says of it is there before its own words are read."""
+        found = wait(pair, *args, **options)
+        if pair.control_fd not in found:
+            return found
+        eventually(lambda: pair.lost)
+        return []
+
+    wait = Pair.wait
+    if is_late:
+        monkeypatch.setattr(Pair, "wait", wait_for_both)
     with broken(f"keeper.Keeper.{method}"):
         id = begin(manager, with_descendant("daemon"), trace.params)
         if force:
@@ -258,6 +293,23 @@ def test_what_a_launcher_fails_of_is_told(manager, trace, caplog):
     assert data.status == "failed"
     assert data.error.startswith("the launcher (pid ")
     check_that_it_is_told(manager, "_step", data.error, caplog)
+
+
+HALF_A_PAIR = """
+
+def _fork(self, **options):
+    ends = _socket.socketpair()
+    rights = b"".join(each.fileno().to_bytes(4, sys.byteorder) for each in ends)
+    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)]
+    self._socket.sendmsg([pack(PAIR, b"1 0")[:3]], ancillary)
+    os._exit(1)
+Launcher._fork = _fork
+"""
+
+
+def test_descriptors_that_come_with_a_launchers_last_words_are_closed(manager):
+    with taken_away({"launcher": HALF_A_PAIR}):
+        assert "is gone: exit code 1" in manager.start_with_code("pass").error
 
 
 # -- stopped and idle ones

@@ -40,6 +40,7 @@ import sidexec
 import sidexec.engine.engine
 from sidexec import ExecutionManager, Limits, SideExecutionError
 from sidexec.engine import thread
+from sidexec.engine.process import Process
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def test_a_timeout_of_none_is_no_limit_and_the_default_is_five_minutes(make_mana
 
 
 @pytest.mark.parametrize("hurry", [{"force": True}, {"grace": 0.2}, {"grace": 0}])
-def test_a_stop_under_way_can_be_hurried(patient, hurry):
+def test_a_stop_under_way_can_be_hurried(patient, monkeypatch, hurry):
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 60.0)  # by its keeper, not past that
     id = begin(patient, STUBBORN)
     with concurrent.futures.ThreadPoolExecutor(1) as pool, within(30):
         future = pool.submit(patient.stop, id)
@@ -422,8 +424,19 @@ def test_preloaded_modules_are_there_before_the_snippet(make_manager, tmp_path):
         ],
     ),
 )
-def test_a_preload_that_fails_is_named(make_manager, tmp_path, failing):
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, failing, is_late):
     body, error = failing
+
+    def hear_late(process, seconds):
+        """What it has said is read when it has ended."""
+        if process.is_greeted:
+            eventually(lambda: not is_alive(process.pid))
+        return hear(process, seconds)
+
+    hear = Process.hear
+    if is_late:
+        monkeypatch.setattr(Process, "hear", hear_late)
     modules = {} if body is None else {"no_such_module": body}
     before = tree("self")
     manager = with_modules(make_manager, tmp_path, ["json", "no_such_module"], **modules)

@@ -138,7 +138,7 @@ def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace, how
         spawned(
             how,
             "quiet(); os.setsid()",
-            "signal.signal(signal.SIGTERM, lambda *args: (note('asked'), os._exit(0)))",
+            "signal.signal(signal.SIGTERM, lambda *args: (note('asked'), time.sleep(0.1), os._exit(0)))",
             f"note('descendant'); {stop}",
             "time.sleep(60)",
         ),

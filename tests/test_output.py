@@ -17,6 +17,10 @@ import pytest
 from conftest import begin, eventually
 from conftest import swept_manager as manager  # noqa: F401
 
+from sidexec.engine import pair as pairs
+from sidexec.engine.delivery import Delivery
+from sidexec.engine.pair import Pair
+
 FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 # Writes each of the pieces once the file for the one before is there.
@@ -490,7 +494,8 @@ def test_on_output_may_call_the_manager(manager):
         said.append(manager.get_status(ids[0]).data.status)
         said.append(manager.wait(ids[0], 0.01).data.status)
         said.append(manager.list_executions("running").data.count)
-        said.append(manager.stop(ids[0]).data.status)
+        # Nor does it wait for this very callback, which it would for its whole grace period.
+        said.append(manager.stop(ids[0], grace=60).data.status)
         said.append(manager.wait(ids[0]).data.status)
 
     ids.append(id_of(manager.start_with_code(FOREVER, on_output=on_output)))
@@ -532,6 +537,53 @@ def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
     data = manager.wait(id).data
     assert (data.status, len(data.output)) == ("completed", 50000 * 31)
     assert texts(got)[0] == data.output
+
+
+def test_what_waits_for_an_on_output_that_blocks_is_bounded(monkeypatch, caplog):
+    monkeypatch.setattr("sidexec.engine.delivery.MOST", 10_000)
+    release = threading.Event()
+    got = []
+    delivery = Delivery("x", lambda chunk: release.wait(60) and got.append(chunk.text))
+    delivery.start()
+    for _ in range(100):
+        delivery.put("stdout", b"x" * 1000)
+    release.set()
+    delivery.end(bool)
+    assert delivery.wait(20)
+    size = len("".join(got))
+    assert 10_000 <= size <= 11_000  # one more may be in the callback's hands
+    (record,) = eventually(lambda: caplog.records)
+    assert record.message == f"on_output of x never got {100_000 - size} bytes"
+
+
+def test_room_that_on_output_makes_just_before_it_is_waited_for_is_seen():
+    class Late(Delivery):
+        """Whoever has found no room says what to call only once all has been passed on."""
+
+        wake = None
+        has_room = threading.Event()
+
+        @property
+        def _wake(self):
+            if not self._backlog:
+                self.has_room.set()
+            return self.wake
+
+        @_wake.setter
+        def _wake(self, wake):
+            if wake is not None:
+                release.set()
+                assert self.has_room.wait(20)
+            self.wake = wake
+
+    release = threading.Event()
+    delivery = Late("x", lambda chunk: release.wait(60))
+    delivery.start()
+    for _ in range(9):
+        delivery.put("stdout", bytes(256 * 1024))
+    assert not delivery.is_full(bool)
+    delivery.end(bool)
+    assert delivery.wait(20)
 
 
 # -- a descriptor in other hands
@@ -691,3 +743,48 @@ os.write(1, b"x" * 4_000_000)
             assert (data.status, data.output, data.forced) == ("stopped", "ready\n", False)
     finally:
         over.set()
+
+
+def test_a_number_that_is_anothers_at_once_is_not_waited_for(manager, monkeypatch):
+    """Of a file that can always be read, it would wake the thread without a pause."""
+    heard = []
+    wait, close = Pair.wait, pairs.close_all
+    with open("/dev/zero", "rb") as other:
+
+        def open_another(fds):
+            for fd in fds:
+                os.dup2(other.fileno(), fd)  # which closes it
+                numbers.append(fd)
+
+        numbers = []
+        monkeypatch.setattr(pairs, "close_all", open_another)
+        monkeypatch.setattr(
+            Pair, "wait", lambda *args, **options: heard.append(wait(*args, **options)) or heard[-1]
+        )
+        id = begin(manager, "import os, time\nprint('ready')\nos.close(1)\ntime.sleep(60)")
+        eventually(lambda: numbers)
+        monkeypatch.setattr(pairs, "close_all", close)
+        heard.clear()
+        owner = manager._engine.executions[id].owner
+        owner.wake()
+        eventually(lambda: heard)
+        assert heard == [[owner.wake_fd]]
+        manager.stop(id)
+        close(numbers)
+
+
+def test_what_is_read_at_the_end_is_what_is_there_by_then():
+    """A process outside of the tree may go on writing for ever."""
+    ends = [os.pipe() for _ in range(4)]
+    pair = Pair(0, [reader for reader, _ in ends], False)
+    writer = ends[2][1]
+    os.write(writer, b"there")
+    read = []
+    for fd, size in pair.left():
+        read.append(pair.read_stream(fd, size))
+        assert len(read) < 10
+        os.write(writer, b"later")
+    pair.close()
+    for _, writer in ends:
+        os.close(writer)
+    assert read == [("stdout", b"there")]

@@ -1379,6 +1379,27 @@ def test_daemon_threads_at_the_end_make_no_noise(run):
         assert (data.output, data.error_output) == ("end\n", "")
 
 
+def test_a_daemon_thread_may_write_to_a_file_until_the_end(run):
+    data = run("""
+    import io, threading, time
+    class File(io.RawIOBase):
+        def writable(self): return True
+        def write(self, data):
+            if self.closed: raise ValueError("closed too early")
+            return len(data)
+        def close(self, sleep=time.sleep):
+            super().close()
+            sleep(0.05)
+    file = File()
+    def spin():
+        while True:
+            file.write(b"x")
+            time.sleep(0.001)
+    threading.Thread(target=spin, daemon=True).start()
+    """)
+    assert (data.status, data.error_output) == ("completed", "")
+
+
 # -- nothing written is lost
 
 

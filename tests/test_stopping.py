@@ -703,6 +703,76 @@ def test_a_nudge_that_comes_during_the_ask_waits_for_it(run):
     assert (data.output, data.error_output, data.exit_code) == ("whole\n", "", 143)
 
 
+def test_an_ask_that_a_nudge_raises_is_not_raised_by_the_loop_as_well(run):
+    data = run(
+        """
+        import asyncio, signal, sys
+        loop = asyncio.new_event_loop()
+        asyncio.BaseEventLoop = int  # so that it is none of asyncio's own, as uvloop's is
+        def ask():
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, sys._getframe(1))  # in asyncio's code
+        def nudge():
+            signal.getsignal(signal.SIGURG)(signal.SIGURG, sys._getframe())
+        loop.call_soon(ask)
+        loop.call_soon(nudge)
+        try:
+            loop.run_forever()
+        finally:
+            loop.run_until_complete(asyncio.sleep(0.01))
+            print("clean")
+            loop.close()
+        """
+    )
+    assert (data.output, data.error_output, data.exit_code) == ("clean\n", "", 143)
+
+
+def test_an_ask_while_a_loop_is_made_leaves_no_half_of_it(run):
+    data = run(
+        """
+        import asyncio, signal, socket
+        socketpair = socket.socketpair
+        def asked(*args):
+            signal.raise_signal(signal.SIGTERM)
+            return socketpair(*args)
+        socket.socketpair = asked
+        asyncio.new_event_loop()
+        """
+    )
+    assert (data.output, data.error_output, data.exit_code) == ("", "", 143)
+
+
+@pytest.mark.parametrize("hook", ["_before_fork", "_after_fork_in_parent"])
+@pytest.mark.parametrize("event", ["call", "return"])
+def test_an_ask_in_a_hook_of_a_fork_is_raised_in_the_parent_alone(run, hook, event):
+    code = """
+    import os, signal, sys
+    def trace(frame, now, argument):
+        if (frame.f_code.co_name, now) == (params["hook"], params["event"]) and os.getpid() == parent:
+            sys.settrace(None)
+            if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                signal.getsignal(signal.SIGTERM)(signal.SIGTERM, frame)
+        return trace
+    def fork():
+        if os.fork() == 0:
+            os.write(1, b"child\\n")
+            os._exit(0)
+    parent = os.getpid()
+    sys.settrace(trace)
+    try:
+        fork()
+    except BaseException as error:
+        name = type(error).__name__
+        if os.getpid() == parent: os.wait()
+        os.write(1, f"{name} {os.getpid() == parent}\\n".encode())
+        os._exit(5)
+    """
+    data = run(code, {"hook": hook, "event": event})
+    assert (data.output, data.error_output) == ("child\nStopRequested True\n", "")
+    assert data.exit_code == 5
+
+
 def test_asked_while_it_reports_all_tasks_clean_up(run):
     data = run(
         """

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import pytest
 from conftest import children, eventually, is_alive
 from test_misbehaving_hosts import ROOT
 
-from sidexec import procfs
+from sidexec import procfs, suspending
 from sidexec.child import kernel, sweeping
 from sidexec.child.launcher import Launcher
+from sidexec.engine import process
 
 # Works in surroundings in which the processes can't note who they are.
 DAEMONS = """
@@ -200,6 +202,26 @@ def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, pare
         stranger.communicate(), child.communicate()
 
 
+def test_nor_does_the_host_signal_it(monkeypatch):
+    program = ["sh", "-c", "sleep 60 & echo $!; wait $!; echo $?; sleep 60"]
+    child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        below = int(child.stdout.readline())
+        suspending.signal_tree(child.pid, signal.SIGKILL)  # a keeper has had its number
+        monkeypatch.setattr(procfs, "children", lambda pid: [stranger.pid])
+        assert not suspending._signal_child(stranger.pid, child.pid, signal.SIGKILL)
+        process._kill_descendants(child.pid)
+        stranger.terminate()
+        assert stranger.wait(10) == -signal.SIGTERM
+        os.kill(below, signal.SIGTERM)
+        assert int(child.stdout.readline()) == 128 + signal.SIGTERM
+    finally:
+        stranger.kill()
+        os.killpg(child.pid, signal.SIGKILL)
+        stranger.communicate(), child.communicate()
+
+
 def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_has_reaped(
     monkeypatch,
 ):
@@ -252,3 +274,11 @@ def test_the_processes_have_names(manager, start, trace):
     names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in pids]
     # The kernel cuts them off after 15 bytes.
     assert names == ["sidexec-launche\n", "sidexec-keeper\n", "sidexec-snippet\n"]
+
+
+def test_launcher_and_snippet_have_sessions_of_their_own(run):
+    """So the host's terminal is none of theirs, nor do they get its signals."""
+    ids = "[os.getpid(), os.getsid(0), os.getpgid(0), os.getsid(os.getppid())]"
+    snippet, session, group, launcher = run(f"import os\nreturn {ids}").result
+    assert snippet == session == group
+    assert launcher in children() and launcher == os.getsid(launcher)

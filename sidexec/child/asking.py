@@ -50,8 +50,6 @@ class Ask:
         self.phase = WAITING
         self.has_come = False
         self._library = library
-        self._is_held = False
-        self._is_deferred = False
         self._is_scheduled = False
         self._has_raised = False
         self._loop: Any = None  # that runs when it is raised
@@ -87,16 +85,6 @@ class Ask:
         finally:
             sys.unraisablehook = report
 
-    def hold(self) -> None:
-        """Raise nothing until `resume`: an exception would cut a frame in two."""
-        self._is_held = True
-
-    def resume(self) -> None:
-        self._is_held = False
-        if self._is_deferred and self._may_raise():
-            self._is_deferred = False
-            self._interrupt(sys._getframe())
-
     def _on_ask(self, signum: int, frame: FrameType | None) -> None:
         if self.has_come:
             return  # a second one would abort the cleanup
@@ -115,8 +103,6 @@ class Ask:
         sys.unraisablehook = raise_again
         if self.phase != RUNNING:
             self._put_off()  # it would end a handler that has just begun to clean up
-        elif self._is_held:
-            self._is_deferred = True
         else:
             self._interrupt(frame)
 

@@ -13,7 +13,6 @@ import os
 import sys
 
 from ..protocol import PROGRESS, pack
-from .asking import Ask
 from .masking import Masked
 
 # A write of up to this many bytes is done at once, or not at all.
@@ -24,20 +23,16 @@ MOST_DESCRIPTORS = 253  # that the kernel passes at once
 
 
 class Channel:
-    def __init__(self, fd: int, ask: Ask) -> None:
+    def __init__(self, fd: int) -> None:
         self._fd = _move(fd)
         self._file = _identity(self._fd)
-        self._ask = ask
-        self._main_thread = _thread.get_ident()
         self._lock = _thread.RLock()
-        self._is_sending = False
         self._unsent: list[tuple[bytes, bytes]] = []
         self._progress = b""  # the one that was sent last
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def _after_fork_in_child(self) -> None:
         self._lock = _thread.RLock()
-        self._is_sending = False
         self._unsent = []
 
     def read(self, size: int) -> bytes:
@@ -69,41 +64,26 @@ class Channel:
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame, or leave it to the call that this one has interrupted."""
         self._unsent.append((kind, payload))
-        while True:
+        # A signal handler's report is sent by the call that it has interrupted.
+        while self._unsent and not self._lock._is_owned():  # type: ignore[attr-defined]
             with self._lock:
-                if self._is_sending:
-                    return  # a signal handler's report: the call that it interrupted sends it
-                self._is_sending = True
-                try:
-                    self._send_all()
-                finally:
-                    self._is_sending = False
-            if not self._unsent:  # or a handler came after the last check
-                return
+                self._send_all()
 
     def _send_all(self) -> None:
-        in_main_thread = _thread.get_ident() == self._main_thread
-        if in_main_thread:
-            self._ask.hold()
-        try:
-            while self._unsent:
-                kind, payload = self._unsent.pop(0)
-                if kind == PROGRESS:
-                    # Checked with the lock, as another thread may have sent a progress.
-                    if payload == self._progress:
-                        continue
-                    self._progress = payload
+        while self._unsent:
+            kind, payload = self._unsent[0]
+            # Checked with the lock, as another thread may have sent a progress.
+            if kind != PROGRESS or payload != self._progress:
                 frame = pack(kind, payload)
                 if len(frame) <= UNDIVIDED:
                     self._write(frame)
                 else:
-                    # Not for the ask alone: what a handler of the user's raises would
-                    # cut it in two as well.
+                    # What a signal handler raises would cut it in two.
                     with Masked():
                         self._write(frame)
-        finally:
-            if in_main_thread:
-                self._ask.resume()
+            if kind == PROGRESS:
+                self._progress = payload
+            del self._unsent[0]  # last: what a handler keeps from being sent, the next call sends
 
     def _write(self, frame: bytes) -> None:
         view = memoryview(frame)

@@ -252,7 +252,6 @@ class Keeper:
         self._obey(data)
         if not data:
             self._poll.unregister(self._control)
-            self._drain_for_host()
             self._stop(self._grace)
 
     def _obey(self, data: bytes) -> None:

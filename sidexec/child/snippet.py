@@ -58,7 +58,7 @@ class Snippet:
         self.clean_up: Callable[[], object] = bool  # which does nothing
         self.failure: BaseException | None = None
         self._library = library
-        self._channel = Channel(channel, self.ask)
+        self._channel = Channel(channel)
         self._failures = Failures(library, _OWN_FILES)
         self._path = path
         self._preloaded = preloaded  # what has a finalizer
@@ -272,7 +272,6 @@ def _is_interrupt(failure: BaseException) -> bool:
 _OWN_CODE = (
     Snippet.begin,
     kernel.set_limits,
-    Ask.resume,
     Channel.send,
     Failures.report,
     Library.module,

@@ -108,8 +108,6 @@ class Engine:
             elif time.monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: try again")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
-        if not is_placed and not execution.is_decided():
-            launcher.withdraw(execution)
         return is_placed
 
     def know(self, execution: Execution) -> None:
@@ -158,6 +156,7 @@ class Engine:
             for execution in executions:
                 execution.stop("requested", grace, caller)
                 logger.debug("stopping %s", execution.id)
+            self._give_up_what_is_cut_off()
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
         self._wait_for_callbacks(executions, grace)
@@ -172,6 +171,7 @@ class Engine:
         running = self.running()
         for execution in running:
             execution.stop("closed", grace)
+        self._give_up_what_is_cut_off()
         if not wait:
             for launcher in list(self._launchers):
                 launcher.let_go()
@@ -194,6 +194,11 @@ class Engine:
                 delivery.abandon()
 
     # -- launchers
+
+    def _give_up_what_is_cut_off(self) -> None:
+        """Where the host has closed all descriptors, nothing else wakes the threads in `poll`."""
+        for each in list(self._launchers):
+            each.is_cut_off()
 
     def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
         """One that is up and runs snippets as the host is now: user, limits, environment."""

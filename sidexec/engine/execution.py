@@ -236,7 +236,7 @@ class Execution:
         return self._claims.setdefault("promise", True) is True
 
     def take_descriptors(self) -> Sequence[Descriptor]:
-        """Those that go with the request: for one caller, which closes them."""
+        """Those that go with the request, for one caller: they close once it lets go of them."""
         with contextlib.suppress(IndexError):
             return self._descriptors.pop()
         return ()
@@ -296,8 +296,7 @@ class Execution:
 
     def _tell(self) -> None:
         self.place = bool  # which holds an environment
-        for each in self.take_descriptors():
-            each.close()
+        self.take_descriptors()
         if self.input is not None:
             self.input.end()
         self._on_end(self)

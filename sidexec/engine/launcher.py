@@ -124,8 +124,6 @@ class Launcher:
         self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
         self.is_up = self.is_kept = False
         self._requests.refuse_all(self._failure)
-        if not self._running and self._process is not None:
-            self._process.kill()
 
     def retire(self) -> None:
         """End it once its keepers have ended; the bell rings when it has."""
@@ -148,8 +146,8 @@ class Launcher:
     def fork_ahead(self) -> None:
         self._requests.fork_ahead()
 
-    def miss_pair(self, is_ahead: bool, reason: str, *, was_killed: bool = False) -> None:
-        self._requests.miss(is_ahead, reason, was_killed=was_killed)
+    def miss_pair(self, is_ahead: bool, reason: str) -> None:
+        self._requests.miss(is_ahead, reason)
 
     def why_ended(self) -> str | None:
         """Why the process has ended, which it is known to have, or to do just now."""

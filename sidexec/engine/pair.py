@@ -68,8 +68,6 @@ class Pair:
         self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
         self._input_fd = -1  # while it is waited for room there
-        self.was_killed = False  # its keeper, before it was ready
-        self._has_ended = False  # before it had a request
         self._is_released = False  # and so takes none
         self._deadlines: list[float] = []
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
@@ -165,12 +163,9 @@ class Pair:
                     self.snippet_pid = int(snippet_pid)
                     self.has_tree = has_tree == "1"
                     self.ready_at = procfs.now()
-            if self.snippet_pid:
-                # Where END has come with READY, the snippet was killed while it waited.
-                self._has_ended = frames[-1][0] != protocol.READY
+            if frames and frames[-1][0] == protocol.READY:  # or the snippet was killed at once
                 return None
             if not is_open:
-                self.was_killed = not fault
                 return f"{keeper} ended before it was ready{fault}"
         return f"{keeper} was not ready after {READY_LIMIT:g} s"
 
@@ -180,7 +175,7 @@ class Pair:
         poll = native("select", "poll")()
         for fd in (self.control_fd, self.channel):
             poll.register(fd, select.POLLIN)
-        return self._has_ended or self._is_released or bool(poll.poll(0))
+        return self._is_released or bool(poll.poll(0))
 
     def wait_for_request(self) -> Execution | None:
         execution: Execution | None = self._inbox.get()
@@ -300,8 +295,6 @@ class Pair:
         descriptors = execution.take_descriptors()
         if descriptors and self._channel is not None:
             self._unsent = self._unsent[self._channel.send_with(frame, descriptors) :]
-        for each in descriptors:
-            each.close()
         self._send_rest()
 
     def _send_rest(self) -> None:

@@ -126,13 +126,9 @@ class Process:
         if self._errors in ready and not self._read_errors():
             self._poll.unregister(self._errors)
         frames: list[tuple[bytes, str]] = []
-        if self._pidfd in ready:
-            while self._receive(frames):
-                pass
-            self._is_over = True
-        elif self._socket.fileno() in ready:
+        if self._socket.fileno() in ready:  # first: it may have said why it ends
             self._receive(frames)
-        elif self._pidfd < 0 and self._popen.poll() is not None:
+        elif self._pidfd in ready or (self._pidfd < 0 and self._popen.poll() is not None):
             self._is_over = True
         return frames
 
@@ -162,8 +158,8 @@ class Process:
     def said(self) -> str:
         return self._said.decode("utf-8", "replace").strip()
 
-    def _receive(self, frames: list[tuple[bytes, str]]) -> bool:
-        """Add what has come to `frames`; whether there was anything."""
+    def _receive(self, frames: list[tuple[bytes, str]]) -> None:
+        """Add what has come to `frames`."""
         try:
             data = self._receive_data()
             if len(self._greeting) < payload.GREETING:
@@ -174,12 +170,11 @@ class Process:
             for kind, body in self._inbox.feed(data):
                 frames.append((kind, body.decode("utf-8", "replace")))
         except BlockingIOError:
-            return False
+            pass
         except protocol.ProtocolError as error:
             self._fail(f"the interpreter {self._python!r} sent {error}")
         except OSError:
             self._is_over = True
-        return not self._is_over
 
     def _receive_data(self) -> bytes:
         flags = getattr(_socket, "MSG_CMSG_CLOEXEC", 0)

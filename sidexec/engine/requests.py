@@ -16,8 +16,6 @@ from ..protocol import FORK, FORK_AHEAD
 from .execution import NOBODY, Execution
 from .pair import Pair
 
-MOST_KILLED = 3
-
 
 class Requests:
     def __init__(self, ask: Callable[[bytes], object]) -> None:
@@ -29,7 +27,6 @@ class Requests:
         self._wanted: deque[None] = deque()  # one for each pair that is still to be asked for
         self._coming: deque[None] = deque()  # one for each pair that was, until it is there
         self._may_fork_ahead: deque[None] = deque([None])  # taken while one comes ahead of need
-        self._killed = 0  # of the pairs that came last, before they were ready
         self._is_open = False
         self._is_closed = False
 
@@ -69,20 +66,13 @@ class Requests:
         self._is_open = True
         self._ask_for_pairs()
 
-    def miss(self, is_ahead: bool, reason: str, *, was_killed: bool = False) -> None:
+    def miss(self, is_ahead: bool, reason: str) -> None:
         """A pair that was asked for will not come: a request is refused for it.
 
-        Where the pair was killed, another is asked for first, a few times in a row. Where
-        one that came ahead of need has taken its request, those that wait have theirs.
+        Where one that came ahead of need has taken its request, those that wait have theirs.
         """
         self._has_come(is_ahead)
-        if is_ahead or len(self._coming) + len(self._wanted) >= len(self._waiting):
-            return
-        if was_killed and self._killed < MOST_KILLED:
-            self._killed += 1
-            self._wanted.append(None)
-            self._ask_for_pairs()
-        else:
+        if not is_ahead and len(self._coming) + len(self._wanted) < len(self._waiting):
             self._refuse_one(reason)
 
     # -- from the thread of a pair
@@ -90,7 +80,6 @@ class Requests:
     def take(self, pair: Pair) -> Execution | None:
         """Claim a request for `pair`, which is ready; None where none needs it."""
         self._has_come(pair.is_ahead)
-        self._killed = 0
         while True:
             execution = self._next_for(pair)
             if execution is None:
@@ -121,11 +110,6 @@ class Requests:
             self._may_fork_ahead.pop()
         except IndexError:
             return  # one is on its way
-        for pair in self._spares.copy():  # `list` would fail where it changes meanwhile
-            if pair.is_gone():  # somebody has killed it meanwhile
-                with contextlib.suppress(ValueError):  # a call has taken it just now
-                    self._spares.remove(pair)
-                    pair.release()
         # Of those that come, one may find that its request has gone to another pair.
         has_spare = self._spares or len(self._coming) > len(self._waiting)
         if self.keeps_spare and not has_spare:

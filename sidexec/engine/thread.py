@@ -35,8 +35,7 @@ class Launcher(Protocol):
 
     def next_request(self, pair: Pair) -> Execution | None: ...
     def fork_ahead(self) -> None: ...
-    def umask(self) -> int | None: ...
-    def miss_pair(self, is_ahead: bool, reason: str, *, was_killed: bool = False) -> None: ...
+    def miss_pair(self, is_ahead: bool, reason: str) -> None: ...
     def kill_keeper(self, pid: int) -> None: ...
     def release(self, pair: Pair) -> None: ...
     def why_ended(self) -> str | None: ...
@@ -58,7 +57,7 @@ def main(pair: Pair, launcher: Launcher) -> None:
         problem = pair.wait_until_ready()
         if problem is not None:
             launcher.kill_keeper(pair.keeper_pid)
-            launcher.miss_pair(pair.is_ahead, problem, was_killed=pair.was_killed)
+            launcher.miss_pair(pair.is_ahead, problem)
             return
         execution = launcher.next_request(pair)
         if execution is not None:
@@ -95,8 +94,6 @@ class _Run:
     def run(self) -> None:
         execution, pair = self._execution, self._pair
         delivery = execution.delivery
-        if execution.umask is None:
-            execution.umask = self._launcher.umask()
         if not execution.begin():
             return
         pair.send(execution)
