@@ -269,7 +269,11 @@ FLAGS = (
     "import sys, os, warnings\nassert __debug__, 'debug'\nprint(sys.flags, sys.warnoptions, sys._xoptions)\n"
     "print([getattr(sys, n)() for n in ('get_int_max_str_digits', '_is_gil_enabled', 'is_stack_trampoline_active',"
     " 'is_remote_debug_enabled', 'get_lazy_imports') if hasattr(sys, n)])\n"
-    "print(sys.path[:2], sys.stdout.encoding, os.cpu_count(), warnings.filters)\n"
+    "print(sys.path[:2], sys.stdout.encoding, os.cpu_count(), os.__spec__.origin, warnings.filters)\n"
+    "print([getattr(sys.flags, n, None) for n in ('gil', 'thread_inherit_context', 'context_aware_warnings')])\n"
+    "import faulthandler, tracemalloc\nprint(faulthandler.is_enabled(), tracemalloc.is_tracing(),"
+    " tracemalloc.get_traceback_limit(), sys.pycache_prefix)\n"
+    "def f(): 1 / 0\nprint([*getattr(f.__code__, 'co_positions', tuple)()])\nopen(os.devnull)\n"
     "warnings.warn('no', DeprecationWarning)\nimport colorsys\nprint(type(globals()['colorsys']))\nx is 1"
 )
 VARIABLES = {
@@ -289,5 +293,11 @@ VARIABLES = {
     "PYTHON_THREAD_INHERIT_CONTEXT": "1",
     "PYTHON_CONTEXT_AWARE_WARNINGS": "1",
     "PYTHON_FROZEN_MODULES": "off",
+    "PYTHON_PERF_JIT_SUPPORT": "1",
     "PYTHONPERFSUPPORT": "1",
+    "PYTHONFAULTHANDLER": "1",
+    "PYTHONTRACEMALLOC": "5",
+    "PYTHONWARNDEFAULTENCODING": "1",
+    "PYTHONPYCACHEPREFIX": "/nowhere",
+    "PYTHONMALLOC": "debug",
 }

@@ -575,8 +575,7 @@ def test_handlers_deadlock_nothing_and_lose_nothing_in_the_long_run_that(host, c
     storm(host, 8000, mode, 200)
 
 
-# A trace function stands for the signal handler, so that each place is met once. Python
-# 3.9 runs handlers between any two instructions, later ones at fewer places.
+# A trace function stands for the signal handler, so that each place is met once.
 EVERYWHERE = """
 op, act, step, offset = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 home = os.path.dirname(sidexec.__file__)

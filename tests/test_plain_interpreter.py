@@ -20,6 +20,7 @@ from conftest import (
     begin,
     finish,
     has_printed,
+    is_alive,
     nothing_left,
     one_in,
 )
@@ -192,6 +193,21 @@ def test_a_host_runs_snippets_by_an_interpreter_of_another_version(host, other):
 # -- what the environment says to the interpreter
 
 
+@pytest.fixture
+def perf_files():
+    """Remove what the interpreters of a test leave for `perf`."""
+
+    def found():
+        return {*glob.glob("/tmp/perf-*.map"), *glob.glob("/tmp/jit-*.dump")}
+
+    before = found()
+    yield
+    for path in found() - before:
+        if not is_alive(re.sub(r"\D", "", path)):
+            os.unlink(path)
+
+
+@pytest.mark.usefixtures("perf_files")
 @pytest.mark.parametrize("name", one_in(4, VARIABLES))
 def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
     variables = {name: VARIABLES[name]}
@@ -199,6 +215,13 @@ def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
     with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
         for mode in MODES:
             assert snippet(manager, FLAGS, mode) == plain(FLAGS, **variables)
+
+
+def test_the_environment_has_imports_timed():
+    env = {**ENVIRONMENT, "PYTHONPROFILEIMPORTTIME": "1"}
+    with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
+        last = finish(manager, "import colorsys").error_output.splitlines()[-1]
+    assert re.fullmatch(r"import time: +\d+ \| +\d+ \| colorsys", last)
 
 
 def test_workers_are_started_in_the_default_way(shared):

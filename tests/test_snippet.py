@@ -121,11 +121,8 @@ RETURNS = {
     "nothing follows": "return 7\n1 / 0",
     "semicolons": "x = 7; return x",
     "one line": "if True: return 7",
+    "match": "match [1, 7]:\n    case [1, x] if x:\n        return x\n    case _:\n        return 0",
 }
-if NEW >= (3, 10):
-    RETURNS["match"] = (
-        "match [1, 7]:\n    case [1, x] if x:\n        return x\n    case _:\n        return 0"
-    )
 if NEW >= (3, 11):
     RETURNS["try in except*"] = (
         "try:\n    try:\n        1 / 0\n    except* ZeroDivisionError:\n        pass\nfinally:\n    return 7"
@@ -163,6 +160,7 @@ AWAITS = {
     "comprehension": "x = [await seven() for _ in range(2)][1]",
     "async comprehension": "x = [y async for y in sevens()][0]",
     "call": "x = int(await seven())",
+    "match": "match await seven():\n    case x:\n        await seven()",
 }
 ASYNC_TOOLS = """\
 import asyncio
@@ -175,8 +173,6 @@ class Manager:
     async def __aenter__(self): return 7
     async def __aexit__(self, *exc_info): await seven()
 """
-if NEW >= (3, 10):
-    AWAITS["match"] = "match await seven():\n    case x:\n        await seven()"
 
 
 @pytest.mark.parametrize("name, suffix", crossed(2, AWAITS, ["", "\nreturn x"]))
@@ -240,11 +236,8 @@ SYNTAX_ERRORS = {
     "break": "x = 1\nbreak\n",
     "keyword argument twice": "f(a=1, a=2)\n",
     "non-ASCII": "é = 1\nü ü\n",
+    "unclosed": "x = [1,\n",
 }
-
-
-if NEW >= (3, 10):  # until then a file's had a line of its own
-    SYNTAX_ERRORS["unclosed"] = "x = [1,\n"
 
 
 @pytest.mark.parametrize("name", SYNTAX_ERRORS)
@@ -425,13 +418,12 @@ SAME = {
     " g.__code__.co_flags & 0xfef, h.__code__.co_flags & 0xfef)",
     "comments only": "# nothing\n",
     "pass": "pass",
-}
-if NEW >= (3, 10):  # until then `-c` decoded its own source again
-    SAME["coding comment"] = "# -*- coding: latin-1 -*-\nprint('ü')"
-    SAME["match binds"] = (
+    "coding comment": "# -*- coding: latin-1 -*-\nprint('ü')",
+    "match binds": (
         "match {'a': [1, 2], 'b': 3}:\n    case {'a': [x, *y], **z}:\n        print(x, y, z)\n"
         "match 1:\n    case int() as w if w:\n        print(w)\nprint('y' in globals())"
-    )
+    ),
+}
 if NEW >= (3, 11):
     SAME["except*"] = (
         "try:\n    raise ExceptionGroup('g', [ValueError(1), KeyError(2)])\n"
@@ -1255,10 +1247,6 @@ def test_multiprocessing_works(tmp_path, manager, method):
     assert data.error_output == ""
 
 
-@pytest.mark.skipif(
-    sys.version_info < (3, 10),
-    reason="before, a child keeps the handlers until its exec, and the exec forgets what they noted",
-)
 def test_a_spawned_child_is_ended_by_sigterm_however_young_it_is(run):
     code = """
     import multiprocessing, time

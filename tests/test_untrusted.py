@@ -6,7 +6,8 @@ import json
 import pickle
 
 import pytest
-from conftest import begin, crossed, eventually, finish, one_in, within
+
+from conftest import IS_FREE_THREADED, begin, crossed, eventually, finish, one_in, within
 from conftest import shared_manager as manager  # noqa: F401
 from test_misbehaving_hosts import run_host
 
@@ -311,6 +312,8 @@ def test_floods_harm_no_other_execution(make_manager):
 # -- memory, measured in hosts of their own
 
 MEMORY = """
+import itertools
+
 def rss():
     with open("/proc/self/status") as file:
         values = dict(line.split(":", 1) for line in file)
@@ -319,7 +322,11 @@ def rss():
 with sidexec.ExecutionManager(max_output=int(sys.argv[3]), grace_period=10) as manager:
     status_of(manager.start_with_code("print(1); return 2"), manager)
     before = rss()[0]
-    if sys.argv[4]:
+    over = set()
+    if sys.argv[4] == "call":
+        call = map(over.__contains__, itertools.repeat(1, 10**8))
+        threading.Thread(target=any, args=(call,)).start()
+    if sys.argv[4] == "neighbours":
         at = time.monotonic()
         id = manager.start_with_code(sys.argv[2]).id
         waits = []
@@ -331,6 +338,7 @@ with sidexec.ExecutionManager(max_output=int(sys.argv[3]), grace_period=10) as m
     else:
         status_of(manager.start_with_code(sys.argv[2]), manager)
         slowest = 0
+        over.add(1)
     response = manager.get_status(manager.list_executions().data.executions[1].side_execution_id)
     report({"growth": rss()[1] - before, "status": response.data.status, "slowest": slowest,
             "output": len(response.data.output), "dropped": response.data.output_dropped})
@@ -340,10 +348,8 @@ MIB = 1024 * 1024
 SLOW = pytest.mark.slow
 
 
-def memory(tmp_path, code, max_output=MIB, neighbours=False, limit=60):
-    return run_host(
-        tmp_path, MEMORY, CHANNEL + code, max_output, "1" if neighbours else "", limit=limit
-    )
+def memory(tmp_path, code, max_output=MIB, beside=""):
+    return run_host(tmp_path, MEMORY, CHANNEL + code, max_output, beside, limit=60)
 
 
 WRITES = "data = b'x' * 65536\nfor _ in range({}): os.write(1, data)"
@@ -371,6 +377,13 @@ def test_the_host_holds_what_max_output_says_and_the_last_result(tmp_path, name)
     assert found["growth"] < growth * MIB
 
 
+@pytest.mark.skipif(not IS_FREE_THREADED, reason="with the GIL, nothing runs beside such a call")
+def test_output_is_freed_while_another_thread_is_in_a_long_call_of_c_code(tmp_path):
+    """Until such a call ends, the interpreter keeps large objects that others have freed."""
+    found = memory(tmp_path, WRITES.format(1600), beside="call")
+    assert found["growth"] < 20 * MIB
+
+
 def test_the_host_holds_of_a_claimed_length_what_has_come(tmp_path):
     code = "send(frame(b'v', b'1' * 1000000, sys.maxsize & 0x3ffffff))\ntime.sleep(0.1)"
     assert memory(tmp_path, code)["growth"] < 20 * MIB
@@ -392,7 +405,7 @@ def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(
     head, unit, tail, size = LARGE[shape]
     count = (MAX_RESULT - 10) // size
     code = f"send(frame(b'v', b'{head}' + b'{unit}' * {count} + b'{tail}'))"
-    found = memory(tmp_path, code, neighbours=True)
+    found = memory(tmp_path, code, beside="neighbours")
     assert found["status"] in ("completed", "failed")
     print(found)
     # Three bytes of JSON make an object of 88, and two at a time may be parsed: by the

@@ -12,6 +12,10 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+# How much to read at once. Without the GIL, an object of more than 128 KiB that is freed
+# stays in memory until every running thread has left the call of C code that it is in.
+READ_SIZE = (64 if "t" in sys.abiflags else 256) * 1024
+
 
 class Descriptor:
     """A descriptor that several threads use; it closes when the last releases it.

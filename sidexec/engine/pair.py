@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import procfs, protocol
-from .descriptors import Sender, Wake, close_all, read
+from .descriptors import READ_SIZE, Sender, Wake, close_all, read
 from .execution import Execution
 from .input import Input
 from .output import STREAMS, Stream
 from .waiting import native
 
-READ_SIZE = 256 * 1024
 CONTROL_SIZE = 4096
 PIPE_SIZE = 1024 * 1024
 DEFAULT_PIPE_SIZE = 64 * 1024

@@ -44,8 +44,9 @@ _MODULES = (
 MARK = "EXECUTION_MANAGER_LAUNCHER"
 
 # What `python -c` is given. It makes a session, closes the descriptors that it inherited
-# (those without the close-on-exec flag, which Python sets on all that it opens), says
-# which interpreter it is, takes the modules, and calls the launcher. The current directory
+# (those without the close-on-exec flag, which Python sets on all that it opens but the file
+# of `PYTHON_PERF_JIT_SUPPORT`, and goes on writing to that number), says which interpreter
+# it is, takes the modules, and calls the launcher. The current directory
 # leaves the path meanwhile: a file there that is named like a module of the standard
 # library would be imported instead. The modules get the built-in names in a copy of their
 # own, since a snippet may change them. Where all imports are lazy, theirs are not: they
@@ -61,9 +62,12 @@ try:os.setsid()
 except OSError:pass
 try:f=os.listdir("/proc/self/fd")
 except OSError:f=range(min(os.sysconf("SC_OPEN_MAX"),4096))
+p=getattr(sys,"is_stack_trampoline_active",bool)()
 for x in map(int,f):
  try:
-  if x>2 and os.get_inheritable(x):os.close(x)
+  if x<3 or not os.get_inheritable(x):continue
+  if p and"/jit-%%d."%%os.getpid()in os.readlink("/proc/self/fd/%%d"%%x):continue
+  os.close(x)
  except OSError:pass
 p=sys.path[:]
 sys.path[:]=[x for x in p if x]
