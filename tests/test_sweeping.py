@@ -1,8 +1,10 @@
 """Sweeps where /proc, limits, tracing or sheer numbers are against them."""
 
+import _signal
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from test_misbehaving_hosts import ROOT
 from sidexec import procfs
 from sidexec.child import kernel, sweeping
 from sidexec.child.launcher import Launcher
+from sidexec.engine.process import Process
 
 # Works in surroundings in which the processes can't note who they are.
 DAEMONS = """
@@ -170,6 +173,23 @@ def test_sessions_within_sessions(manager, start, trace, levels, victim):
     assert trace.left() == set()
 
 
+def test_a_chain_of_2000_processes_below_a_launcher_is_killed(monkeypatch):
+    """Deeper than a function may recurse."""
+    killed = []
+    monkeypatch.setattr(procfs, "children", lambda pid: [pid + 1] if pid < 2000 else [])
+    monkeypatch.setattr(procfs, "parent_of", lambda pid: pid - 1)
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: os.dup(2), raising=False)
+    monkeypatch.setattr(
+        _signal, "pidfd_send_signal", lambda fd, signum: killed.append(signum), raising=False
+    )
+    monkeypatch.setattr(signal, "pidfd_send_signal", _signal.pidfd_send_signal, raising=False)
+    process = Process.__new__(Process)
+    process.pid, process._popen = 0, subprocess.Popen(["sleep", "60"])
+    process.kill_tree()
+    assert killed.count(signal.SIGKILL) == 2000
+    assert process._popen.wait(10) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("parent", ("lives", "has ended"))
 def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, parent):
     """It is still in a list of children, and perhaps its parent's number has gone too."""
@@ -189,7 +209,7 @@ def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, pare
 
     monkeypatch.setattr(procfs, "children", changed_children)
     try:
-        sweeping._kill_below(child.pid)
+        procfs.signal_below(child.pid, signal.SIGKILL)
         eventually(lambda: not is_alive(below))
         stranger.stdin.write(b"alive\n"), stranger.stdin.flush()
         assert stranger.stdout.readline() == b"alive\n"

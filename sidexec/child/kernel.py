@@ -162,14 +162,6 @@ def used_by_children() -> tuple[float, int]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss * unit
 
 
-def open_pidfd(pid: int) -> int | None:
-    """A descriptor that turns readable when the process ends, whoever reaps it."""
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):
-        return None
-
-
 def flush_c() -> None:
     """Write out what C code of this process has printed and still buffers."""
     if _fflush is not None:

@@ -20,6 +20,7 @@ import select
 import sys
 import time
 
+from .. import procfs
 from ..protocol import (
     FAULT,
     FORK,
@@ -76,7 +77,7 @@ class Launcher:
         self._set_signals()
         kernel.become_subreaper()
         self._children = kernel.open_children()
-        self._host = kernel.open_pidfd(self._config["host"])
+        self._host = procfs.open_pidfd(self._config["host"])
         if os.getppid() != self._config["host"] or not self._preload():
             return  # had the host ended before, the pidfd could be somebody else's
         for fd in (self._wake, self._socket.fileno(), self._host):
