@@ -13,8 +13,7 @@ import os
 import sys
 import time
 
-from . import loops
-from .library import Library
+from . import library, loops
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,10 +45,9 @@ class StopRequested(SystemExit):
 class Ask:
     _jumps: frozenset[int] | None = None  # the same for all instances
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self) -> None:
         self.phase = WAITING
         self.has_come = False
-        self._library = library
         self._is_held = False
         self._is_deferred = False
         self._is_scheduled = False
@@ -79,7 +77,7 @@ class Ask:
         Another `Ask` raises it, so that a real ask at this moment still ends the process.
         """
         report = sys.unraisablehook
-        another = Ask(self._library)
+        another = Ask()
         another.phase = RUNNING
         try:
             another._on_ask(_signal.SIGTERM, frame)
@@ -311,6 +309,6 @@ class Ask:
         if sys.version_info < (3, 11):
             return frozenset()  # there, each such jump is in its block's range
         if Ask._jumps is None:
-            opcodes = self._library.module("opcode").opmap
+            opcodes = library.module("opcode").opmap
             Ask._jumps = frozenset(opcodes[name] for name in opcodes if "JUMP_BACKWARD" in name)
         return Ask._jumps

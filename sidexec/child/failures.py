@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from .library import Library
+from . import library
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ FILENAME = "<snippet>"
 
 
 class Failures:
-    def __init__(self, library: Library, own_files: Container[str]) -> None:
-        self._library = library
+    def __init__(self, own_files: Container[str]) -> None:
         self._own_files = own_files  # whose frames are left out
         self.filename = FILENAME
         self.text: str | None = None  # None for an action block: its lines are in its file
@@ -27,11 +26,11 @@ class Failures:
     def show_source(self) -> None:
         """Let tracebacks, wherever they are made, find the snippet's lines."""
         if self.text is not None:
-            linecache = self._library.module("linecache")
+            linecache = library.module("linecache")
             linecache.cache[FILENAME] = (len(self.text), None, self._lines(), FILENAME)
 
     def hide_source(self) -> None:
-        self._library.module("linecache").cache.pop(FILENAME, None)
+        library.module("linecache").cache.pop(FILENAME, None)
 
     def _lines(self) -> list[str]:
         """As the compiler counts them: `str.splitlines` splits at form feeds, too."""
@@ -76,7 +75,7 @@ class Failures:
             return f"Error in sys.excepthook:\n{failed}\nOriginal exception was:\n{formatted}"
 
     def _describe(self, error: BaseException) -> tuple[str, str]:
-        traceback = self._library.module("traceback")
+        traceback = library.module("traceback")
         kind = type(error)
         details = traceback.TracebackException(kind, error, error.__traceback__)
         pending = [details]

@@ -138,7 +138,6 @@ class Launcher:
             getattr(lines, "_interactive_cache", {}).clear()
         streams.replace()  # before a module keeps a reference to the old ones
         # From here on nothing else is imported here, least of all what a snippet has written.
-        own_path = library.own(sys.path)
         sys.path[:] = self._path
         name = ""
         if self._config["cwd"] is not None:
@@ -154,7 +153,7 @@ class Launcher:
             self._send(LOADED, text.encode("utf-8", "replace")[:65536])
             return False
         finally:
-            sys.path[:] = own_path
+            sys.path[:] = library.PATH
         self._bystanders = kernel.children(self._children)
         if self._config["preload"]:
             self._preloaded = leaving.find_open()
@@ -213,7 +212,7 @@ class Launcher:
             for name in WARM:
                 if self._is_host_gone():
                     return False  # it waits for this launcher's end
-                __import__(name)
+                library.module(name)
             gc.collect()
         return True
 

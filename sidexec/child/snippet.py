@@ -17,11 +17,10 @@ import resource
 import sys
 
 from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT, pack
-from . import confinement, kernel, leaving, source, streams
+from . import confinement, kernel, leaving, library, source, streams
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
-from .library import Library
 from .masking import Masked
 from .results import to_json
 
@@ -53,13 +52,12 @@ class Snippet:
     """
 
     def __init__(self, channel: int, path: list[str], preloaded: list[Any]) -> None:
-        self.ask = Ask(library := Library(path))
+        self.ask = Ask()
         self.returned: dict[int, object] = {}
         self.clean_up: Callable[[], object] = bool  # which does nothing
         self.failure: BaseException | None = None
-        self._library = library
         self._channel = Channel(channel, self.ask)
-        self._failures = Failures(library, _OWN_FILES)
+        self._failures = Failures(_OWN_FILES)
         self._path = path
         self._preloaded = preloaded  # what has a finalizer
         self._pid = os.getpid()
@@ -112,7 +110,7 @@ class Snippet:
         self._lifted = kernel.set_limits(request["limits"])
         call = _functools.partial(eval, code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
-            asyncio = self._library.module("asyncio")
+            asyncio = library.module("asyncio")
             self._failures.show_source()
             run, self.clean_up = _run_and_close(asyncio)
             self._coroutine = call()
@@ -207,7 +205,7 @@ class Snippet:
         """Record `value` as the partial result; it is read again when asked to stop."""
         if os.getpid() != self._pid:
             raise RuntimeError("report_result works in the snippet's own process only")
-        data = to_json(value, "the reported value", self._library)
+        data = to_json(value, "the reported value")
         # Kept first: an ask that comes while it is sent is raised before this returns.
         previous, self._reported = self._reported, value
         try:
@@ -232,7 +230,7 @@ class Snippet:
             candidates.append(("the partial result", lambda: eval(partial, self._namespace)))
         for what, candidate in candidates:
             try:
-                self._channel.send(RESULT, to_json(candidate(), what, self._library))
+                self._channel.send(RESULT, to_json(candidate(), what))
                 break
             except BaseException as error:
                 if not asked and failure is None:
@@ -275,7 +273,7 @@ _OWN_CODE = (
     Ask.resume,
     Channel.send,
     Failures.report,
-    Library.module,
+    library.module,
     Masked.__exit__,
     confinement.confine,
     leaving.leave,
