@@ -10,16 +10,11 @@ import sys
 
 from . import library
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Container
-
 FILENAME = "<snippet>"
 
 
 class Failures:
-    def __init__(self, own_files: Container[str]) -> None:
-        self._own_files = own_files  # whose frames are left out
+    def __init__(self) -> None:
         self.filename = FILENAME
         self.text: str | None = None  # None for an action block: its lines are in its file
 
@@ -81,8 +76,7 @@ class Failures:
         pending = [details]
         while pending:
             each = pending.pop()
-            own = self._own_files
-            each.stack[:] = [frame for frame in each.stack if frame.filename not in own]
+            each.stack[:] = [each for each in each.stack if not each.filename.startswith(_OWN)]
             linked = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
             pending += [another for another in linked if another is not None]
         lines = list(details.format_exception_only())
@@ -91,3 +85,7 @@ class Failures:
             name = f"{kind.__module__}.{name}"
         headline = next((line for line in lines if line.startswith(name)), lines[-1])
         return headline.strip().partition("\n")[0], "".join(details.format())
+
+
+# How the files of this package begin, `protocol` too: their frames are left out.
+_OWN = Failures.report.__code__.co_filename.rpartition("child")[0]

@@ -16,12 +16,11 @@ import os
 import resource
 import sys
 
-from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT, pack
-from . import confinement, kernel, leaving, library, source, streams
+from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT
+from . import confinement, kernel, leaving, library, source
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
-from .masking import Masked
 from .results import to_json
 
 TYPE_CHECKING = False
@@ -57,7 +56,7 @@ class Snippet:
         self.clean_up: Callable[[], object] = bool  # which does nothing
         self.failure: BaseException | None = None
         self._channel = Channel(channel, self.ask)
-        self._failures = Failures(_OWN_FILES)
+        self._failures = Failures()
         self._path = path
         self._preloaded = preloaded  # what has a finalizer
         self._pid = os.getpid()
@@ -264,25 +263,6 @@ def _is_interrupt(failure: BaseException) -> bool:
     if sys.version_info >= (3, 14):
         return isinstance(failure, KeyboardInterrupt)
     return type(failure) is KeyboardInterrupt
-
-
-# Their frames are left out of what the user sees of an error.
-_OWN_CODE = (
-    Snippet.begin,
-    kernel.set_limits,
-    Ask.resume,
-    Channel.send,
-    Failures.report,
-    library.module,
-    Masked.__exit__,
-    confinement.confine,
-    leaving.leave,
-    source.prepare,
-    streams.replace,
-    to_json,
-    pack,
-)
-_OWN_FILES = {each.__code__.co_filename for each in _OWN_CODE}
 
 
 def _run_and_close(asyncio: Any) -> tuple[Callable[..., object], Callable[[], object]]:
