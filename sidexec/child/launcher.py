@@ -160,7 +160,10 @@ class Launcher:
             # Else every snippet would write what is in their buffers.
             leaving.flush_buffers(self._preloaded)
         # Until now it went to the host, as part of the error of a failed start.
-        os.dup2(0, 2)
+        log = os.environ.get("EXECUTION_MANAGER_STDERR", os.devnull)  # see CONTRIBUTING
+        errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.dup2(errors, 2)
+        os.close(errors)
         self._send(LOADED)
         return True
 
