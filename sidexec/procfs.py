@@ -12,12 +12,6 @@ import os
 import time
 
 
-class Usage:
-    def __init__(self, memory: int, cpu: float) -> None:
-        self.memory = memory  # resident, in bytes
-        self.cpu = cpu  # seconds
-
-
 def is_ours() -> bool:
     """Whether /proc counts processes as this one's PID namespace does."""
     try:
@@ -26,8 +20,8 @@ def is_ours() -> bool:
         return False
 
 
-def usage_of_tree(keeper_pid: int) -> Usage | None:
-    """The memory and processor time of all descendants of the keeper."""
+def usage_of_tree(keeper_pid: int) -> tuple[int, float] | None:
+    """Resident memory, in bytes, and processor time, in seconds, of all its descendants."""
     memory = 0
     ticks = 0
     pids = children(keeper_pid)
@@ -41,7 +35,7 @@ def usage_of_tree(keeper_pid: int) -> Usage | None:
         ticks += sum(map(int, fields[11:15]))  # its own, and that of reaped children
         memory += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         pids += children(pid)
-    return Usage(memory, ticks * _tick())
+    return memory, ticks * _tick()
 
 
 def parent_of(pid: int) -> int | None:

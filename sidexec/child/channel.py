@@ -16,8 +16,6 @@ from ..protocol import PROGRESS, pack
 from .asking import Ask
 from .masking import Masked
 
-# A write of up to this many bytes is done at once, or not at all.
-UNDIVIDED = 4096
 # Above the descriptors that daemons close when they begin, most often 3 to 256.
 OUT_OF_REACH = 1000
 MOST_DESCRIPTORS = 253  # that the kernel passes at once
@@ -93,14 +91,10 @@ class Channel:
                     if payload == self._progress:
                         continue
                     self._progress = payload
-                frame = pack(kind, payload)
-                if len(frame) <= UNDIVIDED:
-                    self._write(frame)
-                else:
-                    # Not for the ask alone: what a handler of the user's raises would
-                    # cut it in two as well.
-                    with Masked():
-                        self._write(frame)
+                # Not for the ask alone: what a handler of the user's raises would cut a
+                # long frame in two as well.
+                with Masked():
+                    self._write(pack(kind, payload))
         finally:
             if in_main_thread:
                 self._ask.resume()

@@ -44,10 +44,7 @@ _capset = _find("capset")
 
 def become_subreaper() -> bool:
     """Adopt the orphans among this process's descendants, instead of init."""
-    if _prctl is None:
-        return False
-    result: int = _ctypes.call_function(_prctl, (_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-    return result == 0
+    return _prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
 
 
 def set_name(name: bytes) -> None:
@@ -56,7 +53,7 @@ def set_name(name: bytes) -> None:
     Without a blank, which the interpreter takes for the next field of its `stat`.
     """
     if _prctl is not None:
-        _ctypes.call_function(_prctl, (_PR_SET_NAME, name, 0, 0, 0))
+        prctl(_PR_SET_NAME, name)
 
 
 def syscall(number: int, *arguments: int | bytes | None) -> int:
@@ -147,9 +144,7 @@ def reap() -> tuple[int, int] | None:
         # it gets this one, unless that was only sent because it executes a program.
         if _ptrace is not None:
             signum = os.WSTOPSIG(status)
-            _ctypes.call_function(
-                _ptrace, (_PTRACE_DETACH, pid, None, 0 if signum == _SIGTRAP else signum)
-            )
+            _call(_ptrace, _PTRACE_DETACH, pid, None, 0 if signum == _SIGTRAP else signum)
 
 
 def used_by_children() -> tuple[float, int]:
@@ -165,7 +160,7 @@ def used_by_children() -> tuple[float, int]:
 def flush_c() -> None:
     """Write out what C code of this process has printed and still buffers."""
     if _fflush is not None:
-        _ctypes.call_function(_fflush, (None,))
+        _call(_fflush, None)
 
 
 def set_limits(limits: dict[str, int]) -> list[tuple[int, tuple[int, int]]]:

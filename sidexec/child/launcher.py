@@ -102,8 +102,7 @@ class Launcher:
                 self._hear_host()
         if self._warm_up_at is not None and time.monotonic() >= self._warm_up_at:
             self._warm_up_at = None
-            if self._warm_up():
-                self._fork(ahead=True)
+            self._warm_up()
         if self._host is None and os.getppid() != self._config["host"]:
             self._on_host_gone()
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -150,7 +149,7 @@ class Launcher:
                 __import__(name)
         except BaseException as error:
             text = f"could not preload {name!r}: {type(error).__name__}: {error}"
-            self._send(LOADED, text.encode("utf-8", "replace")[:65536])
+            self.send(LOADED, text.encode("utf-8", "replace")[:65536])
             return False
         finally:
             sys.path[:] = library.PATH
@@ -164,7 +163,7 @@ class Launcher:
         errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.dup2(errors, 2)
         os.close(errors)
-        self._send(LOADED)
+        self.send(LOADED)
         return True
 
     def _is_host_gone(self) -> bool:
@@ -208,16 +207,15 @@ class Launcher:
 
     # -- forking
 
-    def _warm_up(self) -> bool:
-        """Load what later snippets share; false if the host has closed its end."""
-        if not self._is_warm:
-            self._is_warm = True
-            for name in WARM:
-                if self._is_host_gone():
-                    return False  # it waits for this launcher's end
-                library.module(name)
-            gc.collect()
-        return True
+    def _warm_up(self) -> None:
+        """Load what later snippets share, and fork the first of them."""
+        for name in WARM:
+            if self._is_host_gone():
+                return  # it waits for this launcher's end
+            library.module(name)
+        gc.collect()
+        self._is_warm = True
+        self._fork(ahead=True)
 
     def _fork(self, *, ahead: bool = False) -> None:
         fds: list[int] = []
@@ -228,7 +226,7 @@ class Launcher:
             pid = os.fork()
         except OSError as error:
             kernel.close_all(fds)
-            self._send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
+            self.send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
             return
         control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
         for_host = [control, channel, out, err]
@@ -250,7 +248,7 @@ class Launcher:
             )
         except OSError as error:
             reason = f"{int(ahead)} could not send descriptors: {error.strerror}"
-            self._send(REFUSED, reason.encode())
+            self.send(REFUSED, reason.encode())
         kernel.close_all(fds)  # with the host's ends gone, an unsent keeper ends by itself
 
     def _run_snippet(self, channel: int, out: int, err: int) -> NoReturn:
@@ -277,7 +275,7 @@ class Launcher:
             self._quiet_rounds = 0
             stuck = sweeping.kill_all(self._find_orphans, lambda: time.sleep(0.001))
             for pid, code in lost.items():
-                self._send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
+                self.send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
 
     def _find_orphans(self) -> set[int] | None:
         """The orphans of keepers that were killed."""
@@ -287,11 +285,7 @@ class Launcher:
         self._quiet_rounds = 0 if found else self._quiet_rounds + 1
         return None if self._quiet_rounds == 2 else found
 
-    def report(self, error: BaseException) -> None:
-        """Tell the host what has gone wrong here."""
-        self._send(FAULT, kernel.describe(error).encode())
-
-    def _send(self, kind: bytes, payload: bytes = b"") -> None:
+    def send(self, kind: bytes, payload: bytes = b"") -> None:
         try:
             self._socket.sendall(pack(kind, payload))
         except OSError:
@@ -313,7 +307,7 @@ def main(config: dict[str, Any], path: list[str]) -> Snippet | None:
     except Forked as forked:
         snippet, rehearse = forked.snippet, forked.rehearse
     except BaseException as error:
-        launcher.report(error)
+        launcher.send(FAULT, kernel.describe(error).encode())
         raise
     else:
         if not config["preload"]:
