@@ -24,9 +24,6 @@ class Failures:
             linecache = library.module("linecache")
             linecache.cache[FILENAME] = (len(self.text), None, self._lines(), FILENAME)
 
-    def hide_source(self) -> None:
-        library.module("linecache").cache.pop(FILENAME, None)
-
     def _lines(self) -> list[str]:
         """As the compiler counts them: `str.splitlines` splits at form feeds, too."""
         text = (self.text or "").replace("\r\n", "\n").replace("\r", "\n")

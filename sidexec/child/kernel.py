@@ -6,6 +6,7 @@ fall back on the process group. Nothing here keeps state or decides.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
 import resource
 import sys
@@ -15,8 +16,6 @@ from .. import procfs
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PTRACE_DETACH = 17
-_SIGTRAP = 5
-_SIGKILL = 9
 _PID_LIMIT = 2**22  # Linux gives no higher ones
 
 
@@ -110,7 +109,7 @@ def _find_children() -> set[int]:
         youngest = os.fork()
         if youngest == 0:
             os._exit(0)
-        signal_process(youngest, _SIGKILL)  # in case somebody has stopped it
+        signal_process(youngest, _signal.SIGKILL)  # in case somebody has stopped it
         os.waitpid(youngest, 0)
     except ChildProcessError:
         return set()
@@ -144,7 +143,7 @@ def reap() -> tuple[int, int] | None:
         # it gets this one, unless that was only sent because it executes a program.
         if _ptrace is not None:
             signum = os.WSTOPSIG(status)
-            _call(_ptrace, _PTRACE_DETACH, pid, None, 0 if signum == _SIGTRAP else signum)
+            _call(_ptrace, _PTRACE_DETACH, pid, None, 0 if signum == _signal.SIGTRAP else signum)
 
 
 def used_by_children() -> tuple[float, int]:

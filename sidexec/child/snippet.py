@@ -84,7 +84,6 @@ class Snippet:
             leaving.let_go(self._take_globals)
             leaving.finish([], may_close=True)
             kernel.flush_c()
-            self._failures.hide_source()
             sys.path[:] = path
         header, self._descriptors = self._channel.receive(HEADER)
         length = int.from_bytes(header[1:], "big")
