@@ -223,15 +223,12 @@ def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | No
     pending: list[Any] = [tree]
     while pending:
         block = pending.pop()
-        for field, value in _statement_lists(block):
+        for field in {"body", "orelse", "finalbody"}.intersection(block._fields):
             statements: list[ast.stmt] = []
-            for statement in value:
+            for statement in getattr(block, field):
                 replacement = replace(statement)
-                if replacement is not None:
-                    statements += replacement
-                    continue
-                statements.append(statement)
-                if type(statement).__name__ not in _SCOPES:
+                statements += [statement] if replacement is None else replacement
+                if replacement is None and type(statement).__name__ not in _SCOPES:
                     pending.append(statement)
             setattr(block, field, statements)
         for field in ("handlers", "cases"):
@@ -240,13 +237,6 @@ def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | No
 
 
 _SCOPES = ("FunctionDef", "AsyncFunctionDef", "ClassDef")
-
-
-def _statement_lists(block: Any) -> Iterator[tuple[str, list[ast.stmt]]]:
-    for field in ("body", "orelse", "finalbody"):
-        value = getattr(block, field, None)
-        if isinstance(value, list) and value:
-            yield field, value
 
 
 def _public_pairs(module: Any) -> Iterator[tuple[str, Any]]:
