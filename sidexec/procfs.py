@@ -13,7 +13,7 @@ import time
 
 
 def is_ours() -> bool:
-    """Whether /proc counts processes as this one's PID namespace does."""
+    """Whether /proc is that of this process's PID namespace."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -50,7 +50,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def now() -> float:
-    """By the clock that `began_at` goes by, if there is one."""
+    """The time by the clock of `began_at`; infinite where there is none."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return float("inf") if clock is None else time.clock_gettime(clock)
 

@@ -30,7 +30,7 @@ class Failures:
         return [line + "\n" for line in text.split("\n")]
 
     def report(self, error: BaseException) -> str:
-        """Write an error that nothing has caught to standard error: what the host is told."""
+        """Write an uncaught error to standard error; returns the text for the host."""
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
             trace = trace.tb_next
@@ -58,7 +58,7 @@ class Failures:
                 error.text = lines[error.lineno - 1]
 
     def _call_excepthook(self, error: BaseException, formatted: str) -> str:
-        """What is left to be written once the user's own hook has been called."""
+        """Call the user's hook; returns what is still to be written."""
         try:
             sys.excepthook(type(error), error, error.__traceback__)
             return ""

@@ -1,7 +1,6 @@
-"""System calls for launcher, keeper and sweep that the `os` module does not have.
+"""System calls, for all processes of this side, and what the `os` module does not have.
 
-Each function returns whether it worked; on platforms without the call, its callers
-fall back on the process group. Nothing here keeps state or decides.
+On a platform without subreapers, callers fall back on the process group.
 """
 
 from __future__ import annotations
@@ -163,7 +162,7 @@ def flush_c() -> None:
 
 
 def set_limits(limits: dict[str, int]) -> list[tuple[int, tuple[int, int]]]:
-    """Set limits of this process; those that held before, for when it reports its end."""
+    """Set limits of this process; returns those before, to restore when it reports its end."""
     if "RLIMIT_AS" in limits and "t" in sys.abiflags:
         raise ValueError(
             "memory can't be limited on a free-threaded Python, which reserves address space"
@@ -208,7 +207,7 @@ def signal_process(pid: int, signum: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """What has gone wrong in this process, and where; takes no module and no file."""
+    """What has gone wrong in this process, and where; needs no module and no file."""
     places = []
     trace = error.__traceback__
     while trace is not None:

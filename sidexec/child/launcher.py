@@ -195,8 +195,8 @@ class Launcher:
             self._poll.unregister(self._socket.fileno())
             if self._host is not None:
                 self._poll.unregister(self._host)
-            # Pending, as they block it: so that they know the host's end from the
-            # launcher's, after which the host would still read what they drain.
+            # They block it, so that it stays pending, and shows that the host has ended, not
+            # the launcher alone: then nobody else reads the output.
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)

@@ -61,8 +61,8 @@ def leave(
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
     ask.phase = SETTLING
-    # Not with threads, whose globals would vanish: the interpreter's own end handles that.
-    # Nor in a child that the snippet forked.
+    # Not while threads run, which would lose their globals: the interpreter's own end waits
+    # for them. Nor in a child that the snippet forked.
     is_quick = is_snippet and not _thread._count()
     if is_quick:
         let_go(take_globals)
@@ -102,7 +102,7 @@ def let_go(take_globals: Callable[[], object]) -> None:
         # that it writes to.
         gc.collect()
     sys.modules.pop("__main__", None)
-    take_globals()  # nothing else refers to them, but for functions of their own
+    take_globals()  # only their own functions still refer to them
     gc.collect()
 
 
@@ -143,7 +143,7 @@ def flush_buffers(files: list[Any]) -> None:
 
 
 def find_open() -> list[Any]:
-    """The files that are not closed, and whatever else has a finalizer that is due."""
+    """The files that are not closed, and everything else with a finalizer still to run."""
     objects = gc.get_objects()
     kinds = {each for each in set(map(type, objects)) if _has_finalizer(each)} - _HARMLESS
     if not kinds:

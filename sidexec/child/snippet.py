@@ -285,7 +285,7 @@ def _run_and_close(asyncio: Any) -> tuple[Callable[..., object], Callable[[], ob
 
 
 def _returned_in_spite_of(error: BaseException) -> dict[int, object]:
-    """What the main task has returned, asked to stop, although the loop has raised."""
+    """What the main task returned after the ask, although the loop raised."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "run_until_complete":

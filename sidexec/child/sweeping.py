@@ -1,8 +1,7 @@
 """The sweep: SIGKILL for whatever is left, until nothing is.
 
-Responsible for signalling no process but descendants of this one. The number of a
-child of its own stays the child's until it is reaped. That of any other process may be
-somebody else's by the time that it is signalled, which `procfs.signal_below` prevents.
+It signals only descendants of this process. A child's pid stays the child's until it is
+reaped; deeper down it could be another process's by now, which `procfs.signal_below` prevents.
 """
 
 from __future__ import annotations
