@@ -14,7 +14,7 @@ import io
 import os
 import sys
 
-from . import kernel
+from . import kernel, library
 from .asking import LEAVING, SETTLING, Ask, StopRequested
 from .streams import Whole
 
@@ -73,6 +73,7 @@ def leave(
         is_quick = False
         gc.unfreeze()  # else what is reachable only from an older module would be missed
     if not is_quick:
+        library.loaded.clear()  # what a module keeps open is closed first if nothing refers to it
         # They are the launcher's: other snippets still need its temporary files, for example.
         kernel.keep_for_ever([each for each in preloaded if not _is_file(each)])
         if exit_code == INTERRUPTED:

@@ -44,22 +44,22 @@ def _is_own(name: str) -> bool:
 
 # As the launcher starts: no code of the user's has run.
 PATH = _own_path(sys.path)
-_loaded: dict[str, Any] = {each: sys.modules[each] for each in list(sys.modules) if _is_own(each)}
+loaded: dict[str, Any] = {each: sys.modules[each] for each in list(sys.modules) if _is_own(each)}
 
 
 def module(name: str) -> Any:
     """Import a module, if that has not been done before; for the main thread only."""
-    if name not in _loaded:
+    if name not in loaded:
         # Else a signal handler of the user's could find a half-loaded module.
         with Masked():
-            _loaded[name] = _load(name)
-    return _loaded[name]
+            loaded[name] = _load(name)
+    return loaded[name]
 
 
 def _load(name: str) -> Any:
     shadowed = {x for x in sys.stdlib_module_names if x in sys.modules and not _is_own(x)}
     theirs = {x: sys.modules.pop(x) for x in _modules_of(shadowed)}
-    sys.modules.update({x: _loaded[x] for x in theirs if x in _loaded})
+    sys.modules.update({x: loaded[x] for x in theirs if x in loaded})
     finders = sys.meta_path
     # A new list, as another thread may be iterating over the old one.
     sys.meta_path = [_Finder(), *finders]
