@@ -65,7 +65,7 @@ NAMES = {
     "_callback": (asyncio.Handle, "the same"),
     "_set_native_id": (threading.Thread, "a snippet's main thread has the launcher's native id"),
 }
-DOCUMENTED = {"_exit", "_replace", "_asdict"}
+DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields"}
 
 
 @pytest.mark.parametrize("name", MODULES)
