@@ -73,7 +73,7 @@ class Failures:
         pending = [details]
         while pending:
             each = pending.pop()
-            each.stack[:] = [each for each in each.stack if not each.filename.startswith(_OWN)]
+            each.stack[:] = [frame for frame in each.stack if not frame.filename.startswith(_OWN)]
             linked = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
             pending += [another for another in linked if another is not None]
         lines = list(details.format_exception_only())
