@@ -193,7 +193,8 @@ def _usage(execution: Execution) -> tuple[int | None, float | None]:
     used = procfs.usage_of_tree(owner.keeper_pid)
     if used is None:
         return None, None
+    memory, cpu = used
     since, before = (execution.started_at, 0.0) if last is None else (last.at, last.cpu)
-    percent = max(0.0, 100 * (used.cpu - before) / max(at - since, 1e-3))
-    execution.usage = Sample(at, used.cpu, used.memory, percent)
-    return used.memory, percent
+    percent = max(0.0, 100 * (cpu - before) / max(at - since, 1e-3))
+    execution.usage = Sample(at, cpu, memory, percent)
+    return memory, percent

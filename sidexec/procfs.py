@@ -1,32 +1,27 @@
 """Reading /proc, for both sides.
 
-Imports next to nothing. A pid may belong to another process by now: open a pidfd before
-you signal one. Everything returns None or is empty if there is no /proc, or only that of
-another PID namespace, in which the same pid is another process.
+Imports next to nothing. A pid may belong to another process by now: `signal_below` opens
+a pidfd before it signals one. Everything returns None or is empty if there is no /proc, or
+only that of another PID namespace, in which the same pid is another process.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
 import time
 
 
-class Usage:
-    def __init__(self, memory: int, cpu: float) -> None:
-        self.memory = memory  # resident, in bytes
-        self.cpu = cpu  # seconds
-
-
 def is_ours() -> bool:
-    """Whether /proc counts processes as this one's PID namespace does."""
+    """Whether /proc is that of this process's PID namespace."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
         return False
 
 
-def usage_of_tree(keeper_pid: int) -> Usage | None:
-    """The memory and processor time of all descendants of the keeper."""
+def usage_of_tree(keeper_pid: int) -> tuple[int, float] | None:
+    """Resident memory, in bytes, and processor time, in seconds, of all its descendants."""
     memory = 0
     ticks = 0
     pids = children(keeper_pid)
@@ -40,7 +35,7 @@ def usage_of_tree(keeper_pid: int) -> Usage | None:
         ticks += sum(map(int, fields[11:15]))  # its own, and that of reaped children
         memory += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         pids += children(pid)
-    return Usage(memory, ticks * _tick())
+    return memory, ticks * _tick()
 
 
 def parent_of(pid: int) -> int | None:
@@ -55,7 +50,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def now() -> float:
-    """By the clock that `began_at` goes by, if there is one."""
+    """The time by the clock of `began_at`; infinite where there is none."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return float("inf") if clock is None else time.clock_gettime(clock)
 
@@ -76,6 +71,51 @@ def children(pid: int) -> list[int]:
         except OSError:
             pass  # it has ended meanwhile, or there is no such file here
     return found
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that turns readable when the process ends, whoever reaps it."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def signal_below(pid: int, signum: int) -> None:
+    """Signal all descendants of a process, as far as they can be found, and not itself.
+
+    A pidfd is opened first, and then the process is looked at. If its parent is known to be
+    a descendant, whose number has not been given to another since, then the pidfd is a
+    descendant's, or of a process that has ended.
+    """
+    pending: list[tuple[int, int | None]] = [(pid, None)]
+    while pending:
+        parent, parent_fd = pending.pop()
+        # A stopped parent can't fork a child that would be missed. But the children of one that
+        # is killed get another parent: these are looked for first.
+        if signum != _signal.SIGKILL:
+            _send(parent_fd, signum)
+        for child in children(parent):
+            fd = open_pidfd(child)
+            if fd is not None:
+                if parent_of(child) == parent and _send(parent_fd, 0):
+                    pending.append((child, fd))
+                else:
+                    os.close(fd)
+        if signum == _signal.SIGKILL:
+            _send(parent_fd, signum)
+        if parent_fd is not None:
+            os.close(parent_fd)
+
+
+def _send(pidfd: int | None, signum: int) -> bool:
+    """Signal a descendant, if it is one; returns false if it has been reaped."""
+    try:
+        if pidfd is not None:
+            _signal.pidfd_send_signal(pidfd, signum)
+        return True
+    except OSError:
+        return False
 
 
 def group(leader: int) -> list[int] | None:

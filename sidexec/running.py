@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import math
+import os
 import queue
 import signal
 import time
@@ -24,7 +25,7 @@ from . import (
     OutputChunk,
     StartSideExecutionResponse,
     StopSideExecutionResponse,
-    suspending,
+    procfs,
 )
 from .responses import Response
 from .starting import INHERITED
@@ -137,12 +138,20 @@ class Run:
     def _suspend(self) -> None:
         """Ctrl-Z reaches this process alone: the snippet has a session of its own."""
         self._must_suspend = False
-        suspending.signal_all(self._manager._engine.running(), signal.SIGSTOP)
+        self._signal_tree(signal.SIGSTOP)
         self._screen.hide_bar()
         _handle(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)  # returns when the shell continues this process
         _handle(signal.SIGTSTP, self._on_suspend)
-        suspending.signal_all(self._manager._engine.running(), signal.SIGCONT)
+        self._signal_tree(signal.SIGCONT)
+
+    def _signal_tree(self, signum: int) -> None:
+        """Signal the snippet and its descendants; without /proc or pidfds, nothing."""
+        for owner in (each.owner for each in self._manager._engine.running()):
+            launcher = None if owner is None else procfs.parent_of(owner.keeper_pid)
+            # Else the keeper has ended, and its number may be another process's.
+            if owner and launcher and procfs.parent_of(launcher) == os.getpid():
+                procfs.signal_below(owner.keeper_pid, signum)
 
     def _ask(self, force: bool = False) -> None:
         """Start to stop it, and don't wait: this is called by signal handlers."""

@@ -853,6 +853,21 @@ def test_no_module_of_the_library_is_there(tmp_path, preload):
             assert "pytest" not in result["modules"]
 
 
+def test_what_launcher_and_keeper_write_to_standard_error_can_be_had(tmp_path):
+    code = "import os\nos.register_at_fork(before=lambda: os.write(2, b'%d\\n' % os.getpid()))"
+    (tmp_path / "says_who_forks.py").write_text(code)
+    log = tmp_path / "log"
+    debug = {"PYTHONPATH": str(tmp_path), "EXECUTION_MANAGER_STDERR": str(log)}
+    environment = {**ENVIRONMENT, **debug}
+    with sidexec.ExecutionManager(preload=["says_who_forks"], env=environment) as manager:
+        code = "import os\nprint(os.getppid())\nos.write(2, b'mine')"
+        data = completed(manager.wait(manager.start_with_code(code).id).data)
+    assert data.error_output == "mine"
+    assert "mine" not in log.read_text()
+    forkers = set(log.read_text().split())
+    assert data.output.strip() in forkers and len(forkers) >= 2
+
+
 def test_the_preloaded_modules_are_there(tmp_path):
     (tmp_path / "mine.py").write_text("import os\npid = os.getpid()\nprint('loaded')")
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}

@@ -1,21 +1,24 @@
 """Sweeps where /proc, limits, tracing or sheer numbers are against them."""
 
+import _signal
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import programs
 import pytest
 from conftest import children, eventually, is_alive
 from test_misbehaving_hosts import ROOT
 
-from sidexec import procfs, suspending
+from sidexec import procfs
 from sidexec.child import kernel, sweeping
 from sidexec.child.launcher import Launcher
-from sidexec.engine import process
+from sidexec.engine.process import Process
+from sidexec.running import Run
 
 # Works in surroundings in which the processes can't note who they are.
 DAEMONS = """
@@ -172,6 +175,24 @@ def test_sessions_within_sessions(manager, start, trace, levels, victim):
     assert trace.left() == set()
 
 
+def test_a_chain_of_2000_processes_below_a_launcher_is_killed(monkeypatch):
+    """Deeper than a function may recurse."""
+    killed = []
+    monkeypatch.setattr(procfs, "children", lambda pid: [pid + 1] if pid < 2000 else [])
+    monkeypatch.setattr(procfs, "parent_of", lambda pid: pid - 1)
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: os.dup(2), raising=False)
+    monkeypatch.setattr(
+        _signal, "pidfd_send_signal", lambda fd, signum: killed.append(signum), raising=False
+    )
+    monkeypatch.setattr(signal, "pidfd_send_signal", _signal.pidfd_send_signal, raising=False)
+    process = Process.__new__(Process)
+    process.pid, process._popen = 0, subprocess.Popen(["sleep", "60"])
+    process.kill_tree()
+    monkeypatch.undo()  # `subprocess` may use pidfds, too
+    assert killed.count(signal.SIGKILL) == 2000
+    assert process._popen.wait(10) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("parent", ("lives", "has ended"))
 def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, parent):
     """It is still in a list of children, and perhaps its parent's number has gone too."""
@@ -191,7 +212,7 @@ def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, pare
 
     monkeypatch.setattr(procfs, "children", changed_children)
     try:
-        sweeping._kill_below(child.pid)
+        procfs.signal_below(child.pid, signal.SIGKILL)
         eventually(lambda: not is_alive(below))
         stranger.stdin.write(b"alive\n"), stranger.stdin.flush()
         assert stranger.stdout.readline() == b"alive\n"
@@ -202,24 +223,21 @@ def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, pare
         stranger.communicate(), child.communicate()
 
 
-def test_nor_does_the_host_signal_it(monkeypatch):
+def test_nor_does_ctrl_z_signal_what_has_got_the_number_of_a_keeper():
     program = ["sh", "-c", "sleep 60 & echo $!; wait $!; echo $?; sleep 60"]
     child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
-    stranger = subprocess.Popen(["sleep", "60"])
     try:
         below = int(child.stdout.readline())
-        suspending.signal_tree(child.pid, signal.SIGKILL)  # a keeper has had its number
-        monkeypatch.setattr(procfs, "children", lambda pid: [stranger.pid])
-        assert not suspending._signal_child(stranger.pid, child.pid, signal.SIGKILL)
-        process._kill_descendants(child.pid)
-        stranger.terminate()
-        assert stranger.wait(10) == -signal.SIGTERM
+        run = Run.__new__(Run)
+        run._manager = SimpleNamespace(_engine=SimpleNamespace())
+        execution = SimpleNamespace(owner=SimpleNamespace(keeper_pid=child.pid))
+        run._manager._engine.running = lambda: [execution]
+        run._signal_tree(signal.SIGKILL)
         os.kill(below, signal.SIGTERM)
         assert int(child.stdout.readline()) == 128 + signal.SIGTERM
     finally:
-        stranger.kill()
         os.killpg(child.pid, signal.SIGKILL)
-        stranger.communicate(), child.communicate()
+        child.communicate()
 
 
 def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_has_reaped(

@@ -6,7 +6,6 @@ import json
 import pickle
 
 import pytest
-
 from conftest import IS_FREE_THREADED, begin, crossed, eventually, finish, one_in, within
 from conftest import shared_manager as manager  # noqa: F401
 from test_misbehaving_hosts import run_host

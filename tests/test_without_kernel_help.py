@@ -32,14 +32,14 @@ def become_subreaper():
 
 def children(fd):
     return set()
-
-def open_pidfd(pid):
-    return None
 """,
     "procfs": """
 
 def is_ours():
     return False
+
+def open_pidfd(pid):
+    return None
 """,
 }
 

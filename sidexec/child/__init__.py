@@ -3,7 +3,7 @@
 The host never imports this package. It starts an interpreter with a few lines of code
 (`payload.BOOT`), which runs the modules that it is sent under the same names and then
 takes them out of `sys.modules`, so that the user's code finds no package of ours. A
-snippet's process leaves all that it was forked in, and is run by these lines again.
+snippet's process returns from the launcher's frames to these lines, which call its code.
 
     interpreter --> host  its version                      over the launcher's socket
     interpreter <-- host  these modules
@@ -30,9 +30,8 @@ through the launcher. `protocol` says what each frame contains. An execution, in
 4. STOP has the keeper ask the snippet, by SIGTERM and once, and kill it when the grace
    period is over. So do the end of the control socket, of the launcher and of the host.
 5. When nothing of the tree is left, the keeper says END, with the exit code and what the
-   tree has used. Where a
-   keeper was killed, by KILL or by anybody, the launcher sweeps the tree and says LOST.
-   So it does where a keeper has failed, which says FAULT and why.
+   tree has used. Where a keeper was killed, or has failed (it says FAULT, and why), the
+   launcher sweeps the tree and says LOST.
 6. The end of its socket, or of the host, ends the launcher once its keepers have ended.
    It continues those that are stopped, and kills those that take too long.
 """

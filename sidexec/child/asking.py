@@ -13,8 +13,7 @@ import os
 import sys
 import time
 
-from . import loops
-from .library import Library
+from . import library, loops
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,19 +43,15 @@ class StopRequested(SystemExit):
 
 
 class Ask:
-    _jumps: frozenset[int] | None = None  # the same for all instances
-
-    def __init__(self, library: Library) -> None:
+    def __init__(self) -> None:
         self.phase = WAITING
         self.has_come = False
-        self._library = library
         self._is_scheduled = False
         self._has_raised = False
         self._loop: Any = None  # that runs when it is raised
         self._due_at: float | None = None  # when it is raised after all, where it was put off
         self._undo_trace: Callable[[], None] | None = None
-        hooks = (Ask._before_fork, Ask._after_fork_in_parent)
-        self._hooks = frozenset(hook.__code__ for hook in hooks)
+        self._hooks = (Ask._before_fork.__code__, Ask._after_fork_in_parent.__code__)
         self._fork_masks: dict[int, set[int]] = {}
 
     def listen(self) -> None:
@@ -77,7 +72,7 @@ class Ask:
         Another `Ask` raises it, so that a real ask at this moment still ends the process.
         """
         report = sys.unraisablehook
-        another = Ask(self._library)
+        another = Ask()
         another.phase = RUNNING
         try:
             another._on_ask(_signal.SIGTERM, frame)
@@ -135,7 +130,7 @@ class Ask:
         if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
             self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
         elif frame is not None and (
-            not at_once or frame.f_code.co_code[frame.f_lasti] in self._backward_jumps()
+            not at_once or frame.f_code.co_code[frame.f_lasti] in _backward_jumps()
         ):
             self._raise_at_next_opcode(frame)
         else:
@@ -292,11 +287,10 @@ class Ask:
             _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
         self._after_fork_in_parent()
 
-    def _backward_jumps(self) -> frozenset[int]:
-        """The opcodes that end a loop's iteration, at which Python checks for signals."""
-        if sys.version_info < (3, 11):
-            return frozenset()  # there, each such jump is in its block's range
-        if Ask._jumps is None:
-            opcodes = self._library.module("opcode").opmap
-            Ask._jumps = frozenset(opcodes[name] for name in opcodes if "JUMP_BACKWARD" in name)
-        return Ask._jumps
+
+def _backward_jumps() -> set[int]:
+    """The opcodes that end a loop's iteration, at which Python checks for signals."""
+    if sys.version_info < (3, 11):
+        return set()  # there, each such jump is in its block's range
+    opcodes = library.module("opcode").opmap
+    return {opcodes[name] for name in opcodes if "JUMP_BACKWARD" in name}

@@ -15,8 +15,6 @@ import sys
 from ..protocol import PROGRESS, pack
 from .masking import Masked
 
-# A write of up to this many bytes is done at once, or not at all.
-UNDIVIDED = 4096
 # Above the descriptors that daemons close when they begin, most often 3 to 256.
 OUT_OF_REACH = 1000
 MOST_DESCRIPTORS = 253  # that the kernel passes at once
@@ -74,13 +72,9 @@ class Channel:
             kind, payload = self._unsent[0]
             # Checked with the lock, as another thread may have sent a progress.
             if kind != PROGRESS or payload != self._progress:
-                frame = pack(kind, payload)
-                if len(frame) <= UNDIVIDED:
-                    self._write(frame)
-                else:
-                    # What a signal handler raises would cut it in two.
-                    with Masked():
-                        self._write(frame)
+                # What a signal handler raises would cut it in two.
+                with Masked():
+                    self._write(pack(kind, payload))
             if kind == PROGRESS:
                 self._progress = payload
             del self._unsent[0]  # last: what a handler keeps from being sent, the next call sends

@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import sys
 
-from .library import Library
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Container
+from . import library
 
 FILENAME = "<snippet>"
 
 
 class Failures:
-    def __init__(self, library: Library, own_files: Container[str]) -> None:
-        self._library = library
-        self._own_files = own_files  # whose frames are left out
+    def __init__(self) -> None:
         self.filename = FILENAME
         self.text: str | None = None  # None for an action block: its lines are in its file
 
     def show_source(self) -> None:
         """Let tracebacks, wherever they are made, find the snippet's lines."""
         if self.text is not None:
-            linecache = self._library.module("linecache")
+            linecache = library.module("linecache")
             linecache.cache[FILENAME] = (len(self.text), None, self._lines(), FILENAME)
-
-    def hide_source(self) -> None:
-        self._library.module("linecache").cache.pop(FILENAME, None)
 
     def _lines(self) -> list[str]:
         """As the compiler counts them: `str.splitlines` splits at form feeds, too."""
@@ -39,7 +30,7 @@ class Failures:
         return [line + "\n" for line in text.split("\n")]
 
     def report(self, error: BaseException) -> str:
-        """Write an error that nothing has caught to standard error: what the host is told."""
+        """Write an uncaught error to standard error; returns the text for the host."""
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
             trace = trace.tb_next
@@ -67,7 +58,7 @@ class Failures:
                 error.text = lines[error.lineno - 1]
 
     def _call_excepthook(self, error: BaseException, formatted: str) -> str:
-        """What is left to be written once the user's own hook has been called."""
+        """Call the user's hook; returns what is still to be written."""
         try:
             sys.excepthook(type(error), error, error.__traceback__)
             return ""
@@ -76,14 +67,13 @@ class Failures:
             return f"Error in sys.excepthook:\n{failed}\nOriginal exception was:\n{formatted}"
 
     def _describe(self, error: BaseException) -> tuple[str, str]:
-        traceback = self._library.module("traceback")
+        traceback = library.module("traceback")
         kind = type(error)
         details = traceback.TracebackException(kind, error, error.__traceback__)
         pending = [details]
         while pending:
             each = pending.pop()
-            own = self._own_files
-            each.stack[:] = [frame for frame in each.stack if frame.filename not in own]
+            each.stack[:] = [frame for frame in each.stack if not frame.filename.startswith(_OWN)]
             linked = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
             pending += [another for another in linked if another is not None]
         lines = list(details.format_exception_only())
@@ -92,3 +82,7 @@ class Failures:
             name = f"{kind.__module__}.{name}"
         headline = next((line for line in lines if line.startswith(name)), lines[-1])
         return headline.strip().partition("\n")[0], "".join(details.format())
+
+
+# How the files of this package begin, `protocol` too: their frames are left out.
+_OWN = Failures.report.__code__.co_filename.rpartition("child")[0]

@@ -8,9 +8,8 @@ reaches further. When the host is gone, it sends SIGCONT to its launcher, which 
 stopped.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
-parent ends, wherever that descendant has moved and whatever it has emptied: the
-tree is empty exactly when `waitpid` says ECHILD. Where the platform can't tell,
-the snippet's process group stands for its tree.
+parent ends, in whichever session it is: the tree is empty exactly when `waitpid` says
+ECHILD. On a platform without subreapers, it looks after the snippet's process group.
 """
 
 from __future__ import annotations

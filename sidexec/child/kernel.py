@@ -1,11 +1,11 @@
-"""System calls for launcher, keeper and sweep that the `os` module does not have.
+"""System calls, for all processes of this side, and what the `os` module does not have.
 
-Each function returns whether it worked; on platforms without the call, its callers
-fall back on the process group. Nothing here keeps state or decides.
+On a platform without subreapers, callers fall back on the process group.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
 import resource
 import sys
@@ -15,8 +15,6 @@ from .. import procfs
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PTRACE_DETACH = 17
-_SIGTRAP = 5
-_SIGKILL = 9
 _PID_LIMIT = 2**22  # Linux gives no higher ones
 
 
@@ -44,10 +42,7 @@ _capset = _find("capset")
 
 def become_subreaper() -> bool:
     """Adopt the orphans among this process's descendants, instead of init."""
-    if _prctl is None:
-        return False
-    result: int = _ctypes.call_function(_prctl, (_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-    return result == 0
+    return _prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
 
 
 def set_name(name: bytes) -> None:
@@ -56,7 +51,7 @@ def set_name(name: bytes) -> None:
     Without a blank, which the interpreter takes for the next field of its `stat`.
     """
     if _prctl is not None:
-        _ctypes.call_function(_prctl, (_PR_SET_NAME, name, 0, 0, 0))
+        prctl(_PR_SET_NAME, name)
 
 
 def syscall(number: int, *arguments: int | bytes | None) -> int:
@@ -113,7 +108,7 @@ def _find_children() -> set[int]:
         youngest = os.fork()
         if youngest == 0:
             os._exit(0)
-        signal_process(youngest, _SIGKILL)  # in case somebody has stopped it
+        signal_process(youngest, _signal.SIGKILL)  # in case somebody has stopped it
         os.waitpid(youngest, 0)
     except ChildProcessError:
         return set()
@@ -147,9 +142,7 @@ def reap() -> tuple[int, int] | None:
         # it gets this one, unless that was only sent because it executes a program.
         if _ptrace is not None:
             signum = os.WSTOPSIG(status)
-            _ctypes.call_function(
-                _ptrace, (_PTRACE_DETACH, pid, None, 0 if signum == _SIGTRAP else signum)
-            )
+            _call(_ptrace, _PTRACE_DETACH, pid, None, 0 if signum == _signal.SIGTRAP else signum)
 
 
 def used_by_children() -> tuple[float, int]:
@@ -162,22 +155,14 @@ def used_by_children() -> tuple[float, int]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss * unit
 
 
-def open_pidfd(pid: int) -> int | None:
-    """A descriptor that turns readable when the process ends, whoever reaps it."""
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):
-        return None
-
-
 def flush_c() -> None:
     """Write out what C code of this process has printed and still buffers."""
     if _fflush is not None:
-        _ctypes.call_function(_fflush, (None,))
+        _call(_fflush, None)
 
 
 def set_limits(limits: dict[str, int]) -> list[tuple[int, tuple[int, int]]]:
-    """Set limits of this process; those that held before, for when it reports its end."""
+    """Set limits of this process; returns those before, to restore when it reports its end."""
     if "RLIMIT_AS" in limits and "t" in sys.abiflags:
         raise ValueError(
             "memory can't be limited on a free-threaded Python, which reserves address space"
@@ -222,7 +207,7 @@ def signal_process(pid: int, signum: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """What has gone wrong in this process, and where; takes no module and no file."""
+    """What has gone wrong in this process, and where; needs no module and no file."""
     places = []
     trace = error.__traceback__
     while trace is not None:

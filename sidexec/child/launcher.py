@@ -20,6 +20,7 @@ import select
 import sys
 import time
 
+from .. import procfs
 from ..protocol import (
     FAULT,
     FORK,
@@ -76,7 +77,7 @@ class Launcher:
         self._set_signals()
         kernel.become_subreaper()
         self._children = kernel.open_children()
-        self._host = kernel.open_pidfd(self._config["host"])
+        self._host = procfs.open_pidfd(self._config["host"])
         if os.getppid() != self._config["host"] or not self._preload():
             return  # had the host ended before, the pidfd could be somebody else's
         for fd in (self._wake, self._socket.fileno(), self._host):
@@ -101,8 +102,7 @@ class Launcher:
                 self._hear_host()
         if self._warm_up_at is not None and time.monotonic() >= self._warm_up_at:
             self._warm_up_at = None
-            if self._warm_up():
-                self._fork(ahead=True)
+            self._warm_up()
         if self._host is None and os.getppid() != self._config["host"]:
             self._on_host_gone()
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -137,7 +137,6 @@ class Launcher:
             getattr(lines, "_interactive_cache", {}).clear()
         streams.replace()  # before a module keeps a reference to the old ones
         # From here on nothing else is imported here, least of all what a snippet has written.
-        own_path = library.own(sys.path)
         sys.path[:] = self._path
         name = ""
         if self._config["cwd"] is not None:
@@ -150,18 +149,21 @@ class Launcher:
                 __import__(name)
         except BaseException as error:
             text = f"could not preload {name!r}: {type(error).__name__}: {error}"
-            self._send(LOADED, text.encode("utf-8", "replace")[:65536])
+            self.send(LOADED, text.encode("utf-8", "replace")[:65536])
             return False
         finally:
-            sys.path[:] = own_path
+            sys.path[:] = library.PATH
         self._bystanders = kernel.children(self._children)
         if self._config["preload"]:
             self._preloaded = leaving.find_open()
             # Else every snippet would write what is in their buffers.
             leaving.flush_buffers(self._preloaded)
         # Until now it went to the host, as part of the error of a failed start.
-        os.dup2(0, 2)
-        self._send(LOADED)
+        log = os.environ.get("EXECUTION_MANAGER_STDERR", os.devnull)  # see CONTRIBUTING
+        errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.dup2(errors, 2)
+        os.close(errors)
+        self.send(LOADED)
         return True
 
     def _is_host_gone(self) -> bool:
@@ -193,8 +195,8 @@ class Launcher:
             self._poll.unregister(self._socket.fileno())
             if self._host is not None:
                 self._poll.unregister(self._host)
-            # Pending, as they block it: so that they know the host's end from the
-            # launcher's, after which the host would still read what they drain.
+            # They block it, so that it stays pending, and shows that the host has ended, not
+            # the launcher alone: then nobody else reads the output.
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)
@@ -205,16 +207,15 @@ class Launcher:
 
     # -- forking
 
-    def _warm_up(self) -> bool:
-        """Load what later snippets share; false if the host has closed its end."""
-        if not self._is_warm:
-            self._is_warm = True
-            for name in WARM:
-                if self._is_host_gone():
-                    return False  # it waits for this launcher's end
-                __import__(name)
-            gc.collect()
-        return True
+    def _warm_up(self) -> None:
+        """Load what later snippets share, and fork the first of them."""
+        for name in WARM:
+            if self._is_host_gone():
+                return  # it waits for this launcher's end
+            library.module(name)
+        gc.collect()
+        self._is_warm = True
+        self._fork(ahead=True)
 
     def _fork(self, *, ahead: bool = False) -> None:
         fds: list[int] = []
@@ -225,7 +226,7 @@ class Launcher:
             pid = os.fork()
         except OSError as error:
             kernel.close_all(fds)
-            self._send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
+            self.send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
             return
         control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
         for_host = [control, channel, out, err]
@@ -247,7 +248,7 @@ class Launcher:
             )
         except OSError as error:
             reason = f"{int(ahead)} could not send descriptors: {error.strerror}"
-            self._send(REFUSED, reason.encode())
+            self.send(REFUSED, reason.encode())
         kernel.close_all(fds)  # with the host's ends gone, an unsent keeper ends by itself
 
     def _run_snippet(self, channel: int, out: int, err: int) -> NoReturn:
@@ -274,7 +275,7 @@ class Launcher:
             self._quiet_rounds = 0
             stuck = sweeping.kill_all(self._find_orphans, lambda: time.sleep(0.001))
             for pid, code in lost.items():
-                self._send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
+                self.send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
 
     def _find_orphans(self) -> set[int] | None:
         """The orphans of keepers that were killed."""
@@ -284,11 +285,7 @@ class Launcher:
         self._quiet_rounds = 0 if found else self._quiet_rounds + 1
         return None if self._quiet_rounds == 2 else found
 
-    def report(self, error: BaseException) -> None:
-        """Tell the host what has gone wrong here."""
-        self._send(FAULT, kernel.describe(error).encode())
-
-    def _send(self, kind: bytes, payload: bytes = b"") -> None:
+    def send(self, kind: bytes, payload: bytes = b"") -> None:
         try:
             self._socket.sendall(pack(kind, payload))
         except OSError:
@@ -310,7 +307,7 @@ def main(config: dict[str, Any], path: list[str]) -> Snippet | None:
     except Forked as forked:
         snippet, rehearse = forked.snippet, forked.rehearse
     except BaseException as error:
-        launcher.report(error)
+        launcher.send(FAULT, kernel.describe(error).encode())
         raise
     else:
         if not config["preload"]:

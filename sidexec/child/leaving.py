@@ -14,7 +14,7 @@ import io
 import os
 import sys
 
-from . import kernel
+from . import kernel, library
 from .asking import LEAVING, SETTLING, Ask, StopRequested
 from .streams import Whole
 
@@ -61,8 +61,8 @@ def leave(
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
     ask.phase = SETTLING
-    # Not with threads, whose globals would vanish: the interpreter's own end handles that.
-    # Nor in a child that the snippet forked.
+    # Not while threads run, which would lose their globals: the interpreter's own end waits
+    # for them. Nor in a child that the snippet forked.
     is_quick = is_snippet and not _thread._count()
     if is_quick:
         let_go(take_globals)
@@ -73,6 +73,7 @@ def leave(
         is_quick = False
         gc.unfreeze()  # else what is reachable only from an older module would be missed
     if not is_quick:
+        library.loaded.clear()  # what a module keeps open is closed first if nothing refers to it
         # They are the launcher's: other snippets still need its temporary files, for example.
         kernel.keep_for_ever([each for each in preloaded if not _is_file(each)])
         if exit_code == INTERRUPTED:
@@ -102,7 +103,7 @@ def let_go(take_globals: Callable[[], object]) -> None:
         # that it writes to.
         gc.collect()
     sys.modules.pop("__main__", None)
-    take_globals()  # nothing else refers to them, but for functions of their own
+    take_globals()  # only their own functions still refer to them
     gc.collect()
 
 
@@ -143,7 +144,7 @@ def flush_buffers(files: list[Any]) -> None:
 
 
 def find_open() -> list[Any]:
-    """The files that are not closed, and whatever else has a finalizer that is due."""
+    """The files that are not closed, and everything else with a finalizer still to run."""
     objects = gc.get_objects()
     kinds = {each for each in set(map(type, objects)) if _has_finalizer(each)} - _HARMLESS
     if not kinds:

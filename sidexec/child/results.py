@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import _json  # `json` would cost a first result some milliseconds
+
 from ..protocol import MAX_DEPTH, MAX_RESULT, is_too_deep
-from .library import Library
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ _OTHERWISE = "use dict, list, str, int, float, bool or None"
 _KEYS = (str, int, float, bool, type(None))
 
 
-def to_json(value: object, what: str, library: Library) -> bytes:
-    json = library.module("json")
+def to_json(value: object, what: str) -> bytes:
+    """What `json.dumps(value, allow_nan=False)` makes of a value."""
+    encode_str = _json.encode_basestring_ascii
+    encode = _json.make_encoder({}, _refuse, encode_str, None, ": ", ", ", False, False, False)
     try:
-        data: bytes = json.dumps(value, allow_nan=False).encode()
+        data = "".join(encode(value, 0)).encode()
         if is_too_deep(data):
             raise ValueError
     except (TypeError, ValueError, RecursionError) as error:
@@ -45,6 +48,10 @@ def to_json(value: object, what: str, library: Library) -> bytes:
             " write it to a file and report the file's path"
         )
     return data
+
+
+def _refuse(value: object) -> object:
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _find_problem(value: object) -> str | None:

@@ -16,13 +16,11 @@ import os
 import resource
 import sys
 
-from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT, pack
-from . import confinement, kernel, leaving, source, streams
+from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT
+from . import confinement, kernel, leaving, library, source
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
-from .library import Library
-from .masking import Masked
 from .results import to_json
 
 TYPE_CHECKING = False
@@ -53,13 +51,12 @@ class Snippet:
     """
 
     def __init__(self, channel: int, path: list[str], preloaded: list[Any]) -> None:
-        self.ask = Ask(library := Library(path))
+        self.ask = Ask()
         self.returned: dict[int, object] = {}
         self.clean_up: Callable[[], object] = bool  # which does nothing
         self.failure: BaseException | None = None
-        self._library = library
         self._channel = Channel(channel)
-        self._failures = Failures(library, _OWN_FILES)
+        self._failures = Failures()
         self._path = path
         self._preloaded = preloaded  # what has a finalizer
         self._pid = os.getpid()
@@ -87,7 +84,6 @@ class Snippet:
             leaving.let_go(self._take_globals)
             leaving.finish([], may_close=True)
             kernel.flush_c()
-            self._failures.hide_source()
             sys.path[:] = path
         header, self._descriptors = self._channel.receive(HEADER)
         length = int.from_bytes(header[1:], "big")
@@ -112,7 +108,7 @@ class Snippet:
         self._lifted = kernel.set_limits(request["limits"])
         call = _functools.partial(eval, code, self._namespace)
         if code.co_flags & source.CO_COROUTINE:
-            asyncio = self._library.module("asyncio")
+            asyncio = library.module("asyncio")
             self._failures.show_source()
             run, self.clean_up = _run_and_close(asyncio)
             self._coroutine = call()
@@ -207,7 +203,7 @@ class Snippet:
         """Record `value` as the partial result; it is read again when asked to stop."""
         if os.getpid() != self._pid:
             raise RuntimeError("report_result works in the snippet's own process only")
-        data = to_json(value, "the reported value", self._library)
+        data = to_json(value, "the reported value")
         # Kept first: an ask that comes while it is sent is raised before this returns.
         previous, self._reported = self._reported, value
         try:
@@ -232,7 +228,7 @@ class Snippet:
             candidates.append(("the partial result", lambda: eval(partial, self._namespace)))
         for what, candidate in candidates:
             try:
-                self._channel.send(RESULT, to_json(candidate(), what, self._library))
+                self._channel.send(RESULT, to_json(candidate(), what))
                 break
             except BaseException as error:
                 if not asked and failure is None:
@@ -268,24 +264,6 @@ def _is_interrupt(failure: BaseException) -> bool:
     return type(failure) is KeyboardInterrupt
 
 
-# Their frames are left out of what the user sees of an error.
-_OWN_CODE = (
-    Snippet.begin,
-    kernel.set_limits,
-    Channel.send,
-    Failures.report,
-    Library.module,
-    Masked.__exit__,
-    confinement.confine,
-    leaving.leave,
-    source.prepare,
-    streams.replace,
-    to_json,
-    pack,
-)
-_OWN_FILES = {each.__code__.co_filename for each in _OWN_CODE}
-
-
 def _run_and_close(asyncio: Any) -> tuple[Callable[..., object], Callable[[], object]]:
     """`asyncio.run` in two parts: the result is kept if the second part is stopped."""
     if hasattr(asyncio, "Runner"):
@@ -307,7 +285,7 @@ def _run_and_close(asyncio: Any) -> tuple[Callable[..., object], Callable[[], ob
 
 
 def _returned_in_spite_of(error: BaseException) -> dict[int, object]:
-    """What the main task has returned, asked to stop, although the loop has raised."""
+    """What the main task returned after the ask, although the loop raised."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "run_until_complete":

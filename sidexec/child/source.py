@@ -177,7 +177,7 @@ class _Statements:
         """Make what the module `plain` makes before its first statement.
 
         From Python 3.14 on that is `__annotate__`, and the set of the annotations that have
-        been come to, by numbers that the compiler gives.
+        been reached, by the compiler's numbers.
         """
         if self._annotated and not self._is_lazy:
             self._namespace.setdefault("__annotations__", {})
@@ -187,7 +187,7 @@ class _Statements:
             numbers = _numbers_of_annotations(plain)
             self._annotated.sort(key=lambda pair: (pair[0].lineno, pair[0].col_offset))
             for node, key in self._annotated:
-                if node.lineno in numbers:  # else it can't be come to
+                if node.lineno in numbers:  # else it is never reached
                     key.value = next(numbers[node.lineno], 0)
             codes = [each for each in plain.co_consts if isinstance(each, type(plain))]
             annotate = next(each for each in codes if each.co_name == "__annotate__")
@@ -223,15 +223,12 @@ def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | No
     pending: list[Any] = [tree]
     while pending:
         block = pending.pop()
-        for field, value in _statement_lists(block):
+        for field in {"body", "orelse", "finalbody"}.intersection(block._fields):
             statements: list[ast.stmt] = []
-            for statement in value:
+            for statement in getattr(block, field):
                 replacement = replace(statement)
-                if replacement is not None:
-                    statements += replacement
-                    continue
-                statements.append(statement)
-                if type(statement).__name__ not in _SCOPES:
+                statements += [statement] if replacement is None else replacement
+                if replacement is None and type(statement).__name__ not in _SCOPES:
                     pending.append(statement)
             setattr(block, field, statements)
         for field in ("handlers", "cases"):
@@ -240,13 +237,6 @@ def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | No
 
 
 _SCOPES = ("FunctionDef", "AsyncFunctionDef", "ClassDef")
-
-
-def _statement_lists(block: Any) -> Iterator[tuple[str, list[ast.stmt]]]:
-    for field in ("body", "orelse", "finalbody"):
-        value = getattr(block, field, None)
-        if isinstance(value, list) and value:
-            yield field, value
 
 
 def _public_pairs(module: Any) -> Iterator[tuple[str, Any]]:
@@ -263,7 +253,7 @@ def _public_pairs(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _numbers_of_annotations(plain: CodeType) -> dict[int, Iterator[int]]:
-    """By line, in order; of a `finally` those where nothing is raised come first."""
+    """By line, in order. Of the two copies of a `finally`, the one without an error is first."""
     from dis import get_instructions
 
     found: dict[int, list[int]] = {}
@@ -275,7 +265,7 @@ def _numbers_of_annotations(plain: CodeType) -> dict[int, Iterator[int]]:
 
 
 def _text(annotation: ast.expr) -> str:
-    """An annotation as the compiler has it as text, which is not always as `ast.unparse`."""
+    """An annotation as the compiler writes it as text; `ast.unparse` may differ."""
     import ast
 
     note = ast.AnnAssign(ast.Name("note", ast.Store()), annotation, None, 1)
@@ -313,9 +303,9 @@ def _as_module(code: CodeType) -> CodeType:
 
 
 def _with_imports_of(plain: CodeType, code: CodeType) -> CodeType:
-    """Have each import be done at once, lazily, or as is set, as the module has it.
+    """Make each import eager, lazy or as the default is, as in the module.
 
-    A function's are always done at once. Which it is are the two low bits of the operand.
+    In a function, all are eager. The two low bits of the operand say which.
     """
     from opcode import opmap
 

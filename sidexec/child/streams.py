@@ -27,7 +27,7 @@ class Whole(io.FileIO):
         return self
 
     def seekable(self) -> bool:
-        return False  # a pipe, whatever has its number when this is made
+        return False  # a pipe, even if another file has its number when this is made
 
     def _write_rest(self, data: Any, written: int | None) -> int | None:
         view = memoryview(data).cast("B")
@@ -41,7 +41,7 @@ class Whole(io.FileIO):
 
 
 def _quicken(stream: io.TextIOWrapper, raw: Whole) -> None:
-    """Have `print` call one function of ours, not the class's and then ours: it writes twice."""
+    """Let `print`, which writes twice, call one function of ours, not the class's and then ours."""
     errors = stream.errors or "strict"
     quick: type | None = str
     encode = str.encode

@@ -1,14 +1,12 @@
 """The sweep: SIGKILL for whatever is left, until nothing is.
 
-Responsible for signalling no process but descendants of this one. The number of a
-child of its own stays the child's until it is reaped. That of any other process may be
-somebody else's by the time that it is signalled: `_kill_below` has more to say on this.
+It signals only descendants of this process. A child's pid stays the child's until it is
+reaped; deeper down it could be another process's by now, which `procfs.signal_below` prevents.
 """
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-import os
 import time
 
 from .. import procfs
@@ -39,7 +37,7 @@ def kill_all(find: Callable[[], set[int] | None], wait: Callable[[], object]) ->
         # Not in the first round: most often there is nothing below what is left.
         if last is not None:
             for pid in found - searched:
-                _kill_below(pid)
+                procfs.signal_below(pid, _signal.SIGKILL)
             searched |= found
         if found != last:
             last, until = found, now + STUCK_AFTER
@@ -49,35 +47,3 @@ def kill_all(find: Callable[[], set[int] | None], wait: Callable[[], object]) ->
             kernel.signal_process(pid, _signal.SIGKILL)
         # In rounds: what is forked meanwhile turns up in the next one.
         wait()
-
-
-def _kill_below(pid: int) -> None:
-    """Kill the descendants of a child, as far as they can be found.
-
-    A pidfd is opened first, and then the process is looked at. If it is the child of
-    one that is known to be a descendant, and that one's number has not been given to
-    another since, then the pidfd is a descendant's, or of a process that has ended.
-    """
-    known: list[tuple[int, int | None]] = [(pid, None)]
-    while known:
-        parent, parent_fd = known.pop()
-        for child in procfs.children(parent):
-            fd = kernel.open_pidfd(child)
-            if fd is not None:
-                if procfs.parent_of(child) == parent and _send(parent_fd, 0):
-                    known.append((child, fd))
-                else:
-                    os.close(fd)
-        if parent_fd is not None:
-            _send(parent_fd, _signal.SIGKILL)
-            os.close(parent_fd)
-
-
-def _send(pidfd: int | None, signum: int) -> bool:
-    """Signal a descendant; whether it is not reaped yet, as a child (None) never is here."""
-    try:
-        if pidfd is not None:
-            _signal.pidfd_send_signal(pidfd, signum)
-        return True
-    except OSError:
-        return False

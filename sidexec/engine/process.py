@@ -134,7 +134,7 @@ class Process:
 
     def kill_tree(self) -> None:
         """Kill it and what it has started, as `python` may be a script."""
-        _kill_descendants(self.pid)
+        procfs.signal_below(self.pid, signal.SIGKILL)
         self._popen.kill()
 
     def end(self) -> str:
@@ -215,23 +215,6 @@ class Process:
             return False
         self._said = (self._said + data)[-2000:]
         return bool(data)
-
-
-def _kill_descendants(pid: int) -> None:
-    for child in procfs.children(pid):
-        try:
-            pidfd = os.pidfd_open(child)
-        except (AttributeError, OSError):
-            continue
-        try:
-            # Else it has ended, and its number has gone to somebody else.
-            if procfs.parent_of(child) == pid:
-                _kill_descendants(child)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        except OSError:
-            pass  # it has ended just now
-        finally:
-            os.close(pidfd)
 
 
 def _open_status() -> Descriptor | None:
