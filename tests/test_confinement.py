@@ -592,6 +592,30 @@ def test_a_directory_of_modules_that_was_replaced_is_not_read(make_manager, tmp_
     assert data.error and data.error.startswith("PermissionError")
 
 
+def test_a_block_that_is_replaced_once_it_is_read_widens_nothing(make_manager, tmp_path):
+    block, secret = tmp_path / "block", tmp_path / "secret"
+    for each in (block, secret):
+        each.mkdir()
+        (each / "file").write_text("read")
+    (block / "__main__.py").write_text(f"print(open({str(secret / 'file')!r}).read())")
+    (tmp_path / "replaces.py").write_text(
+        f"import os\nstat, block, secret = os.stat, {str(block)!r}, {str(secret)!r}\n"
+        "def replace(path, **options):\n"
+        "    if path == '/proc/self/task':\n"  # the confinement begins
+        "        os.rename(block, block + '-moved')\n"
+        "        os.symlink(secret, block)\n"
+        "    return stat(path, **options)\n"
+        "os.stat = replace\n"
+    )
+    # A home directory is not read, even on the path of modules.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["replaces"])
+    started = manager.start_with_action_block(block, confinement=Confinement(read=[]))
+    data = manager.wait(started.id).data
+    assert block.is_symlink()
+    assert data.error and data.error.startswith("PermissionError"), data
+
+
 def test_with_network_sockets_work(manager):
     code = "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
     code += "socket.create_connection(s.getsockname())"

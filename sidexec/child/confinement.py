@@ -124,7 +124,7 @@ def _allow_paths(ruleset: int, paths: Iterable[str], access: int, but: Iterable[
         except OSError:
             continue  # it is not there, or not to be read anyway
         status = os.fstat(fd)
-        identity = status.st_dev, status.st_ino
+        identity = _identity(status)
         if identity not in forbidden and identity == _AT_FIRST.get(path, identity):
             _allow(ruleset, fd, access, status)
         os.close(fd)
@@ -132,9 +132,12 @@ def _allow_paths(ruleset: int, paths: Iterable[str], access: int, but: Iterable[
 
 def _identity_at(path: str) -> tuple[int, int] | None:
     try:
-        status = os.stat(path)
+        return _identity(os.stat(path))
     except OSError:
         return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
@@ -148,7 +151,22 @@ def _allow(ruleset: int, fd: int, access: int, status: os.stat_result) -> None:
 
 # What they were before the first snippet ran: one that may write where such a directory is
 # could replace it by a link, for the next ones to read what that leads to.
-_AT_FIRST = {each: _identity_at(each) for each in _interpreter()}
+_AT_FIRST = {each: _identity_at(each) for each in _interpreter()}  # None: nothing
+
+
+def read_in(place: str, name: str) -> bytes:
+    """Read the file of a block; what it imports from `place` can be read later."""
+    directory = os.open(place, getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        # So that the two are one directory, even if another snippet replaces it meanwhile.
+        with open(name, "rb", opener=lambda *given: os.open(*given, dir_fd=directory)) as stream:
+            _AT_FIRST[place] = _identity(os.fstat(directory))
+            return stream.read()
+    except OSError as error:
+        error.filename = os.path.join(place, name)
+        raise
+    finally:
+        os.close(directory)
 
 
 # -- capabilities
