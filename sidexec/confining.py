@@ -39,8 +39,9 @@ _MODES = [
 ]
 _SET_ID = 0o6000
 # ioctl, and the file systems that make files by it, wherever a directory can be read: btrfs,
-# which FICLONE belongs to, bcachefs and OCFS2.
-_IOCTL, _MAKE_FILES = (16, 29), (0x9400, 0xBC00, 0x6F00)
+# which FICLONE belongs to, bcachefs, OCFS2, and Lustre and BeeGFS, which share theirs with what
+# sets flags of files, such as that nobody may ever write to one again (fs-verity).
+_IOCTL, _MAKE_FILES = (16, 29), (0x9400, 0xBC00, 0x6F00, 0x6600)
 # TIOCSCTTY, TIOCSTI, TIOCLINUX and TIOCSETD: standard input may be a terminal, and what is
 # typed into that is read by others.
 _TERMINALS = (0x540E, 0x5412, 0x541C, 0x5423)
