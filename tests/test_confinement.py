@@ -871,6 +871,8 @@ def test_a_block_is_confined_too(manager, tmp_path):
         "os.setxattr(o + '/f', 'user.x', b'1')",
         "fcntl.flock(os.open(o + '/f', os.O_RDONLY), fcntl.LOCK_EX)",
         "os.stat('/root')",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n"
+        "assert libc.inotify_add_watch(libc.inotify_init(), o.encode(), 2) > 0",
         "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
         "for _ in range(150): os.dup(0)",
