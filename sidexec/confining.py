@@ -38,11 +38,17 @@ _MODES = [
     *(((2, -1), 2), ((85, -1), 1), ((257, 56), 3), ((133, -1), 1), ((259, 33), 2)),
 ]
 _SET_ID = 0o6000
-# ioctl, and the file systems that make subvolumes by it, wherever a directory can be read.
-_IOCTL, _SUBVOLUMES = (16, 29), (0x9400, 0xBC00)  # btrfs, which FICLONE belongs to; bcachefs
+# ioctl, and the file systems that make files by it, wherever a directory can be read: btrfs,
+# which FICLONE belongs to, bcachefs, OCFS2, and Lustre and BeeGFS, which share theirs with what
+# sets flags of files, such as that nobody may ever write to one again (fs-verity).
+_IOCTL, _MAKE_FILES = (16, 29), (0x9400, 0xBC00, 0x6F00, 0x6600)
+# TIOCSCTTY, TIOCSTI, TIOCLINUX and TIOCSETD: standard input may be a terminal, and what is
+# typed into that is read by others.
+_TERMINALS = (0x540E, 0x5412, 0x541C, 0x5423)
 _CLONE = (56, 220)
 # clone3 and openat2, whose arguments are in memory; what takes them then does without.
 _UNKNOWN = [(435, 435), (437, 437)]
+_NEWER = 470  # calls that are newer than Linux 6.18: nobody has looked at what they do
 _NAMESPACES = 0x7E020000  # of the flags of clone
 
 # Of the filter's instructions, and its answers: EPERM, ENOSYS and EOPNOTSUPP.
@@ -148,6 +154,8 @@ def _filter(network: bool) -> bytes:
     if column == 0:
         add(_IF_AT_LEAST, 0x40000000, 0, 1)  # the calls of x32
         add(_ANSWER, _REFUSE)
+    add(_IF_AT_LEAST, _NEWER, 0, 1)
+    add(_ANSWER, _NOT_THERE)
     for call in _REFUSED:
         on(call, last=_REFUSE)
     for call in _UNKNOWN:
@@ -165,11 +173,13 @@ def _filter(network: bool) -> bytes:
         # Of Unix, and no datagrams: those can be sent to any path. 0xA are the bits of
         # types other than 1 and 5, SOCK_STREAM and SOCK_SEQPACKET; 4 is none of a socket's.
         on(_SOCKETPAIR, (0, _IF_EQUAL, 1, True), (1, _IF_SET, 0xA, False))
-    add(_IF_EQUAL, _IOCTL[column], 0, 5)
-    add(_LOAD, 16 + 8)
-    add(_AND, 0xFF00)
-    add(_IF_EQUAL, _SUBVOLUMES[0], 1)
-    add(_IF_EQUAL, _SUBVOLUMES[1], 0, 1)
-    add(_ANSWER, _NOT_SUPPORTED)
+    add(_IF_EQUAL, _IOCTL[column], 1)
+    add(_ANSWER, _ALLOW)
+    for mask, values in ((0xFFFFFFFF, _TERMINALS), (0xFF00, _MAKE_FILES)):
+        add(_LOAD, 16 + 8)
+        add(_AND, mask)
+        for value in values:
+            add(_IF_EQUAL, value, 0, 1)
+            add(_ANSWER, _NOT_SUPPORTED)
     add(_ANSWER, _ALLOW)
     return program.pack()

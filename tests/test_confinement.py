@@ -8,19 +8,22 @@ import pathlib
 import pickle
 import platform
 import resource
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
+import types
 
 import programs
 import pytest
 from commands import in_process  # noqa: F401
-from conftest import FOREVER, begin, children, eventually, is_alive, one_in
+from conftest import FOREVER, begin, children, eventually, is_alive, one_in, run_as_host
 from conftest import swept_manager as manager  # noqa: F401
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
 import sidexec
-from sidexec import Confinement
+from sidexec import Confinement, confining
 
 # Each try raises OSError, or has got out. `o` is a directory outside, with the files `f` and
 # `g`; `i` is the one that may be written; `pids` are processes that are not its own.
@@ -348,17 +351,22 @@ def test_no_other_process_is_reached_by_the_descriptors_of_a_snippet(manager):
     assert data.result == "there is no SO_PEERPIDFD" or "PermissionError" in data.error, data
 
 
-@pytest.mark.parametrize("kind", [0x94, 0xBC])
-def test_no_subvolume_is_made(manager, kind):
-    """Btrfs and bcachefs make one by `ioctl` on a directory that is open for reading only."""
+@pytest.mark.parametrize(
+    "request_",
+    [0x5000940E, 0x5000BC0E, 0x50006F0E, 0x5000660E]
+    + [termios.TIOCSTI, termios.TIOCSCTTY, termios.TIOCSETD],
+)
+def test_no_file_is_made_and_no_terminal_typed_into_by_ioctl(manager, request_):
+    """Some file systems make files by it where a directory is open for reading only."""
     code = """
     import fcntl, os
-    try: fcntl.ioctl(os.open("/usr", 0), 0x50000000 | params["kind"] << 8 | 14, bytes(999))
+    try: fcntl.ioctl(os.open("/usr", 0), params["request"], bytes(999))
     except OSError as error: return os.strerror(error.errno)
     """
     refused = os.strerror(errno.EOPNOTSUPP)
-    assert _finish(manager, code, {"kind": kind}, {}) != refused
-    assert _finish(manager, code, {"kind": kind}, {"confinement": Confinement()}) == refused
+    assert _finish(manager, code, {"request": request_}, {}) != refused
+    options = {"confinement": Confinement()}
+    assert _finish(manager, code, {"request": request_}, options) == refused
 
 
 def test_a_start_whose_descriptors_do_not_come_fails(manager, tmp_path, monkeypatch):
@@ -433,6 +441,67 @@ def test_nothing_of_its_own_keeper_and_launcher_is_reached(manager):
     assert _finish(manager, code, {}, {"confinement": confinement}) == 4
 
 
+def _answer(code, architecture, number, *arguments):
+    """What a filter says of a system call."""
+    data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    at = loaded = 0
+    while True:
+        operation, yes, no, value = struct.unpack_from("=HBBI", code, 8 * at)
+        at += 1
+        if operation == 0x20:
+            (loaded,) = struct.unpack_from("=I", data, value)
+        elif operation == 0x54:
+            loaded &= value
+        elif operation == 0x06:
+            return "allowed" if value == 0x7FFF0000 else errno.errorcode[value - 0x50000]
+        else:
+            holds = {0x15: loaded == value, 0x35: loaded >= value, 0x45: loaded & value != 0}
+            at += yes if holds[operation] else no
+
+
+@pytest.mark.parametrize(
+    "machine, architecture, calls",
+    [
+        (
+            "x86_64",
+            0xC000003E,
+            {
+                (0,): "allowed",
+                (41, 2, 1): "EPERM",
+                (0x40000000,): "EPERM",
+                (302, 0, 1): "allowed",
+                (302, 2**32 - 1, 1): "EPERM",
+                (16, 0, 0x5401): "allowed",
+                (16, 0, 2**32 + 0x5412): "ENOTSUP",
+                (469,): "allowed",
+                (470,): "ENOSYS",  # newer than what is known
+            },
+        ),
+        (
+            "aarch64",
+            0xC00000B7,
+            {
+                (63,): "allowed",
+                (198, 2, 1): "EPERM",
+                (199, 1, 1): "allowed",
+                (199, 1, 2): "EPERM",
+                (261, 7, 1): "EPERM",
+                (56, 0, 0, 0, 0o755): "allowed",
+                (56, 0, 0, 0, 0o4755): "EPERM",
+                (220, 0x10000000): "EPERM",
+                (29, 0, 0x5412): "ENOTSUP",
+                (470,): "ENOSYS",
+            },
+        ),
+    ],
+)
+def test_the_filter_of_each_machine(monkeypatch, machine, architecture, calls):
+    monkeypatch.setattr("os.uname", lambda: types.SimpleNamespace(machine=machine))
+    code = confining._filter.__wrapped__(False)
+    assert {call: _answer(code, architecture, *call) for call in calls} == calls
+    assert {_answer(code, 0x40000003, *call) for call in calls} == {"EPERM"}
+
+
 def test_32_bit_calls_are_refused(manager):
     code = """
     import ctypes, mmap
@@ -491,12 +560,12 @@ def test_where_read_is_given_the_interpreter_still_works_and_nothing_else_is_rea
     for path in ("/etc/passwd", params["d"] + "/other"):
         try: open(path)
         except PermissionError: refused.append(path)
-    for path in (os.path.expanduser("~"), params["d"], "/", "/tmp"):
+    for path in (os.path.expanduser("~"), params["d"], "/", "/tmp", "/etc/ssl", "/etc/pki"):
         try: os.listdir(path)
-        except PermissionError: refused.append(path)
+        except (PermissionError, FileNotFoundError): refused.append(path)
     return open(params["d"] + "/given").read(), len(refused)
     """
-    assert _finish(manager, code, {"d": str(tmp_path)}, {}) == ["given", 6]
+    assert _finish(manager, code, {"d": str(tmp_path)}, {}) == ["given", 8]
 
 
 @pytest.mark.parametrize("entry", ["{home}/", "{home}/..", "{link}"])
@@ -509,6 +578,44 @@ def test_a_home_directory_on_the_path_of_modules_is_not_read(make_manager, tmp_p
     manager = make_manager(env=environment, confinement=Confinement(read=[]))
     data = manager.run("open(params['secret'])", {"secret": f"{home}/secret"}).data
     assert data.error.startswith("PermissionError")
+
+
+def test_a_directory_of_modules_that_was_replaced_is_not_read(make_manager, tmp_path):
+    for name in ("modules", "secret"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "modules" / "mine.py").touch()
+    (tmp_path / "secret" / "mine.py").write_text("secret = 1")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
+    manager = make_manager(env=environment, confinement=Confinement(read=[]))
+    assert manager.run("import mine").data.status == "completed"
+    (tmp_path / "modules").rename(tmp_path / "moved")
+    (tmp_path / "modules").symlink_to("secret")
+    data = manager.run("import mine").data
+    assert data.error and data.error.startswith("PermissionError")
+
+
+def test_a_block_that_is_replaced_once_it_is_read_widens_nothing(make_manager, tmp_path):
+    block, secret = tmp_path / "block", tmp_path / "secret"
+    for each in (block, secret):
+        each.mkdir()
+        (each / "file").write_text("read")
+    (block / "__main__.py").write_text(f"print(open({str(secret / 'file')!r}).read())")
+    (tmp_path / "replaces.py").write_text(
+        f"import os\nstat, block, secret = os.stat, {str(block)!r}, {str(secret)!r}\n"
+        "def replace(path, **options):\n"
+        "    if path == '/proc/self/task':\n"  # the confinement begins
+        "        os.rename(block, block + '-moved')\n"
+        "        os.symlink(secret, block)\n"
+        "    return stat(path, **options)\n"
+        "os.stat = replace\n"
+    )
+    # A home directory is not read, even on the path of modules.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    manager = make_manager(env=environment, preload=["replaces"])
+    started = manager.start_with_action_block(block, confinement=Confinement(read=[]))
+    data = manager.wait(started.id).data
+    assert block.is_symlink()
+    assert data.error and data.error.startswith("PermissionError"), data
 
 
 def test_with_network_sockets_work(manager):
@@ -528,6 +635,21 @@ def test_a_new_program_regains_no_capability(manager):
     lines = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)
     assert {int(lines[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {0}
     assert (lines["NoNewPrivs"].strip(), lines["Seccomp"].strip()) == ("1", "2")
+
+
+def test_a_real_or_saved_user_or_group_of_the_host_is_not_taken_again():
+    if os.getuid() != 0:
+        pytest.skip("only root can have several users and groups")
+    host = """
+    import os, sidexec
+    os.setresgid(0, 1234, 0)
+    os.setresuid(1234, 0, 0)
+    code = "import os; print(os.getresuid(), os.getresgid()); os.setegid(0)"
+    data = sidexec.run(code, cwd="/", confinement=sidexec.Confinement()).data
+    print(data.output, data.error)
+    """
+    printed = run_as_host(textwrap.dedent(host))
+    assert printed.startswith("(0, 0, 0) (1234, 1234, 1234)\n PermissionError"), printed
 
 
 @pytest.mark.parametrize(
@@ -750,6 +872,8 @@ def test_a_block_is_confined_too(manager, tmp_path):
         "os.setxattr(o + '/f', 'user.x', b'1')",
         "fcntl.flock(os.open(o + '/f', os.O_RDONLY), fcntl.LOCK_EX)",
         "os.stat('/root')",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n"
+        "assert libc.inotify_add_watch(libc.inotify_init(), o.encode(), 2) > 0",
         "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
         "for _ in range(150): os.dup(0)",

@@ -418,8 +418,9 @@ def test_the_copy_on_disk_may_be_gone_once_it_has_started(vendored):
 
 
 def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path):
-    # Not `linecache`, which Python 3.13 itself imports from there, before any code of `-c`.
-    for name in ("marshal", "json", "selectors", "signal", "ast", "traceback", "os", "asyncio"):
+    # Python 3.13 and 3.14 import `linecache` themselves, before any code of `-c`.
+    names = ("marshal", "json", "selectors", "signal", "ast", "traceback", "os", "asyncio")
+    for name in (*names, "linecache"):
         (tmp_path / f"{name}.py").write_text("raise Exception('the wrong one')")
     code = (
         f"{TOUR}\nimport os\nos.chdir({str(tmp_path)!r})\n"

@@ -991,6 +991,7 @@ SHADOWS = [
     "json",
     "socket",
     "traceback",
+    "linecache",
     "ast",
     "os",
     "signal",
@@ -1008,7 +1009,7 @@ SHADOWS = [
 
 
 def test_files_named_like_modules_do_not_break_the_library(tmp_path):
-    for name in [*SHADOWS, "linecache"] if NEW < (3, 13) else SHADOWS:
+    for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text(f"print('shadow {name}')\nraise ImportError('shadow')")
     limits = sidexec.Limits(open_files=64)
     with sidexec.ExecutionManager(cwd=tmp_path, env=ENVIRONMENT) as manager:

@@ -37,7 +37,10 @@ _DEVICE_FILES = [f"/dev/{name}" for name in ("zero", "full", "random", "urandom"
 _PROC = ("self", "cpuinfo", "meminfo", "stat", "loadavg", "uptime", "version", "filesystems", "sys")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/sys/devices/system/cpu")
 _ETC = (
-    *("ld.so.cache", "localtime", "timezone", "ssl", "pki", "ca-certificates", "mime.types"),
+    *("ld.so.cache", "localtime", "timezone", "ca-certificates", "mime.types"),
+    # Not all of `ssl` and `pki`: private keys are there as well.
+    *("ssl/certs", "ssl/cert.pem", "ssl/ca-bundle.pem", "ssl/openssl.cnf"),
+    *("pki/ca-trust", "pki/tls/certs", "pki/tls/cert.pem", "pki/tls/openssl.cnf"),
     *("resolv.conf", "hosts", "nsswitch.conf", "host.conf", "gai.conf", "services", "protocols"),
     *("locale.conf", "locale.alias", "os-release"),
 )
@@ -114,16 +117,24 @@ def _home() -> list[str]:
 
 def _allow_paths(ruleset: int, paths: Iterable[str], access: int, but: Iterable[str] = ()) -> None:
     """Allow it for `paths` that are there, and that do not lead to the root or to one of `but`."""
-    forbidden = {_identity(os.stat(each)) for each in ("/", *but) if os.path.exists(each)}
+    forbidden = {_identity_at(each) for each in ("/", *but)}
     for path in paths:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue  # it is not there, or not to be read anyway
         status = os.fstat(fd)
-        if _identity(status) not in forbidden:
+        identity = _identity(status)
+        if identity not in forbidden and identity == _AT_FIRST.get(path, identity):
             _allow(ruleset, fd, access, status)
         os.close(fd)
+
+
+def _identity_at(path: str) -> tuple[int, int] | None:
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -138,10 +149,33 @@ def _allow(ruleset: int, fd: int, access: int, status: os.stat_result) -> None:
         raise OSError("could not be confined: a Landlock rule was refused")
 
 
+# What they were before the first snippet ran: one that may write where such a directory is
+# could replace it by a link, for the next ones to read what that leads to.
+_AT_FIRST = {each: _identity_at(each) for each in _interpreter()}  # None: nothing
+
+
+def read_in(place: str, name: str) -> bytes:
+    """Read the file of a block; what it imports from `place` can be read later."""
+    directory = os.open(place, getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        # So that the two are one directory, even if another snippet replaces it meanwhile.
+        with open(name, "rb", opener=lambda *given: os.open(*given, dir_fd=directory)) as stream:
+            _AT_FIRST[place] = _identity(os.fstat(directory))
+            return stream.read()
+    except OSError as error:
+        error.filename = os.path.join(place, name)
+        raise
+    finally:
+        os.close(directory)
+
+
 # -- capabilities
 
 
 def _drop_capabilities() -> None:
+    # The effective ones: a real or saved one may be root's, and could be taken again.
+    os.setresgid(*[os.getegid()] * 3)
+    os.setresuid(*[os.geteuid()] * 3)
     # It takes CAP_SETPCAP: who lacks that is kept by no_new_privs alone from regaining any.
     kernel.prctl(_PR_SET_SECUREBITS, _NO_ROOT)
     version_3 = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)

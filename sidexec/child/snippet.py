@@ -177,10 +177,9 @@ class Snippet:
         else:
             file = os.path.join(block, "__main__.py") if os.path.isdir(block) else block
             # Of a link to a file the modules beside the file are found, as by `python`.
-            place = block if file != block else os.path.dirname(os.path.realpath(file))
+            place, name = os.path.split(file if file != block else os.path.realpath(file))
             path = [place, *(each for each in self._path if each)]
-            with open(file, "rb") as stream:
-                code = stream.read()
+            code = confinement.read_in(place, name)
             self._failures.filename = namespace["__file__"] = file
             loaders = sys.modules["_frozen_importlib_external"]
             namespace["__loader__"] = loaders.SourceFileLoader("__main__", file)

@@ -48,10 +48,11 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # of `PYTHON_PERF_JIT_SUPPORT`, and goes on writing to that number), says which interpreter
 # it is, takes the modules, and calls the launcher. The current directory
 # leaves the path meanwhile: a file there that is named like a module of the standard
-# library would be imported instead. The modules get the built-in names in a copy of their
-# own, since a snippet may change them. Where all imports are lazy, theirs are not: they
-# could not be found any more. In a snippet's process `main` returns, and its code
-# is called from here, so that this frame is the only one below it. 3 is `asking.SETTLING`.
+# library would be imported instead. What `options` has set is undone. The modules get the
+# built-in names in a copy of their own, since a snippet may change them. Where all imports
+# are lazy, theirs are not: they could not be found any more. In a snippet's process `main`
+# returns, and its code is called from here, so that this frame is the only one below it.
+# 3 is `asking.SETTLING`.
 BOOT = (
     """\
 import sys
@@ -69,6 +70,9 @@ for x in map(int,f):
   if p and"/jit-%%d."%%os.getpid()in os.readlink("/proc/self/fd/%%d"%%x):continue
   os.close(x)
  except OSError:pass
+if getattr(sys.flags,"safe_path",0)and not os.environ.get("PYTHONSAFEPATH"):
+ sys.path.insert(0,"")
+ sys.flags=sys.flags.__replace__(safe_path=False)
 p=sys.path[:]
 sys.path[:]=[x for x in p if x]
 def r(n):
@@ -104,6 +108,16 @@ if t:
     % MARK
 )
 GREETING = len(importlib.util.MAGIC_NUMBER)
+
+
+def options(python: str) -> list[str]:
+    """Options of the interpreter, where it is of this version.
+
+    Python 3.13 and 3.14 import `linecache` for `-c`, from the current directory if it is
+    there: what a confined snippet has left would be run, and not be confined.
+    """
+    is_own = os.path.realpath(python) == os.path.realpath(sys.executable)
+    return ["-P"] if is_own and (3, 13) <= sys.version_info < (3, 15) else []
 
 
 def pack(greeting: bytes, config: dict[str, Any]) -> bytes:

@@ -78,8 +78,9 @@ class Process:
         # Its descriptors, its session and its directory are left alone, and it sees to
         # them itself: so `subprocess` takes `posix_spawn`, and waits for no pipe that a
         # worker which the host forks just now would hold open.
+        python = _find(self._python, environment)
         self._popen = self._subprocess.Popen(
-            [_find(self._python, environment), "-u", "-c", payload.BOOT],
+            [python, "-u", *payload.options(python), "-c", payload.BOOT],
             stdin=stdin,
             stdout=self._subprocess.DEVNULL,
             stderr=stderr,
