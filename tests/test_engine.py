@@ -26,6 +26,7 @@ from sidexec.engine import engine, payload, thread
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
+from sidexec.engine.waiting import Bell
 
 SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
 
@@ -799,3 +800,32 @@ def test_a_request_that_waits_for_a_launcher_that_is_let_go_of_is_placed_anew():
     requests.close()
     assert requests.take(ReadyPair(is_ahead=False)) is None
     assert placed == [request]
+
+
+def test_what_another_thread_takes_in_the_same_step_is_passed_over():
+    def gone(kind):
+        """There when it is looked at, and taken just then."""
+
+        class Gone(kind):
+            def __bool__(self):
+                was_there = len(self) > 0
+                self.clear()
+                return was_there
+
+        return Gone
+
+    def come_and_raise(frame):
+        requests.take(ReadyPair(is_ahead=False))
+        raise Interrupt
+
+    requests, bell = Requests(come_and_raise), Bell()
+    requests._wanted = gone(collections.deque)([None])
+    requests.open()
+    assert not requests._coming
+    requests._waiting = gone(collections.deque)([Request()])
+    assert requests.take(ReadyPair(is_ahead=False)) is None
+    bell._waiting = gone(dict)({1: None})
+    bell.ring()
+    requests._wanted = collections.deque()
+    with pytest.raises(Interrupt):
+        requests.put(Request())

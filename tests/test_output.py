@@ -761,15 +761,13 @@ def test_a_number_that_is_anothers_at_once_is_not_waited_for(manager, monkeypatc
         monkeypatch.setattr(
             Pair, "wait", lambda *args, **options: heard.append(wait(*args, **options)) or heard[-1]
         )
-        id = begin(manager, "import os, time\nprint('ready')\nos.close(1)\ntime.sleep(60)")
+        code = "import os, time\nprint('ready')\nos.close(1)\ntry: time.sleep(60)\nfinally: "
+        id = begin(manager, code + "time.sleep(0.1)")
         eventually(lambda: numbers)
         monkeypatch.setattr(pairs, "close_all", close)
         heard.clear()
-        owner = manager._engine.executions[id].owner
-        owner.wake()
-        eventually(lambda: heard)
-        assert heard == [[owner.wake_fd]]
         manager.stop(id)
+        assert len(heard) < 50
         close(numbers)
 
 

@@ -429,6 +429,21 @@ def test_asked_while_threads_are_waited_for_exit_handlers_run(manager):
     assert (data.output, data.error_output, data.result) == ("atexit\n", "", "result")
 
 
+def test_asked_as_the_last_thread_ends_exit_handlers_run(run):
+    data = run(
+        """
+        import atexit, signal, threading, time
+        atexit.register(print, "atexit")
+        def shut_down():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.11)
+            signal.raise_signal(signal.SIGURG)
+        threading._shutdown = shut_down
+        """
+    )
+    assert (data.output, data.error_output) == ("atexit\n", "")
+
+
 def test_asked_in_a_finalizer_at_the_end_it_ends_within_the_grace(manager, start):
     id = start(
         "import time\nclass C:\n    def __del__(self, sleep=time.sleep):\n"

@@ -63,6 +63,7 @@ NAMES = {
     "_ready": ("a loop", "a callback that was due holds up a stop"),
     "_scheduled": ("a loop", "the same, of one that waits"),
     "_callback": (asyncio.Handle, "the same"),
+    "_is_owned": (threading.RLock(), "a report by a signal handler waits for ever"),
     "_set_native_id": (threading.Thread, "a snippet's main thread has the launcher's native id"),
 }
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields"}

@@ -25,7 +25,7 @@ class Channel:
         self._fd = _move(fd)
         self._file = _identity(self._fd)
         self._lock = _thread.RLock()
-        self._unsent: list[tuple[bytes, bytes]] = []
+        self._unsent: list[bytes] = []
         self._progress = b""  # the one that was sent last
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
@@ -61,7 +61,7 @@ class Channel:
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame, or leave it to the call that this one has interrupted."""
-        self._unsent.append((kind, payload))
+        self._unsent.append(pack(kind, payload))
         # A signal handler's report is sent by the call that it has interrupted.
         while self._unsent and not self._lock._is_owned():  # type: ignore[attr-defined]
             with self._lock:
@@ -69,14 +69,14 @@ class Channel:
 
     def _send_all(self) -> None:
         while self._unsent:
-            kind, payload = self._unsent[0]
+            frame = self._unsent[0]
             # Checked with the lock, as another thread may have sent a progress.
-            if kind != PROGRESS or payload != self._progress:
+            if frame != self._progress:
                 # What a signal handler raises would cut it in two.
                 with Masked():
-                    self._write(pack(kind, payload))
-            if kind == PROGRESS:
-                self._progress = payload
+                    self._write(frame)
+            if frame[:1] == PROGRESS:
+                self._progress = frame
             del self._unsent[0]  # last: what a handler keeps from being sent, the next call sends
 
     def _write(self, frame: bytes) -> None:

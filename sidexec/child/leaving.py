@@ -56,7 +56,7 @@ def leave(
         atexit._run_exitfuncs()
         ask.phase = SETTLING
     except StopRequested:
-        pass  # the interpreter's own end runs the exit handlers that are left
+        atexit._run_exitfuncs()
     except BaseException as error:
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)

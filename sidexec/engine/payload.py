@@ -116,7 +116,7 @@ def options(python: str) -> list[str]:
     Python 3.13 and 3.14 import `linecache` for `-c`, from the current directory if it is
     there: what a confined snippet has left would be run, and not be confined.
     """
-    is_own = os.path.realpath(python) == os.path.realpath(sys.executable)
+    is_own = os.path.realpath(python) == os.path.realpath(sys.executable or "")
     return ["-P"] if is_own and (3, 13) <= sys.version_info < (3, 15) else []
 
 
