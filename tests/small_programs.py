@@ -203,7 +203,16 @@ if NEW >= (3, 11):
         "star in a subscript": "def f(*a: *tuple[int]): pass\nprint(f.__annotations__, tuple[*(int,)])",
     }
 if NEW >= (3, 12):
+    MONITORING = "import sys\nm = sys.monitoring\nm.use_tool_id(m.COVERAGE_ID, 'x')\nseen = []\n"
     PROGRAMS |= {
+        "monitoring, lines": f"{MONITORING}def line(code, n):\n    seen.append((code.co_name, n))\n"
+        "    return m.DISABLE\nm.register_callback(m.COVERAGE_ID, m.events.LINE, line)\n"
+        "m.set_events(m.COVERAGE_ID, m.events.LINE)\ndef f():\n    x = 1\nfor i in range(3):\n"
+        "    if i > 1: f()\n    else: f(\n)\nm.free_tool_id(m.COVERAGE_ID)\nf()\nprint(seen)",
+        "monitoring, calls": f"{MONITORING}m.register_callback(m.COVERAGE_ID, m.events.CALL,"
+        " lambda code, at, f, x: seen.append((code.co_name, f.__name__)))\n"
+        "def f(): len('')\nm.set_local_events(m.COVERAGE_ID, f.__code__, m.events.CALL)\n"
+        "f()\nabs(1)\nf()\nprint(seen)",
         "type statement": "type X = list[Y]\ntype Y[T] = dict[T, X]\nprint(X, X.__value__, Y.__value__,"
         " Y.__type_params__, Y.__module__)\ntype Z = nothing\nZ.__value__",
         "type parameters": "def f[T: int, *Ts, **P](a: T) -> T: return a\nclass C[T](list[T]):\n"
