@@ -6,6 +6,7 @@ import time
 import pytest
 from conftest import children, eventually, tree
 from conftest import swept_manager as manager  # noqa: F401
+from test_without_kernel_help import taken_away
 
 CLOSED = """
 import os
@@ -142,3 +143,16 @@ def test_a_report_that_a_handler_ends_is_sent_by_the_next(run):
     """
     data = run(code)
     assert (data.progress, data.result) == (1, 2)
+
+
+def test_a_report_that_an_ask_interrupts_is_sent(make_manager):
+    interrupt = """
+def interrupted(self, send_all=Channel._send_all):
+    Channel._send_all = send_all
+    os.kill(os.getpid(), 15)
+    send_all(self)
+Channel._send_all = interrupted
+"""
+    with taken_away({"channel": interrupt}):
+        data = make_manager().run("report_progress(40)\nimport time; time.sleep(60)").data
+    assert (data.status, data.exit_code, data.progress) == ("failed", 143, 40)

@@ -62,6 +62,10 @@ class Channel:
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame, or leave it to the call that this one has interrupted."""
         self._unsent.append(pack(kind, payload))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what an ask has kept from being sent."""
         # A signal handler's report is sent by the call that it has interrupted.
         while self._unsent and not self._lock._is_owned():  # type: ignore[attr-defined]
             with self._lock:

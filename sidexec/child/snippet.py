@@ -137,6 +137,7 @@ class Snippet:
             resource.setrlimit(kind, limits)
         # Before threads are waited for: one that is no daemon may take for ever.
         if os.getpid() == self._pid:
+            self._flush()
             failure = self._send_result(failure)
         if failure is not None:
             self._send_error(self._failures.report(failure))
@@ -247,6 +248,12 @@ class Snippet:
         except Exception:
             pass  # its standard error is gone; the exit code still tells
         return 1
+
+    def _flush(self) -> None:
+        try:
+            self._channel.flush()
+        except OSError:
+            pass  # the snippet closed the channel
 
     def _send_error(self, text: str) -> None:
         if os.getpid() == self._pid:
