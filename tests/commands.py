@@ -238,12 +238,11 @@ class Terminal:
         that was there when the window was made narrower. The cursor stays where it was in
         its line.
         """
-        lines, at, text = [[]], 0, ""
+        lines, at = [[]], 0
         for start, (begin, columns) in enumerate(self._sizes):
             end = self._sizes[start + 1][0] if start + 1 < len(self._sizes) else None
-            text += self.data[begin:end].decode()
-            while text:
-                char, text = text[0], text[1:]
+            chars = iter(self.data[begin:end].decode())
+            for char in chars:
                 row = (at - 1 if char == "\r" and at == len(lines[-1]) else at) // columns * columns
                 if char == "\r":
                     at = max(0, row)
@@ -251,7 +250,7 @@ class Terminal:
                     lines.append([])
                     at = 0
                 elif char == "\x1b":
-                    code, text = text[:2], text[2:]
+                    code = next(chars) + next(chars)
                     rest = row + columns if code == "[K" else len(lines[-1])
                     assert code in ("[K", "[J")
                     lines[-1][at:rest] = " " * max(0, min(rest, len(lines[-1])) - at)

@@ -301,7 +301,7 @@ def test_a_program_that_is_no_interpreter(make_manager, python):
 
 
 @pytest.mark.parametrize(
-    "command", one_in(2, ["sleep 600\nexit", "exec sleep 600", "sleep 600 &\nexec cat"])
+    "command", one_in(3, ["sleep 600\nexit", "exec sleep 600", "sleep 600 &\nexec cat"])
 )
 def test_an_interpreter_that_never_answers(make_manager, tmp_path, monkeypatch, command):
     monkeypatch.setattr(sidexec.engine.launcher, "BOOT_LIMIT", 0.3)

@@ -463,7 +463,7 @@ sys.exit(__main__.main())
 """
 
 
-@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+@pytest.mark.parametrize("stderr", one_in(2, [subprocess.PIPE, subprocess.STDOUT]))
 def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, stderr):
     code = "import os\nprint('x' * 1_000_000)\nprint(os.getpid(), file=open('pid', 'w'))\n"
     argv = [sys.executable, "-c", IMPATIENT, "run", "-c", code + WAITING]

@@ -475,7 +475,7 @@ for fd in range(3, 2000):
     if target.startswith("socket:"):
         os.write(fd, b"v" + struct.pack(">I", len(data)) + data)
 """
-for data in ('b"[" * 10**6 + b"]" * 10**6', "b'{\"a\":' * 10**6"):
+for data in ('b"[" * 10**5 + b"]" * 10**5', "b'{\"a\":' * 10**5"):
     id = manager.start_with_code(f"data = {data}" + SEND).id
     status = manager.wait(id).data
     assert (status.status, status.result) == ("failed", None), status
@@ -556,17 +556,17 @@ def test_what_on_output_never_got_is_logged(make_manager, caplog, end):
     release = threading.Event()
     manager = make_manager(grace_period=0.2)
     id = manager.start_with_code(
-        "import sys, time\nfor n in range(100):\n    print('x' * 999, flush=True)\n"
+        "import sys, time\nfor n in range(20):\n    print('x' * 999, flush=True)\n"
         "    time.sleep(0.001)\ntime.sleep(60)",
         on_output=lambda chunk: release.wait(60),
     ).id
-    eventually(lambda: len(manager.get_status(id).data.output) == 100_000)
+    eventually(lambda: len(manager.get_status(id).data.output) == 20_000)
     with caplog.at_level(logging.WARNING):
         manager.stop(id) if end == "stop" else manager.close()
     release.set()
     (record,) = [each for each in caplog.records if "never got" in each.message]
     assert record.levelname == "WARNING" and id in record.message
-    assert 0 < int(record.message.split()[-2]) < 100_000
+    assert 0 < int(record.message.split()[-2]) < 20_000
 
 
 # -- threads that are none

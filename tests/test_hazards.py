@@ -260,7 +260,7 @@ def test_nor_is_it_when_keeper_and_launcher_are_killed(make_manager, tmp_path):
 
 
 @needs_pids
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", one_in(2, [False, True]))
 def test_a_stray_that_gets_the_pid_of_the_leader_is_a_stray_like_any_other(
     make_manager, trace, ends
 ):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import FOREVER, alarm, eventually, finish, has_printed, run_as_host, within
+from conftest import FOREVER, alarm, eventually, finish, has_printed, one_in, run_as_host, within
 from conftest import swept_manager as manager  # noqa: F401
 from programs import STUBBORN, when_asked
 
@@ -332,7 +332,7 @@ def test_a_sleeping_execution_uses_next_to_nothing(manager, start):
     eventually(lambda: manager.get_status(id).data.cpu_usage < 5)
 
 
-@pytest.mark.parametrize("preload", [[], ["json"]])
+@pytest.mark.parametrize("preload", one_in(2, [[], ["json"]]))
 def test_after_the_end_there_is_what_the_whole_tree_has_used(make_manager, preload):
     manager = make_manager(preload=preload)
     child = "x = bytearray(80_000_000)\\nfor i in range(0, len(x), 4096): x[i] = 1"

@@ -862,7 +862,7 @@ def ask_at_random_moments(manager, work, rounds, missed):
     assert len(bad) <= missed, (work, bad)
 
 
-@pytest.mark.parametrize("work", one_in(4, WORKS))
+@pytest.mark.parametrize("work", one_in(6, WORKS))
 def test_asked_at_a_random_moment_all_tasks_clean_up(hasty, work):
     ask_at_random_moments(hasty, work, 10, missed=2)
 

@@ -359,7 +359,7 @@ HELD = {  # the code, max_output, the output and what is dropped of it, the grow
         *(100_000, 100_000, 400_000 - 100_000 + 200_000 - 100_000, 20),
     ),
     "a_flood_of_results": (
-        "data = frame(b'v', b'[' + b'1,' * 500000 + b'1]')\nfor _ in range(70): send(data)",
+        "data = frame(b'v', b'\"' + b'x' * 1_000_000 + b'\"')\nfor _ in range(70): send(data)",
         *(MIB, 0, 0, 60),
     ),
     "a_gigabyte_of_output": (WRITES.format(16384), MIB, MIB, 2**30 - MIB, 40),

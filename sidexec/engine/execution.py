@@ -12,7 +12,6 @@ import enum
 import json
 import logging
 import math
-import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -321,8 +320,9 @@ def describe_exit(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-# Numerals that may overflow a float: Python would read them as infinity.
-_HUGE = re.compile(rb"[0-9]{300}|[eE][+]?[0-9]{3}")
+# Any digit becomes 0, to find numerals that may overflow a float: Python would read them as
+# infinity. A regular expression takes ten times as long.
+_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 
 
 def parse_result(data: bytes) -> Any:
@@ -331,7 +331,8 @@ def parse_result(data: bytes) -> Any:
     if is_too_deep(data):
         raise ValueError("JSON that is nested too deeply")
     try:
-        number = _finite if _HUGE.search(data) else None
+        shape = data.translate(_DIGITS, b"+")
+        number = _finite if b"e000" in shape or b"0" * 300 in shape else None
         return json.loads(data, parse_constant=_finite, parse_float=number)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None

@@ -274,7 +274,9 @@ class Pair:
         is_close = now - self._read_at < BUSY_GAP
         self._quick_reads = self._quick_reads + 1 if is_close else 0
         self._read_at = now
-        self._is_busy = self._quick_reads >= BUSY_READS and size < READ_SIZE
+        # The channel is a socket, which never holds as much as a pipe.
+        little = DEFAULT_PIPE_SIZE if fd == self.channel else READ_SIZE
+        self._is_busy = self._quick_reads >= BUSY_READS and size < little
         if (self._is_busy or size >= DEFAULT_PIPE_SIZE) and fd not in self._wide:
             self._wide.add(fd)
             try:
