@@ -220,6 +220,7 @@ def test_all_of_a_long_output_arrives_in_order(in_process):
     assert out.split() == [str(number) for number in range(50_000)] and err == ""
 
 
+@pytest.mark.slow
 def test_a_slow_reader_gets_everything(cli, tmp_path):
     size = 32 * 1024 * 1024
     code = (

@@ -635,6 +635,7 @@ def test_a_descriptor_that_a_stranger_holds_does_not_keep_the_execution(manager)
                     os.close(fd)
 
 
+@pytest.mark.slow
 def test_callbacks_that_hang_are_waited_for_together(make_manager):
     over = threading.Event()
     manager = make_manager(grace_period=1)

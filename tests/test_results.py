@@ -708,8 +708,8 @@ def test_an_odd_kind_of_number_is_sent_as_a_number_or_refused(run):
         assert data.output.startswith("refused") == (data.progress is None)
 
 
-def test_a_million_reports_of_progress_do_no_harm(run):
-    data = run("for i in range(30_000): report_progress(i % 101)\nreport_progress(99.5)")
+def test_many_reports_of_progress_do_no_harm(run):
+    data = run("for i in range(10_000): report_progress(i % 101)\nreport_progress(99.5)")
     assert (data.status, data.progress) == ("completed", 99.5)
 
 

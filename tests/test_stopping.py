@@ -912,7 +912,7 @@ DEAF = {
 }
 
 
-@pytest.mark.parametrize("name", one_in(3, DEAF))
+@pytest.mark.parametrize("name", one_in(6, DEAF))
 def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, monkeypatch, name):
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)  # not by the watchdog, but the keeper
     id = start(READY + DEAF[name])

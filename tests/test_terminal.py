@@ -22,6 +22,7 @@ from commands import (
 from conftest import eventually, one_in
 
 
+@pytest.mark.slow
 def test_a_bar_never_tears_the_snippets_lines(cli):
     code = """
 import sys, time
