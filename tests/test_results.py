@@ -435,7 +435,7 @@ def test_stopped_while_it_reports_the_result_is_never_an_older_one(manager, star
     """
     for _ in range(rounds):
         id = start(code)
-        seen = manager.get_status(id).data.result["n"]
+        seen = eventually(lambda id=id: manager.get_status(id).data.result)["n"]
         data = manager.stop(id).raise_for_error().data
         assert not data.forced
         last = int(data.output.split()[-1])
