@@ -993,6 +993,8 @@ SHADOWS = [
     "traceback",
     "linecache",
     "ast",
+    "unicodedata",
+    "_colorize",
     "os",
     "signal",
     "threading",
@@ -1018,6 +1020,10 @@ def test_files_named_like_modules_do_not_break_the_library(tmp_path):
             id = manager.start_with_code(code, **options).id
             return manager.wait(id).data
 
+        # In each snippet whose traceback needs it, before and after the launcher has loaded it.
+        for _ in range(2):
+            data = run("x = ('é', 1 / 0)")
+            assert data.output == "" and data.error.endswith(": division by zero\n"), data
         for _ in range(2):
             data = completed(run("report_progress(5)\nreport_result([1])\nreturn {'a': 1}"))
             assert (data.result, data.output, data.error_output) == ({"a": 1}, "", "")

@@ -40,7 +40,9 @@ class Failures:
             self.show_source()
             if isinstance(error, SyntaxError):
                 self._add_line(error)
-            headline, formatted = self._describe(error)
+            # `traceback` imports some modules only when it meets what it needs them for.
+            with library.OwnImports():
+                headline, formatted = self._describe(error)
             # Without a traceback, the first line is the one that a user looks for.
             text = formatted if formatted.startswith(headline) else f"{headline}\n\n{formatted}"
             if sys.excepthook is not sys.__excepthook__:

@@ -51,39 +51,40 @@ def module(name: str) -> Any:
     """Import a module, if that has not been done before; for the main thread only."""
     if name not in loaded:
         # Else a signal handler of the user's could find a half-loaded module.
-        with Masked():
-            loaded[name] = _load(name)
+        with Masked(), OwnImports():
+            __import__(name)
+            loaded[name] = sys.modules[name]
     return loaded[name]
 
 
-def _load(name: str) -> Any:
-    shadowed = {x for x in sys.stdlib_module_names if x in sys.modules and not _is_own(x)}
-    theirs = {x: sys.modules.pop(x) for x in _modules_of(shadowed)}
-    sys.modules.update({x: loaded[x] for x in theirs if x in loaded})
-    finders = sys.meta_path
-    # A new list, as another thread may be iterating over the old one.
-    sys.meta_path = [_Finder(), *finders]
-    try:
-        __import__(name)
-        return sys.modules[name]
-    finally:
-        sys.meta_path = finders
-        for each in _modules_of(shadowed):
-            del sys.modules[each]
-        sys.modules.update(theirs)
+class OwnImports:
+    """Within it, this thread's imports find the interpreter's own modules.
 
+    Other threads go on to import the user's.
+    """
 
-def _modules_of(packages: set[str]) -> list[str]:
-    return [each for each in list(sys.modules) if each.partition(".")[0] in packages]
-
-
-class _Finder:
-    """Finds the interpreter's own modules, and for one thread only: others import theirs."""
-
-    def __init__(self) -> None:
+    def __enter__(self) -> None:
         self._thread = _thread.get_ident()
+        self._shadowed = {
+            each for each in sys.stdlib_module_names if each in sys.modules and not _is_own(each)
+        }
+        self._theirs = {each: sys.modules.pop(each) for each in _modules_of(self._shadowed)}
+        sys.modules.update({each: loaded[each] for each in self._theirs if each in loaded})
+        self._finders = sys.meta_path
+        # A new list, as another thread may be iterating over the old one.
+        sys.meta_path = [self, *self._finders]
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path = self._finders
+        for each in _modules_of(self._shadowed):
+            del sys.modules[each]
+        sys.modules.update(self._theirs)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if _thread.get_ident() != self._thread:
             return None
         return PathFinder.find_spec(name, PATH if path is None else path, target)
+
+
+def _modules_of(packages: set[str]) -> list[str]:
+    return [each for each in list(sys.modules) if each.partition(".")[0] in packages]
