@@ -638,6 +638,11 @@ def run_with_handler(call, place):
 def fresh():
     return sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=2)
 
+def ignore_interrupt(unraisable, shown=sys.unraisablehook):
+    if unraisable.exc_type is not Interrupt:  # it can't leave a finalizer
+        shown(unraisable)
+
+sys.unraisablehook = ignore_interrupt
 place = 1 + offset
 places = 0
 manager = fresh()
