@@ -22,10 +22,10 @@ LOST = b"X"  # "<keeper pid> <exit code> <pid that can't be killed>...": swept
 # launcher -> host and keeper -> host
 REFUSED = b"R"  # what the system did not give; the launcher's begins with "<1 if ahead, else 0> "
 FAULT = b"f"  # what went wrong in launcher or keeper itself, which then ends
+SWEEPING = b"w"  # it kills what is left, and is not done yet: sent again and again
 
 # keeper -> host
 READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
-SWEEPING = b"w"  # it kills what is left, and is not done yet: sent again and again
 # "<exit code or None> <1 if forced> <1 if its launcher has ended> <microseconds of processor
 # time> <bytes of memory> <pid that can't be killed>...", each 1 else 0
 END = b"e"
@@ -49,7 +49,7 @@ MAX_DEPTH = 100
 
 FROM_SNIPPET = {PROGRESS: 64, RESULT: MAX_RESULT, ERROR: MAX_ERROR}
 FROM_KEEPER = {READY: 64, SWEEPING: 0, END: 65536, REFUSED: 65536, FAULT: 65536}
-FROM_LAUNCHER = {LOADED: 65536, PAIR: 64, LOST: 65536, REFUSED: 65536, FAULT: 65536}
+FROM_LAUNCHER = {LOADED: 65536, PAIR: 64, LOST: 65536, SWEEPING: 0, REFUSED: 65536, FAULT: 65536}
 FROM_HOST = {FORK: 0, FORK_AHEAD: 0, KILL: 64, STOP: 64}
 
 

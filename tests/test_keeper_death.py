@@ -381,22 +381,27 @@ def test_a_spare_killed_when_no_start_follows(manager, launcher_of):
 
 
 @pytest.mark.slow
-def test_a_sweep_takes_as_long_as_it_takes(manager, trace, monkeypatch):
-    """The keeper says that it is at it, and is not taken for one that does not answer."""
-    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 2.0)
+@pytest.mark.parametrize("who", ["keeper", "launcher"])
+def test_a_sweep_takes_as_long_as_it_takes(manager, trace, monkeypatch, who):
+    """Who sweeps says so, and is not taken for one that does not answer."""
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 1.0)
     killed = []
     monkeypatch.setattr(Launcher, "kill_keeper", lambda launcher, pid: killed.append(pid))
     slow = """
 SIGN_INTERVAL = 0.1
-def find_slowly(self, rounds=[True] * 30, find_left=Keeper._find_left):
-    time.sleep(0.1)
-    return set() if rounds and rounds.pop() else find_left(self)
-Keeper._find_left = find_slowly
+def kill_slowly(find, *arguments, rounds=[True] * 30, kill_all=kill_all):
+    def find_slowly():
+        time.sleep(0.1)
+        return set() if rounds and rounds.pop() else find()
+    return kill_all(find_slowly, *arguments)
+kill_all = kill_slowly
 """
-    with taken_away({"keeper": slow}):
+    with taken_away({"sweeping": slow}):
         id = begin(manager, TREE + WAIT, trace.params)
+        if who == "launcher":
+            trace.noted("keeper")[0].kill()
         stopped = manager.stop(id, force=True)
-    assert (stopped.data.status, killed, trace.left()) == ("stopped", [], set())
+    assert (stopped.success, killed, trace.left()) == (True, [], set())
 
 
 # -- what the kernel holds

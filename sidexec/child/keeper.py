@@ -37,8 +37,6 @@ MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 # How long a keeper stays after its END, in milliseconds: ending a process costs about 0.5 ms
 # of CPU time, and the host has just been woken on this very processor.
 LINGER = 1
-# How often to tell the host of a sweep, in seconds.
-SIGN_INTERVAL = 1.0
 # When to rehearse, in milliseconds: when nobody waits for anything.
 REHEARSE_AFTER = 20
 
@@ -69,7 +67,6 @@ class Keeper:
         self._asked_strays: set[int] = set()
         self._deadline: float | None = None
         self._forced = False
-        self._sign_at = 0.0
         self._is_orphaned = False  # its launcher or its host has ended
 
     def run(
@@ -300,7 +297,9 @@ class Keeper:
 
     def _kill_all(self) -> list[int]:
         """Kill what is left; returns the pids that can't be killed."""
-        left = sweeping.kill_all(self._find_left, self._wait_for_an_end)
+        left = sweeping.kill_all(
+            self._find_left, self._wait_for_an_end, lambda: self._send(SWEEPING, "")
+        )
         if left and not self._has_tree:
             # A group's zombies can't be told from its members without /proc.
             left |= set(procfs.group(self._leader) or ())
@@ -314,10 +313,6 @@ class Keeper:
         return self._strays() | leader
 
     def _wait_for_an_end(self) -> None:
-        now = time.monotonic()
-        if now >= self._sign_at:
-            self._sign_at = now + SIGN_INTERVAL
-            self._send(SWEEPING, "")
         if self._wake_poll.poll(5):
             _read(self._wake)
 

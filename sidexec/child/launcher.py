@@ -5,7 +5,7 @@ and adopts the orphans of keepers that are killed. It is single-threaded, runs n
 code but the modules to preload, and never reads what a snippet sends: it passes the
 descriptors of each keeper and snippet to the host at once.
 
-It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED,
+It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED, SWEEPING,
 LOST and FAULT. When its host is gone it closes the lifeline, which tells every keeper, and
 waits for them. It kills those that take too long, and then exits.
 """
@@ -31,6 +31,7 @@ from ..protocol import (
     LOST,
     PAIR,
     REFUSED,
+    SWEEPING,
     Inbox,
     pack,
 )
@@ -273,7 +274,9 @@ class Launcher:
             pass  # there are none left
         if lost:
             self._quiet_rounds = 0
-            stuck = sweeping.kill_all(self._find_orphans, lambda: time.sleep(0.001))
+            stuck = sweeping.kill_all(
+                self._find_orphans, lambda: time.sleep(0.001), lambda: self.send(SWEEPING)
+            )
             for pid, code in lost.items():
                 self.send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())
 

@@ -18,16 +18,21 @@ if TYPE_CHECKING:
 
 # How long a process may take to end after SIGKILL before it counts as stuck.
 STUCK_AFTER = 2.0
+# How often to tell the host of a sweep, in seconds.
+SIGN_INTERVAL = 1.0
 
 
-def kill_all(find: Callable[[], set[int] | None], wait: Callable[[], object]) -> set[int]:
+def kill_all(
+    find: Callable[[], set[int] | None], wait: Callable[[], object], sign: Callable[[], object]
+) -> set[int]:
     """Kill what `find` names until it says None; returns the pids that can't be killed.
 
     `find` names unreaped children, or a group by its negative number. However long the
-    sweep takes, it goes on for as long as anything ends or turns up.
+    sweep takes, it goes on for as long as anything ends or turns up, and `sign` tells the
+    host of it.
     """
     last: set[int] | None = None
-    until = 0.0
+    until = sign_at = 0.0
     searched: set[int] = set()
     while True:
         found = find()
@@ -45,5 +50,8 @@ def kill_all(find: Callable[[], set[int] | None], wait: Callable[[], object]) ->
             return found
         for pid in found:
             kernel.signal_process(pid, _signal.SIGKILL)
+        if now >= sign_at:
+            sign_at = now + SIGN_INTERVAL
+            sign()
         # In rounds: what is forked meanwhile turns up in the next one.
         wait()

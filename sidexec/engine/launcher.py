@@ -226,6 +226,9 @@ class Launcher:
                 elif kind == protocol.FAULT:
                     self._failure = f"the launcher (pid {process.pid}) has failed: {text}"
                     logger.error("%s", self._failure)
+                elif kind == protocol.SWEEPING:
+                    for each in list(self._pairs.values()):
+                        each.swept_at = time.monotonic()
                 elif kind == protocol.LOST:
                     pid, code, *stuck = map(int, text.split())
                     pair = self._pairs.get(pid)

@@ -55,6 +55,7 @@ class Pair:
         self.snippet_pid = 0
         self.has_tree = False
         self.ready_at = 0.0  # in seconds of CLOCK_BOOTTIME, as /proc counts
+        self.swept_at = 0.0  # when its keeper, or the launcher, has last said that it sweeps
         # Set by the launcher's thread: what it says of the keeper's end, and of its own.
         self.lost: tuple[int, Pids] | None = None
         self.launcher_fault: str | None = None

@@ -24,7 +24,7 @@ from .pair import Pair, Pids
 logger = logging.getLogger(__name__)
 
 # How long past the grace period, or its last sign of a sweep, a keeper counts as one that
-# answers, and then how long the launcher may take over its sweep.
+# answers, and then the launcher that sweeps in its place.
 SWEEP_ALLOWANCE = 4.0
 
 
@@ -79,7 +79,6 @@ class _Run:
         self._pair = pair
         self._launcher = launcher
         self._keeper = Keeper.AT_WORK
-        self._swept_at = 0.0  # as the keeper has said last
         self._patience: float | None = None  # until when the keeper, or LOST, is waited for
         self._exit_code: int | None = None
         self._forced = True
@@ -137,7 +136,7 @@ class _Run:
                 self._stuck = tuple(map(int, stuck))
                 self._keeper = Keeper.DONE
             elif kind == protocol.SWEEPING:
-                self._swept_at = time.monotonic()
+                self._pair.swept_at = time.monotonic()
             elif kind == protocol.FAULT:
                 self._keeper_fault = text
         if not is_open and self._keeper is not Keeper.DONE:
@@ -199,8 +198,11 @@ class _Run:
                 self._keeper = Keeper.KILLED
                 self._patience = time.monotonic() + self._launcher.grace + SWEEP_ALLOWANCE
         if self._keeper is Keeper.AT_WORK and pair.deadline is not None:
-            self._patience = max(pair.deadline, self._swept_at) + SWEEP_ALLOWANCE
-        if self._patience is None or time.monotonic() < self._patience:
+            self._patience = pair.deadline + SWEEP_ALLOWANCE
+        if self._patience is None:
+            return
+        self._patience = max(self._patience, pair.swept_at + SWEEP_ALLOWANCE)
+        if time.monotonic() < self._patience:
             return
         if self._keeper is Keeper.AT_WORK:
             self._launcher.kill_keeper(pair.keeper_pid)
