@@ -781,7 +781,7 @@ def test_what_is_read_at_the_end_is_what_is_there_by_then():
     writer = ends[2][1]
     os.write(writer, b"there")
     read = []
-    for fd, size in pair.left():
+    for fd, size in pair.there_now(*pair.streams):
         read.append(pair.read_stream(fd, size))
         assert len(read) < 10
         os.write(writer, b"later")

@@ -1,12 +1,14 @@
 """What `result` and `progress` hold: returned, reported, or taken from the names at the end."""
 
 import json
+import time
 
 import pytest
 from conftest import crossed, eventually, finish, one_in
 from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
+from sidexec.engine.pair import Pair
 
 MEBIBYTE = 1024 * 1024
 
@@ -435,13 +437,25 @@ def test_stopped_while_it_reports_the_result_is_never_an_older_one(manager, star
     """
     for _ in range(rounds):
         id = start(code)
-        seen = eventually(lambda id=id: manager.get_status(id).data.result)["n"]
+        seen = manager.get_status(id).data.result["n"]
         data = manager.stop(id).raise_for_error().data
         assert not data.forced
         last = int(data.output.split()[-1])
         # The last report has been sent, or was interrupted before it was.
         assert data.result["n"] in (last, last - 1)
         assert data.result["n"] >= seen
+
+
+def test_what_was_reported_before_a_line_is_known_once_the_line_is(manager, monkeypatch):
+    def late(read):
+        return lambda *arguments: (time.sleep(0.02), read(*arguments))[1]
+
+    monkeypatch.setattr(Pair, "read_stream", late(Pair.read_stream))
+    monkeypatch.setattr(Pair, "read_channel", late(Pair.read_channel))
+    code = "import time\nfor i in range(30): report_progress(i), print(i), time.sleep(0.005)"
+    id = manager.start_with_code(code).id
+    for line in manager.follow(id, lines=True):
+        assert manager.get_status(id).data.progress >= float(line.text)
 
 
 def test_a_report_that_was_sent_is_not_followed_by_an_older_one(manager, start):

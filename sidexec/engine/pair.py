@@ -231,7 +231,7 @@ class Pair:
         frames = self._keeper_inbox.feed(data or b"")
         return [(kind, body.decode("utf-8", "replace")) for kind, body in frames], data != b""
 
-    def read_channel(self, size: int = READ_SIZE) -> list[tuple[bytes, bytes]]:
+    def read_channel(self, size: int) -> list[tuple[bytes, bytes]]:
         """The frames that the snippet has sent; `ProtocolError` if it sent anything else."""
         if self._unsent:
             self._send_rest()
@@ -243,16 +243,19 @@ class Pair:
     def reads(self, fd: int) -> bool:
         return fd in self._open
 
-    def read_stream(self, fd: int, size: int = READ_SIZE) -> tuple[Stream, bytes]:
+    @property
+    def streams(self) -> tuple[int, ...]:
+        return tuple(self._streams)
+
+    def read_stream(self, fd: int, size: int) -> tuple[Stream, bytes]:
         return self._streams[fd], self._read_some(fd, size)
 
-    def left(self) -> Iterator[tuple[int, int]]:
-        """What is still there of a snippet that has ended: descriptors, and how many bytes.
+    def there_now(self, *fds: int) -> Iterator[tuple[int, int]]:
+        """What can be read without waiting, in parts: descriptors, and how many bytes.
 
-        Not up to the end of the file: the snippet may have handed a descriptor to a
-        process that is none of its descendants, and that goes on writing.
+        Not up to the end of the file: whoever else has the other end may go on writing.
         """
-        for fd in (*self._streams, self.channel):
+        for fd in fds:
             size = _available(fd) if fd in self._open else 0
             while size > 0 and fd in self._open:
                 part = min(size, READ_SIZE)
@@ -338,5 +341,8 @@ def _unregister(fd: int, *polls: Any) -> None:
 
 def _available(fd: int) -> int:
     count = bytearray(4)
-    fcntl.ioctl(fd, termios.FIONREAD, count)
+    try:
+        fcntl.ioctl(fd, termios.FIONREAD, count)
+    except OSError:
+        pass  # the host has closed all its descriptors
     return int.from_bytes(count, sys.byteorder)

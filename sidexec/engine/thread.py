@@ -18,6 +18,7 @@ import time
 from typing import Protocol
 
 from .. import procfs, protocol
+from .descriptors import READ_SIZE
 from .execution import Execution, FinalStatus, describe_exit, parse_result
 from .pair import Pair, Pids
 
@@ -117,7 +118,9 @@ class _Run:
                 times_out = None
                 execution.stop("timeout", self._launcher.grace)
             self._look_after_keeper()
-        for fd, size in pair.left():
+        # Not all: the snippet may have handed a descriptor to a process that is none of its
+        # descendants, and that goes on writing.
+        for fd, size in pair.there_now(*pair.streams, pair.channel):
             self._hear_snippet(fd, size)
         pair.close()  # before anybody is told: all descriptors are closed then
         self._finish()
@@ -146,23 +149,25 @@ class _Run:
             if not self._pair.has_tree:
                 self._kill_group()
 
-    def _hear_snippet(self, fd: int, size: int | None = None) -> None:
+    def _hear_snippet(self, fd: int, size: int = READ_SIZE) -> None:
         pair, execution = self._pair, self._execution
-        arguments = (fd,) if size is None else (fd, size)
-        if fd != pair.channel:
-            stream, data = pair.read_stream(*arguments)
-            if data:
-                execution.output.add(stream, data)
-                if execution.delivery is not None:
-                    execution.delivery.put(stream, data)
+        if fd == pair.channel:
+            try:
+                for kind, payload in pair.read_channel(size):
+                    self._take(kind, payload)
+            except (protocol.ProtocolError, ValueError) as error:
+                pair.drop_channel()
+                self._fault = f"the snippet broke the protocol on its channel: {error}"
+                pair.ask(0.0)
             return
-        try:
-            for kind, payload in pair.read_channel(*arguments[1:]):
-                self._take(kind, payload)
-        except (protocol.ProtocolError, ValueError) as error:
-            pair.drop_channel()
-            self._fault = f"the snippet broke the protocol on its channel: {error}"
-            pair.ask(0.0)
+        stream, data = pair.read_stream(fd, size)
+        if data:
+            # What was reported before a line was written is known once that line is.
+            for report in pair.there_now(pair.channel):
+                self._hear_snippet(*report)
+            execution.output.add(stream, data)
+            if execution.delivery is not None:
+                execution.delivery.put(stream, data)
 
     def _take(self, kind: bytes, payload: bytes) -> None:
         if kind == protocol.PROGRESS:
