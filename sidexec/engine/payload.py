@@ -111,13 +111,16 @@ GREETING = len(importlib.util.MAGIC_NUMBER)
 
 
 def options(python: str) -> list[str]:
-    """Options of the interpreter, where it is of this version.
+    """Options of the interpreter, whose version its file's name tells, unless it is this one.
 
     Python 3.13 and 3.14 import `linecache` for `-c`, from the current directory if it is
     there: what a confined snippet has left would be run, and not be confined.
     """
-    is_own = os.path.realpath(python) == os.path.realpath(sys.executable or "")
-    return ["-P"] if is_own and (3, 13) <= sys.version_info < (3, 15) else []
+    file = os.path.realpath(python)
+    name = os.path.basename(file)
+    if file == os.path.realpath(sys.executable or ""):
+        name = "python%d.%d" % sys.version_info[:2]
+    return ["-P"] if name.startswith(("python3.13", "python3.14")) else []
 
 
 def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
