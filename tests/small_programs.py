@@ -176,6 +176,8 @@ PROGRAMS = {
     "thread": "import threading\nt = threading.Thread(target=print, args=('in',))\nt.start()\nt.join()",
     "thread at the end": "import threading, time\ndef f():\n    time.sleep(0.05)\n    print('late')\n"
     "threading.Thread(target=f).start()\nprint('end')",
+    "traced to the end": "import atexit, sys, threading\ndef trace(*a):\n    print(a[1], a[0].f_code.co_name)\n"
+    "    return trace\natexit.register(lambda: 0)\nsys.settrace(trace)",
     "weak finalizer": "import weakref\nclass C: pass\nc = C()\nweakref.finalize(c, print, 'gone')",
     "pickle": "import pickle\nclass C:\n    x = 1\nprint(pickle.loads(pickle.dumps(C)).x)",
     "processes": "import multiprocessing\nprint(multiprocessing.get_start_method())\n"
@@ -261,7 +263,10 @@ if NEW >= (3, 15):
 
 
 # What these do goes by how the interpreter was started, or ends.
-ALONE = {name for name in PROGRAMS if name.startswith("processes")} | {"interrupt"}
+ALONE = {name for name in PROGRAMS if name.startswith("processes")} | {
+    "interrupt",
+    "traced to the end",
+}
 
 # What a host hands over is of its own version, what a snippet finds of the other's.
 OTHERS = [

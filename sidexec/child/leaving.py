@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
+_settrace = sys.settrace  # the user's code may put anything in its place
 INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
 
 # An interpreter's end only flushes these, text first. Not their subclasses, which may have
@@ -41,16 +42,18 @@ def leave(
     preloaded: list[Any],
     is_snippet: bool,
     exit_code: int,
+    trace: Any,
 ) -> NoReturn:
     """End the process.
 
     `preloaded` is what `find_open` has found before the snippet was forked; `is_snippet` is
-    false in a child that the snippet itself has forked.
+    false in a child that the snippet itself has forked; `trace` is for `sys.settrace`.
     """
     try:
         ask.phase = LEAVING
         if ask.has_come and is_snippet:
             _end_workers()
+        _settrace(trace)
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
@@ -60,6 +63,7 @@ def leave(
     except BaseException as error:
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
+    _settrace(None)
     ask.phase = SETTLING
     # Not while threads run, which would lose their globals: the interpreter's own end waits
     # for them. Nor in a child that the snippet forked.

@@ -55,6 +55,7 @@ class Snippet:
         self.returned: dict[int, object] = {}
         self.clean_up: Callable[[], object] = bool  # which does nothing
         self.failure: BaseException | None = None
+        self.trace: Any = None  # the function that the user's code has set
         self._channel = Channel(channel)
         self._failures = Failures()
         self._path = path
@@ -144,7 +145,9 @@ class Snippet:
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             failure = None  # its traceback holds the globals
         is_snippet = os.getpid() == self._pid
-        leaving.leave(self.ask, self._take_globals, self._preloaded, is_snippet, exit_code)
+        leaving.leave(
+            self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, self.trace
+        )
 
     def _take_globals(self) -> dict[str, Any]:
         namespace, self._namespace = self._namespace, {}

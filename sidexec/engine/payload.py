@@ -52,7 +52,7 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # built-in names in a copy of their own, since a snippet may change them. Where all imports
 # are lazy, theirs are not: they could not be found any more. In a snippet's process `main`
 # returns, and its code is called from here, so that this frame is the only one below it.
-# 3 is `asking.SETTLING`.
+# 3 is `asking.SETTLING`. A trace function that it has set sees no code of ours.
 BOOT = (
     """\
 import sys
@@ -95,6 +95,7 @@ for n,k,s in l:
  exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
 if z:sys.set_lazy_imports(z)
+g,u=sys.gettrace,sys.settrace
 t=m.main(c,p)
 if t:
  try:
@@ -103,7 +104,7 @@ if t:
    finally:t.clean_up()
   finally:t.ask.phase=3
  except b["BaseException"]as e:t.failure=e
- t.end()
+ t.trace=g();u(None);t.end()
 """
     % MARK
 )
