@@ -598,35 +598,6 @@ def test_the_thread_of_on_output_takes_signals_from_nobody_but_its_callback(make
     assert set(map(frozenset, masks)) == {frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ()))}
 
 
-def test_an_output_that_is_not_read_for_a_while_holds_up_nobody_elses(make_manager, tmp_path):
-    """The number of a descriptor that the one has closed may be one of the other's now."""
-    manager = make_manager()
-    over = threading.Event()
-    flood = f"""
-import os, time
-os.close(2)
-while not os.path.exists({str(tmp_path / "go")!r}): time.sleep(0.001)
-os.write(1, b"x" * 4_000_000)
-"""
-    try:
-        id = manager.start_with_code(flood, on_output=lambda chunk: over.wait(60)).id
-        execution = manager._engine.executions[id]
-        # Its standard error has been closed.
-        eventually(lambda: execution.owner and len(execution.owner._open) == 2)
-        others = [manager.start_with_code(FOREVER).id for _ in range(4)]
-        go_on(tmp_path, "go")
-        eventually(lambda: len(manager.get_status(id).data.output) > 1024 * 1024)
-        late = [manager.start_with_code("print('late')").id for _ in range(4)]
-        for each in late:
-            data = manager.wait(each, 10).data
-            assert (data.status, data.output) == ("completed", "late\n")
-        for each in others:
-            data = manager.stop(each, grace=10).data
-            assert (data.status, data.output, data.forced) == ("stopped", "ready\n", False)
-    finally:
-        over.set()
-
-
 def test_a_number_that_is_anothers_at_once_is_not_waited_for(manager, monkeypatch):
     """Of a file that can always be read, it would wake the thread without a pause."""
     heard = []
