@@ -19,10 +19,11 @@ import pytest
 from commands import state_of
 from conftest import begin, children, descriptors, eventually, finish, is_alive, within
 from test_misbehaving_hosts import run_host
+from test_without_kernel_help import taken_away
 
 import sidexec
 from sidexec import protocol
-from sidexec.engine import engine, payload, thread
+from sidexec.engine import engine, thread
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
@@ -111,32 +112,21 @@ def test_an_interpreter_that_is_stopped_while_it_comes_up(make_manager, looks_of
     assert result_of(manager, "return 1") == 1
 
 
-def test_a_keeper_that_is_stopped_before_it_is_ready(
-    make_manager, looks_often, monkeypatch, tmp_path
-):
+def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, looks_often, tmp_path):
     flag = tmp_path / "stop"
-    load = payload._load
-
-    def patched(name, as_source):
-        if name != "child.keeper":
-            return load(name, as_source)
-        source = load(name, True)
-        call = "            self._send(READY,"
-        assert source.count(call) == 1
-        stop = f"            if os.path.exists({str(flag)!r}): os.kill(os.getpid(), 19)\n"
-        return source.replace(call, stop + call)
-
-    monkeypatch.setattr(payload, "_load", patched)
-    payload.load.cache_clear()
-    try:
+    stop = f"""
+def stop_first(self, kind, *args, send=Keeper._send):
+    if kind == READY and os.path.exists({str(flag)!r}): os.kill(os.getpid(), 19)
+    send(self, kind, *args)
+Keeper._send = stop_first
+"""
+    flag.touch()
+    with taken_away({"keeper": stop}):
         manager = make_manager(grace_period=1)
-        flag.touch()
         started = manager.start_with_code("pass")
         assert not started.success and "stopped by a signal before it was ready" in started.error
         flag.unlink()
         assert result_of(manager, "return 1") == 1
-    finally:
-        payload.load.cache_clear()
 
 
 @pytest.mark.parametrize("stopped", [False, True])
