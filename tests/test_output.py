@@ -448,6 +448,26 @@ def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
     assert texts(got)[0] == data.output
 
 
+def test_a_snippet_waits_while_on_output_is_far_behind_and_no_other_does(manager):
+    release = threading.Event()
+    got = []
+
+    def on_output(chunk):
+        release.wait(60)
+        got.append(chunk)
+
+    id = manager.start_with_code("print('x' * 6_000_000)", on_output=on_output).id
+    try:
+        eventually(lambda: len(manager.get_status(id).data.output) > 1024 * 1024)
+        for _ in range(3):
+            assert manager.run("print('other')").data.output == "other\n"
+        assert manager.get_status(id).data.status == "running"
+    finally:
+        release.set()
+    assert manager.wait(id).data.status == "completed"
+    assert texts(got)[0] == "x" * 6_000_000 + "\n"
+
+
 def test_what_waits_for_an_on_output_that_blocks_is_bounded(monkeypatch, caplog):
     monkeypatch.setattr("sidexec.engine.delivery.MOST", 10_000)
     release = threading.Event()
