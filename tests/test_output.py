@@ -188,8 +188,7 @@ def test_output_is_bounded_while_it_runs(make_manager):
 
 TWENTY_MEGABYTES = """
 import os, random
-data = random.Random(5).choices(b"abcdefghijklmnopqrstuvwxyz\\n", k=1_000_003)
-data = bytes(data)
+data = random.Random(5).randbytes(500_002).hex().encode()[1:]
 for _ in range(20):
     view = memoryview(data)
     while view:

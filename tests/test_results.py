@@ -118,7 +118,10 @@ PLACES = {
     ),
     "depth": (DEEP.format(101), "result is nested more than 100 deep: flatten it"),
     "great depth": (DEEP.format(100_000), "result is nested more than 100 deep: flatten it"),
-    "complex": ("return 1j", "result is a complex: convert it with float() or str()"),
+    "complex": (
+        "class C: __complex__ = 0\nreturn C()",
+        "result is a C: convert it with float() or str()",
+    ),
     "class": ("return int", "result is a type: use dict, list, str, int, float, bool or None"),
     "async": (
         "import asyncio\nawait asyncio.sleep(0)\nreturn {1}",
