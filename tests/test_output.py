@@ -585,7 +585,7 @@ def test_on_output_is_called_also_where_a_handler_has_interrupted_the_start(make
             raise Interrupt
 
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho > {tmp_path}/up\nsleep 0.1\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\necho > {tmp_path}/up\nsleep 0.2\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     got = []
     manager = make_manager(grace_period=1, python=python)
