@@ -19,6 +19,7 @@ import pytest
 from commands import state_of
 from conftest import begin, children, descriptors, eventually, finish, is_alive, within
 from test_misbehaving_hosts import run_host
+from test_untrusted import CHANNEL
 from test_without_kernel_help import taken_away
 
 import sidexec
@@ -443,35 +444,22 @@ def test_what_is_forgotten_is_freed_at_once(make_manager):
 # -- what a snippet sends
 
 
-HOSTILE = r'''
+HOSTILE = r"""
 threading.stack_size(256 * 1024)
 sys.setrecursionlimit(10**6)
 manager = sidexec.ExecutionManager()
-SEND = """
-import os, struct
-for fd in range(3, 2000):
-    try:
-        target = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:
-        continue
-    if target.startswith("socket:"):
-        os.write(fd, b"v" + struct.pack(">I", len(data)) + data)
-"""
 for data in ('b"[" * 10**5 + b"]" * 10**5', "b'{\"a\":' * 10**5"):
-    id = manager.start_with_code(f"data = {data}" + SEND).id
-    status = manager.wait(id).data
+    status = manager.run(f"{sys.argv[2]}\nsend(frame(b'v', {data}))").data
     assert (status.status, status.result) == ("failed", None), status
-    manager.get_status(id)
 value = [[[{"a": ["[" * 1000, "\\", '"[[', "\\\\", []]}]]]
-id = manager.start_with_code("return params['value']", {"value": value}).id
-assert manager.wait(id).data.result == value
+assert manager.run("return params['value']", {"value": value}).data.result == value
 manager.close()
 report("done")
-'''
+"""
 
 
 def test_nesting_harms_no_host_whatever_its_stacks_and_its_recursion_limit(host):
-    assert host(HOSTILE) == "done"
+    assert host(HOSTILE, CHANNEL) == "done"
 
 
 # -- executions run as the host is
@@ -484,13 +472,11 @@ def test_who_has_dropped_its_privileges_runs_no_snippet_with_them(host, tmp_path
     import os
     manager = sidexec.ExecutionManager(cwd="/")
     code = "import os; return [os.getresuid(), os.getresgid(), os.getgroups(), os.umask(0)]"
-    def ids():
-        return manager.wait(manager.start_with_code(code).id).data.result
-    found = [ids()]
+    found = [manager.run(code).data.result]
     os.umask(0o027)
-    found.append(ids())
+    found.append(manager.run(code).data.result)
     os.setgroups([12345])
-    found.append(ids())
+    found.append(manager.run(code).data.result)
     manager.close()
     report(found)
     """
@@ -509,8 +495,7 @@ def test_who_has_changed_its_limits_runs_snippets_with_those(host):
     found = []
     for soft in (soft, 100, soft - 1):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        id = manager.start_with_code(code).id
-        found.append([manager.wait(id).data.result, limit()])
+        found.append([manager.run(code).data.result, limit()])
     manager.close()
     report(found)
     """
@@ -577,8 +562,7 @@ mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 manager = sidexec.ExecutionManager(grace_period=5)
 def run(n):
     got = []
-    started = manager.start_with_code("print(1); return params['n']", {"n": n}, on_output=got.append)
-    data = manager.wait(started.id).data
+    data = manager.run("print(1); return params['n']", {"n": n}, on_output=got.append).data
     assert (data.result, data.output, got[0].text[:1]) == (n, "1\n", "1"), (data, got)
 if sys.argv[2] == "after":
     run(0)
