@@ -55,24 +55,24 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("responses")
+    directory = tmp_path_factory.mktemp("responses")
+    (directory / "blocks" / "one").mkdir(parents=True)
+    (directory / "blocks" / "one" / "__main__.py").write_text("'Does it.'\n__version__ = '2'")
+    return directory
 
 
 @pytest.fixture(scope="module")
 def responses(directory):
     """One response of each kind and outcome, by name."""
     with sidexec.ExecutionManager(env=ENVIRONMENT, default_timeout=60.0) as manager:
-        return made_by(manager, directory)
+        return made_by(manager, directory / "blocks", directory / "nowhere")
 
 
-def made_by(manager, tmp_path):
-    (tmp_path / "blocks" / "one").mkdir(parents=True)
-    (tmp_path / "blocks" / "one" / "__main__.py").write_text("'''Does it.'''\n__version__ = '2'")
-    block = str(tmp_path / "blocks" / "one")
+def made_by(manager, blocks, nowhere):
     made = {
         "start": manager.start_with_code("pass", {"a": [1]}, 2.5, thread_id="t"),
-        "start block": manager.start_with_action_block(block),
-        "not started": manager.start_with_action_block(str(tmp_path / "nowhere")),
+        "start block": manager.start_with_action_block(blocks / "one"),
+        "not started": manager.start_with_action_block(nowhere),
     }
     code = "report_progress(50)\nreport_result({'n': 1})\n" + FOREVER
     id = begin(manager, code, thread_id="t")
@@ -87,8 +87,8 @@ def made_by(manager, tmp_path):
     made["no stop"] = manager.stop("nobody")
     made["executions"] = manager.list_executions()
     made["no executions"] = manager.list_executions("running")
-    made["blocks"] = manager.list_action_blocks(tmp_path / "blocks")
-    made["no blocks"] = manager.list_action_blocks(tmp_path / "nowhere")
+    made["blocks"] = manager.list_action_blocks(blocks)
+    made["no blocks"] = manager.list_action_blocks(nowhere)
     return made
 
 

@@ -39,9 +39,13 @@ VALUES = [1, 0, -1, 1.5, 2**70, True, False, "", "ü\0\n\U0001f40d", "\udc80", [
 VALUES += [{"a": [1, {"b": None}]}, eval("[" * 100 + "1" + "]" * 100)]
 
 
-@pytest.mark.parametrize("prefix", ["", "import asyncio\nawait asyncio.sleep(0)\n"])
-def test_the_result_is_what_was_returned(run, prefix):
-    for value in VALUES:
+@pytest.mark.parametrize(
+    "prefix, values",
+    [("", VALUES), ("import asyncio\nawait asyncio.sleep(0)\n", [VALUES[:-1], False])],
+    ids=["plain", "async"],
+)
+def test_the_result_is_what_was_returned(run, prefix, values):
+    for value in values:
         data = run(f"{prefix}return {value!r}")
         assert (data.status, repr(data.result)) == ("completed", repr(value))
 
@@ -461,45 +465,27 @@ def test_a_handler_that_raises_cuts_no_report_in_two(run):
     assert (data.status, data.result) == ("completed", "last"), data.error
 
 
-def test_threads_may_report_at_once_in_a_first_execution():
-    code = """
-    import threading
-    errors = []
-    def work():
-        try:
-            report_result(1)
-        except BaseException as error:
-            errors.append(repr(error))
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-    return errors
-    """
-    for _ in range(4):
-        assert first_run(code).result == []
-
-
-def test_a_report_disturbs_no_import_of_another_thread(tmp_path):
+def test_threads_may_report_at_once_in_a_first_execution_while_another_imports(tmp_path):
     (tmp_path / "own.py").write_text("")
     code = """
     import sys, threading
     errors = []
-    is_reported = False
-    def work():
-        while not is_reported:
+    def work(call):
+        try:
+            call()
+        except BaseException as error:
+            errors.append(repr(error))
+    def import_until_all_have_reported():
+        while any(thread.is_alive() for thread in reporting):
             sys.modules.pop("own", None)
-            try:
-                import own
-            except BaseException as error:
-                errors.append(repr(error))
-    thread = threading.Thread(target=work)
-    thread.start()
-    report_result(1)
-    is_reported = True
-    thread.join()
+            import own
+    reporting = [threading.Thread(target=work, args=(lambda: report_result(1),)) for _ in range(8)]
+    importing = threading.Thread(target=work, args=(import_until_all_have_reported,))
+    for thread in (reporting[0], importing, *reporting[1:]): thread.start()
+    for thread in (importing, *reporting): thread.join()
     return errors
     """
-    for _ in range(2):
+    for _ in range(4):
         assert first_run(code, cwd=str(tmp_path)).result == []
 
 
