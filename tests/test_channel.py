@@ -8,13 +8,15 @@ from conftest import children, eventually, tree
 from conftest import swept_manager as manager  # noqa: F401
 from test_without_kernel_help import taken_away
 
+import sidexec
+
 CLOSED = """
 import os
-os.closerange(3, {top})
-paths = [os.path.join(params["directory"], str(n)) for n in range({files})]
+os.closerange(3, params["top"])
+paths = [os.path.join(params["directory"], str(n)) for n in range(params["files"])]
 files = [open(path, "wb") for path in paths]
 report_progress(50)
-report_result({{"secret": 42}})
+report_result({"secret": 42})
 for file in files: file.close()
 """
 
@@ -25,24 +27,23 @@ def contents(directory):
 
 @pytest.mark.parametrize("end", ["", "return {'secret': 42}"])
 def test_closing_descriptors_as_daemons_do_loses_no_result(tmp_path, run, end):
-    code = CLOSED.format(top=256, files=20) + end
     for _ in range(2):
-        data = run(code, {"directory": str(tmp_path)})
+        data = run(CLOSED + end, {"directory": str(tmp_path), "top": 256, "files": 20})
         assert (data.status, data.result, data.progress) == ("completed", {"secret": 42}, 50), data
         assert contents(tmp_path) == {b""}
 
 
 def test_nothing_is_written_to_a_file_that_has_the_channel_s_number(tmp_path, run):
-    code = CLOSED.format(top=4096, files=1000)
     for _ in range(2):
-        data = run(code, {"directory": str(tmp_path)})
+        data = run(CLOSED, {"directory": str(tmp_path), "top": 4096, "files": 1000})
         assert data.status == "failed"
         assert "OSError: [Errno 9] nothing can be reported any more" in data.error_output
         assert contents(tmp_path) == {b""}
 
 
-def test_a_result_that_is_lost_is_told(tmp_path, run):
-    code = "import os\nos.closerange(3, 4096)\nfiles = [open(os.devnull, 'wb') for _ in range(1000)]\nreturn 5"
+def test_a_result_that_is_lost_is_told(run):
+    code = "import os\nos.closerange(3, 4096)\n"
+    code += "files = [open(os.devnull, 'wb') for _ in range(1000)]\nreturn 5"
     data = run(code)
     assert (data.status, data.exit_code, data.result) == ("failed", 1, None)
     assert data.error_output.startswith("OSError: [Errno 9] nothing can be reported any more")
@@ -55,8 +56,6 @@ def test_code_that_reports_nothing_may_close_everything(run):
 
 
 def test_where_few_files_may_be_open_the_channel_stays_where_it_is(run):
-    import sidexec
-
     assert run("return 1", limits=sidexec.Limits(open_files=32)).result == 1
 
 
@@ -72,43 +71,41 @@ def test_a_snippet_waits_whatever_timeout_a_preloaded_module_has_set_for_sockets
 
     def has_spare():
         before = tree(launcher)[1:]  # below a keeper
-        time.sleep(0.2)
+        time.sleep(0.05)  # it would time out at once
         return before and tree(launcher)[1:] == before
 
     eventually(has_spare)
 
 
-# A thread is in the midst of a report when the snippet forks.
-FORKS = """
-import os, signal, threading
-channel = report_progress.__self__._channel
-write, inside, forked = channel._write, threading.Event(), threading.Event()
-def late(frame):
-    inside.set()
-    forked.wait()
-    write(frame)
-channel._write = late
-thread = threading.Thread(target=report_result, args=("old",))
-thread.start()
-inside.wait()
-reader, writer = os.pipe()
-pid = os.fork()
-if pid == 0:
-    signal.alarm(20)
-    channel._write = write
-    os.read(reader, 1)
-    report_progress(2)
-    os._exit(0)
-forked.set()
-thread.join()
-report_result("new")
-os.write(writer, b"x")
-assert os.waitpid(pid, 0)[1] == 0
-"""
-
-
 def test_a_forked_child_waits_for_no_report_of_its_parent_and_sends_none(run):
-    data = run(FORKS)
+    # A thread is in the midst of a report when the snippet forks.
+    code = """
+    import os, signal, threading
+    channel = report_progress.__self__._channel
+    write, inside, forked = channel._write, threading.Event(), threading.Event()
+    def late(frame):
+        inside.set()
+        forked.wait()
+        write(frame)
+    channel._write = late
+    thread = threading.Thread(target=report_result, args=("old",))
+    thread.start()
+    inside.wait()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        channel._write = write
+        os.read(reader, 1)
+        report_progress(2)
+        os._exit(0)
+    forked.set()
+    thread.join()
+    report_result("new")
+    os.write(writer, b"x")
+    assert os.waitpid(pid, 0)[1] == 0
+    """
+    data = run(code)
     assert (data.status, data.progress, data.result) == ("completed", 2, "new")
 
 

@@ -19,10 +19,12 @@ import pytest
 from commands import state_of
 from conftest import begin, children, descriptors, eventually, finish, is_alive, within
 from test_misbehaving_hosts import run_host
+from test_untrusted import CHANNEL
+from test_without_kernel_help import taken_away
 
 import sidexec
 from sidexec import protocol
-from sidexec.engine import engine, payload, thread
+from sidexec.engine import engine, thread
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.requests import Requests
@@ -62,6 +64,18 @@ def launcher_of(make_manager, looks_often):
     return manager, launcher
 
 
+def spare_of(manager):
+    (launcher,) = manager._engine._launchers
+    return eventually(lambda: [*launcher._requests._spares])[0]
+
+
+@pytest.fixture
+def with_spare(launcher_of):
+    """A manager, and the pair that its launcher has forked ahead of need."""
+    manager, _ = launcher_of
+    return manager, spare_of(manager)
+
+
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
     manager, launcher = launcher_of
@@ -80,14 +94,9 @@ def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
         assert manager.stop(running).data.status == "stopped"
 
 
-@pytest.mark.parametrize("moment", ["idle", "running"])
-def test_a_launcher_that_is_killed_is_followed_by_another(launcher_of, moment):
+def test_a_launcher_that_is_killed_while_nothing_runs_is_followed_by_another(launcher_of):
     manager, launcher = launcher_of
-    id = begin(manager, SLEEP) if moment == "running" else None
     os.kill(launcher, signal.SIGKILL)
-    if id is not None:
-        data = manager.wait(id).data
-        assert data.status == "failed" and "killed by SIGKILL" in data.error
     eventually(lambda: launcher not in children())
     assert result_of(manager, "return 2") == 2
 
@@ -104,39 +113,21 @@ def test_an_interpreter_that_is_stopped_while_it_comes_up(make_manager, looks_of
     assert result_of(manager, "return 1") == 1
 
 
-def test_a_keeper_that_is_stopped_before_it_is_ready(
-    make_manager, looks_often, monkeypatch, tmp_path
-):
+def test_a_keeper_that_is_stopped_before_it_is_ready(make_manager, looks_often, tmp_path):
     flag = tmp_path / "stop"
-    load = payload._load
-
-    def patched(name, as_source):
-        if name != "child.keeper":
-            return load(name, as_source)
-        source = load(name, True)
-        call = "            self._send(READY,"
-        assert source.count(call) == 1
-        stop = f"            if os.path.exists({str(flag)!r}): os.kill(os.getpid(), 19)\n"
-        return source.replace(call, stop + call)
-
-    monkeypatch.setattr(payload, "_load", patched)
-    payload.load.cache_clear()
-    try:
+    stop = f"""
+def stop_first(self, kind, *args, send=Keeper._send):
+    if kind == READY and os.path.exists({str(flag)!r}): os.kill(os.getpid(), 19)
+    send(self, kind, *args)
+Keeper._send = stop_first
+"""
+    flag.touch()
+    with taken_away({"keeper": stop}):
         manager = make_manager(grace_period=1)
-        flag.touch()
         started = manager.start_with_code("pass")
-        assert (
-            not started.success and "was stopped by a signal before it was ready" in started.error
-        )
+        assert not started.success and "stopped by a signal before it was ready" in started.error
         flag.unlink()
         assert result_of(manager, "return 1") == 1
-    finally:
-        payload.load.cache_clear()
-
-
-def spare_of(manager):
-    (launcher,) = manager._engine._launchers
-    return eventually(lambda: [*launcher._requests._spares])[0]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -154,9 +145,8 @@ def test_a_spare_that_ends_as_it_is_handed_a_request(launcher_of, stopped):
     assert not stopped or f"pid {launcher}) was stopped by a signal" in data.error
 
 
-def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeypatch):
-    manager, _ = launcher_of
-    spare_of(manager)
+def test_a_spare_that_is_released_as_it_is_handed_a_request(with_spare, monkeypatch):
+    manager, _ = with_spare
     released = []
 
     def release_first(pair, execution):
@@ -172,9 +162,8 @@ def test_a_spare_that_is_released_as_it_is_handed_a_request(launcher_of, monkeyp
     assert len(released) == 1
 
 
-def test_a_spare_that_is_being_released_as_it_is_handed_a_request(launcher_of, monkeypatch):
-    manager, _ = launcher_of
-    spare_of(manager)
+def test_a_spare_that_is_being_released_as_it_is_handed_a_request(with_spare, monkeypatch):
+    manager, _ = with_spare
     looked = threading.Event()
     is_gone, caller = Pair.is_gone, threading.get_ident()
 
@@ -217,9 +206,8 @@ def test_a_snippet_that_is_killed_before_its_pair_is_ready_takes_no_request(mana
     assert result_of(manager, "return 1") == 1
 
 
-def test_a_spare_whose_snippet_is_gone_is_not_taken_though_its_keeper_has_not_said_so(launcher_of):
-    manager, _ = launcher_of
-    spare = spare_of(manager)
+def test_a_spare_whose_snippet_is_gone_is_not_taken_though_its_keeper_has_not_said_so(with_spare):
+    manager, spare = with_spare
     os.kill(spare.keeper_pid, signal.SIGSTOP)
     os.kill(spare.snippet_pid, signal.SIGKILL)
     eventually(spare.is_gone)  # the launcher holds the channel for a moment as well
@@ -228,13 +216,12 @@ def test_a_spare_whose_snippet_is_gone_is_not_taken_though_its_keeper_has_not_sa
 
 
 @pytest.fixture
-def with_lost_spare(launcher_of, monkeypatch):
+def with_lost_spare(with_spare, monkeypatch):
     """A manager whose next request is handed to a spare pair that is gone by then.
 
     It is placed anew, and the launcher takes no requests any more: `prepare` comes before that.
     """
-    manager, _ = launcher_of
-    spare = spare_of(manager)
+    manager, spare = with_spare
     is_gone, hand_over = Pair.is_gone, Pair.hand_over
     promised = threading.Event()
     prepare = []
@@ -321,10 +308,9 @@ def test_a_start_that_comes_while_a_manager_is_closed_leaves_no_launcher(make_ma
 
 
 def test_a_pair_that_takes_its_request_just_as_its_manager_is_closed_is_stopped(
-    launcher_of, monkeypatch
+    with_spare, monkeypatch
 ):
-    manager, _ = launcher_of
-    spare_of(manager)
+    manager, _ = with_spare
     listed, submitted = threading.Event(), threading.Event()
     running, submit = manager._engine.running, Launcher.submit
 
@@ -405,10 +391,9 @@ def test_a_first_start_within_another_shares_its_launcher(make_manager, monkeypa
 
 
 def test_a_run_that_is_interrupted_once_its_request_is_handed_over_is_stopped(
-    launcher_of, monkeypatch
+    with_spare, monkeypatch
 ):
-    manager, _ = launcher_of
-    spare_of(manager)
+    manager, _ = with_spare
     know = manager._engine.know
 
     def interrupt(execution):
@@ -421,9 +406,8 @@ def test_a_run_that_is_interrupted_once_its_request_is_handed_over_is_stopped(
     assert manager.list_executions("running").data.count == 0
 
 
-def test_a_spare_that_a_handler_keeps_from_its_request_is_released(launcher_of, monkeypatch):
-    manager, _ = launcher_of
-    spare = spare_of(manager)
+def test_a_spare_that_a_handler_keeps_from_its_request_is_released(with_spare, monkeypatch):
+    manager, spare = with_spare
     with monkeypatch.context() as patch:
         patch.setattr(Pair, "hand_over", lambda pair, execution: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -432,10 +416,9 @@ def test_a_spare_that_a_handler_keeps_from_its_request_is_released(launcher_of, 
     assert result_of(manager, "return 2") == 2
 
 
-def test_a_start_needs_no_lock_of_the_import_system(launcher_of):
+def test_a_start_needs_no_lock_of_the_import_system(with_spare):
     """A handler that raises in `importlib` leaves it taken, on Python 3.10 for one."""
-    manager, _ = launcher_of
-    spare_of(manager)
+    manager, _ = with_spare
     with ThreadPoolExecutor() as pool:
         _imp.acquire_lock()
         try:
@@ -461,35 +444,22 @@ def test_what_is_forgotten_is_freed_at_once(make_manager):
 # -- what a snippet sends
 
 
-HOSTILE = r'''
+HOSTILE = r"""
 threading.stack_size(256 * 1024)
 sys.setrecursionlimit(10**6)
 manager = sidexec.ExecutionManager()
-SEND = """
-import os, struct
-for fd in range(3, 2000):
-    try:
-        target = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:
-        continue
-    if target.startswith("socket:"):
-        os.write(fd, b"v" + struct.pack(">I", len(data)) + data)
-"""
 for data in ('b"[" * 10**5 + b"]" * 10**5', "b'{\"a\":' * 10**5"):
-    id = manager.start_with_code(f"data = {data}" + SEND).id
-    status = manager.wait(id).data
+    status = manager.run(f"{sys.argv[2]}\nsend(frame(b'v', {data}))").data
     assert (status.status, status.result) == ("failed", None), status
-    manager.get_status(id)
 value = [[[{"a": ["[" * 1000, "\\", '"[[', "\\\\", []]}]]]
-id = manager.start_with_code("return params['value']", {"value": value}).id
-assert manager.wait(id).data.result == value
+assert manager.run("return params['value']", {"value": value}).data.result == value
 manager.close()
 report("done")
-'''
+"""
 
 
 def test_nesting_harms_no_host_whatever_its_stacks_and_its_recursion_limit(host):
-    assert host(HOSTILE) == "done"
+    assert host(HOSTILE, CHANNEL) == "done"
 
 
 # -- executions run as the host is
@@ -502,17 +472,15 @@ def test_who_has_dropped_its_privileges_runs_no_snippet_with_them(host, tmp_path
     import os
     manager = sidexec.ExecutionManager(cwd="/")
     code = "import os; return [os.getresuid(), os.getresgid(), os.getgroups(), os.umask(0)]"
-    def ids():
-        return manager.wait(manager.start_with_code(code).id).data.result
-    found = [ids()]
+    found = [manager.run(code).data.result]
     os.umask(0o027)
-    found.append(ids())
+    found.append(manager.run(code).data.result)
     os.setgroups([12345])
-    found.append(ids())
+    found.append(manager.run(code).data.result)
     manager.close()
     report(found)
     """
-    first, second, third = host(script.replace("\n    ", "\n"))
+    first, second, third = host(script)
     assert second == [*first[:3], 0o027]
     assert third == [first[0], first[1], [12345], 0o027]
 
@@ -527,12 +495,11 @@ def test_who_has_changed_its_limits_runs_snippets_with_those(host):
     found = []
     for soft in (soft, 100, soft - 1):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        id = manager.start_with_code(code).id
-        found.append([manager.wait(id).data.result, limit()])
+        found.append([manager.run(code).data.result, limit()])
     manager.close()
     report(found)
     """
-    for found, expected in host(script.replace("\n    ", "\n")):
+    for found, expected in host(script):
         assert found == expected
 
 
@@ -543,21 +510,20 @@ def test_wait_returns_once_on_output_has_had_everything(manager):
     got = []
 
     def slow(chunk):
-        time.sleep(0.05)
+        time.sleep(0.03)
         got.append(chunk.text)
 
-    code = "import time\nfor n in range(5):\n    print(n, flush=True)\n    time.sleep(0.02)"
-    id = manager.start_with_code(code, on_output=slow).id
-    assert manager.wait(id).data.output == "".join(got)
+    code = "import time\nfor n in range(3):\n    print(n)\n    time.sleep(0.01)"
+    data = finish(manager, code, on_output=slow)
+    assert data.output == "".join(got) == "0\n1\n2\n"
 
 
 @pytest.mark.parametrize("end", ["stop", "close"])
 def test_what_on_output_never_got_is_logged(make_manager, caplog, end):
     release = threading.Event()
-    manager = make_manager(grace_period=0.2)
+    manager = make_manager(grace_period=0.1)
     id = manager.start_with_code(
-        "import sys, time\nfor n in range(20):\n    print('x' * 999, flush=True)\n"
-        "    time.sleep(0.001)\ntime.sleep(60)",
+        "import time\nfor n in range(20):\n    print('x' * 999)\n    time.sleep(0.001)\ntime.sleep(60)",
         on_output=lambda chunk: release.wait(60),
     ).id
     eventually(lambda: len(manager.get_status(id).data.output) == 20_000)
@@ -573,7 +539,7 @@ def test_what_on_output_never_got_is_logged(make_manager, caplog, end):
 
 
 # As gevent does it: what would block a thread is replaced, the originals can be had.
-PATCHED = """
+PATCHED = r"""
 import types, _thread, queue, select, selectors, socket, subprocess, time
 originals = {}
 def forbidden(*args, **options):
@@ -596,19 +562,18 @@ mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 manager = sidexec.ExecutionManager(grace_period=5)
 def run(n):
     got = []
-    started = manager.start_with_code("print(1); return params['n']", {"n": n}, on_output=got.append)
-    data = manager.wait(started.id).data
-    assert (data.result, data.output, got[0].text[:1]) == (n, "1\\\\n", "1"), (data, got)
+    data = manager.run("print(1); return params['n']", {"n": n}, on_output=got.append).data
+    assert (data.result, data.output, got[0].text[:1]) == (n, "1\n", "1"), (data, got)
 if sys.argv[2] == "after":
     run(0)
 patch()
 for n in range(5):
     run(n)
-code = "import time\\\\ntry: print('up', flush=True); time.sleep(60)\\\\nfinally: print('down')"
+code = "import time\ntry: print('up', flush=True); time.sleep(60)\nfinally: print('down')"
 id = manager.start_with_code(code).id
-while manager.get_status(id).data.output != "up\\n":
+while manager.get_status(id).data.output != "up\n":
     originals["time", "sleep"](0.005)
-assert manager.stop(id).data.output == "up\\\\ndown\\\\n"
+assert manager.stop(id).data.output == "up\ndown\n"
 manager.close()
 assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
 report("done")
@@ -617,7 +582,7 @@ report("done")
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_it_works_where_gevent_has_patched_the_standard_library(host, when):
-    assert host(PATCHED.replace("\\\\n", "\\n"), when) == "done"
+    assert host(PATCHED, when) == "done"
 
 
 def test_where_eventlet_has_patched_threads_a_start_says_so(manager, monkeypatch):
@@ -713,9 +678,15 @@ class ReadyPair:
         return True
 
 
-def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
-    requests = Requests(lambda frame: None)
+def open_requests(ask=bool, keeps_spare=True):
+    requests = Requests(ask)
+    requests.keeps_spare = keeps_spare
     requests.open()
+    return requests
+
+
+def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
+    requests = open_requests(keeps_spare=False)
     first, second = Request(), Request()
     requests.put(first)
     assert requests.take(ReadyPair(is_ahead=True)) is first  # so one pair too many comes
@@ -728,8 +699,7 @@ def test_a_pair_that_fails_refuses_no_request_for_which_another_comes():
 
 def test_one_pair_is_kept_ahead_and_no_more():
     asked = []
-    requests = Requests(asked.append)
-    requests.open()
+    requests = open_requests(asked.append, keeps_spare=False)
     requests.take(ReadyPair(is_ahead=False))
     assert not requests._spares  # nothing is to be kept yet
     requests.keeps_spare = True
@@ -743,9 +713,7 @@ def test_one_pair_is_kept_ahead_and_no_more():
 
 def test_no_pair_is_forked_ahead_where_one_comes_whose_request_has_gone_to_another():
     asked = []
-    requests = Requests(asked.append)
-    requests.keeps_spare = True
-    requests.open()
+    requests = open_requests(asked.append)
     requests.put(Request())
     requests.take(ReadyPair(is_ahead=True))
     requests.fork_ahead()
@@ -754,9 +722,7 @@ def test_no_pair_is_forked_ahead_where_one_comes_whose_request_has_gone_to_anoth
 
 def test_a_handler_that_raises_as_a_pair_is_asked_for_leaves_none_to_wait_for():
     asked = []
-    requests = Requests(lambda frame: asked.append(frame) or 1 / (len(asked) - 1))
-    requests.keeps_spare = True
-    requests.open()
+    requests = open_requests(lambda frame: asked.append(frame) or 1 / (len(asked) - 1))
     with pytest.raises(ZeroDivisionError):
         requests.put(Request())
     requests.refuse_all("")
@@ -771,9 +737,7 @@ def test_what_comes_as_a_pair_is_made_the_spare_one_is_seen(moment):
             requests.put(request) if moment == "put" else requests.close()
             super().append(pair)
 
-    requests, request = Requests(lambda frame: None), Request()
-    requests.keeps_spare = True
-    requests.open()
+    requests, request = open_requests(), Request()
     requests._spares = Spares()
     taken = requests.take(ReadyPair(is_ahead=True))
     assert (taken, len(requests._spares)) == (request if moment == "put" else None, 0)
@@ -786,15 +750,13 @@ def test_a_spare_pair_may_be_taken_at_once():
             assert requests.put(first)
             assert not requests.put(second)
 
-    requests, first, second = Requests(lambda frame: None), Request(), Request()
-    requests.keeps_spare = True
-    requests.open()
+    requests, first, second = open_requests(), Request(), Request()
     requests._spares = Spares()
     assert requests.take(ReadyPair(is_ahead=True)) is first
 
 
 def test_a_request_that_waits_for_a_launcher_that_is_let_go_of_is_placed_anew():
-    requests, request, placed = Requests(lambda frame: None), Request(), []
+    requests, request, placed = Requests(bool), Request(), []
     request.place = lambda: placed.append(request)
     requests.put(request)
     requests.close()

@@ -14,13 +14,6 @@ import sidexec
 from sidexec.engine.descriptors import Descriptor
 from sidexec.engine.input import MOST, Input
 
-ECHO = """
-import sys
-for line in sys.stdin:
-    print("got", line, end="", flush=True)
-print("end")
-"""
-
 
 @pytest.mark.parametrize("text", ["", "one\ntwo\n", b"one\n", "ß" * 10, "x" * 3_000_000])
 def test_input_is_all_of_standard_input(manager, text):
@@ -37,14 +30,13 @@ def test_standard_input_is_empty_unless_given(manager):
 
 def test_input_that_nobody_reads_holds_nothing_up(manager):
     assert manager.run("pass", input="x" * 3_000_000).data.status == "completed"
-    id = manager.start_with_code(
-        "import time; print('up'); time.sleep(60)", input="x" * 3_000_000
-    ).id
+    id = manager.start_with_code("import time; time.sleep(60)", input="x" * 3_000_000).id
     assert manager.stop(id).data.status == "stopped"
 
 
 def test_input_is_sent_as_it_comes(manager):
-    id = manager.start_with_code(ECHO, stdin=subprocess.PIPE).id
+    code = "import sys\nfor line in sys.stdin: print('got', line, end='')\nprint('end')"
+    id = manager.start_with_code(code, stdin=subprocess.PIPE).id
     assert manager.send_input(id, "one\n").success
     eventually(lambda: manager.get_status(id).data.output == "got one\n")
     assert manager.send_input(id, b"two\nthr").success
@@ -62,12 +54,11 @@ def test_a_prompt_is_seen_before_its_answer_is_sent(manager):
 
 
 def test_who_sends_too_much_waits_until_it_is_read_or_all_is_over(manager):
-    code = "import sys, time\nwhile not params['go']: time.sleep(60)"
-    id = manager.start_with_code(code, {"go": False}, stdin=subprocess.PIPE).id
+    id = manager.start_with_code("import time; time.sleep(60)", stdin=subprocess.PIPE).id
     sent = []
     thread = threading.Thread(target=lambda: sent.append(manager.send_input(id, "x" * 5_000_000)))
     thread.start()
-    thread.join(0.3)
+    thread.join(0.1)
     assert thread.is_alive()
     assert manager.stop(id).data.status == "stopped"
     thread.join(20)
@@ -85,7 +76,7 @@ def test_send_input_where_it_can_not_be_sent(manager):
 
 
 def test_standard_error_in_standard_output(manager):
-    code = "import os, sys\nfor n in range(50):\n    print(n)\n    print(-n, file=sys.stderr)\n"
+    code = "import os, sys\nfor n in range(50): print(n); print(-n, file=sys.stderr)\n"
     code += "os.write(2, b'raw\\n')\n1 / 0"
     data = manager.run(code, stderr=subprocess.STDOUT).data
     head, raw, trace = data.output.partition("raw\n")
