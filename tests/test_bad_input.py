@@ -26,7 +26,7 @@ from conftest import (
 )
 
 import sidexec.engine.launcher
-from sidexec import ExecutionManager, Limits
+from sidexec import Confinement, ExecutionManager, Limits
 from sidexec.engine import payload
 
 NAN = float("nan")
@@ -65,6 +65,7 @@ START = {
     "env": VARIABLES,
     "limits": ({"memory": 5}, 5, Limits),
     "on_output": (5, "print", [print]),
+    "confinement": ({}, []),
 }
 # For each call its arguments, and values that they can't have.
 CALLS = {
@@ -93,6 +94,7 @@ CALLS = {
         "max_history": (*COUNTS[1:], None),
         "preload": ("json", 5, None, [5], [b"json"]),
         "limits": ({"memory": 5}, 5),
+        "confinement": ({}, []),
     },
     "limits": {
         "memory": COUNTS,
@@ -100,7 +102,13 @@ CALLS = {
         "processes": COUNTS,
         "open_files": COUNTS,
     },
+    "confinement": {
+        "write": ("x", 3, [3], ["/no/such"]),
+        "read": (b"x", [b"/tmp"], ["/no/such"], [""]),
+        "network": (1, None),
+    },
 }
+CLASSES = {"manager": ExecutionManager, "limits": Limits, "confinement": Confinement}
 NEEDED = {"start_with_code": {"code": "pass"}, "start_with_action_block": {"path": __file__}}
 
 
@@ -115,7 +123,7 @@ NEEDED = {"start_with_code": {"code": "pass"}, "start_with_action_block": {"path
 )
 def test_what_can_not_be_raises_at_the_call(make_manager, call, argument, value):
     manager = make_manager()
-    function = {"manager": ExecutionManager, "limits": Limits}.get(call) or getattr(manager, call)
+    function = CLASSES.get(call) or getattr(manager, call)
     with pytest.raises((TypeError, ValueError), match=f"^(each (key )?(of|in) )?{argument}\\b"):
         function(**{**NEEDED.get(call, {}), argument: value})
     assert manager.list_executions().data.count == 0
