@@ -24,9 +24,7 @@ from sidexec import Limits
 
 SLOW = pytest.mark.slow
 
-HELPERS = (
-    PRELUDE
-    + """
+HELPERS = """
 import resource
 
 def check(manager, started, words):
@@ -48,11 +46,8 @@ def at_once(count, call):
     for each in threads: each.start()
     for each in threads: each.join()
 """
-)
 
-DESCRIPTORS = (
-    HELPERS
-    + """
+DESCRIPTORS = """
 WORDS = ["Too many open files", "descriptors"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
@@ -70,11 +65,10 @@ def few_left(count):
         for fd in taken:
             os.close(fd)
 """
-)
 
 # The limit is per user and root is exempt, so the host becomes a user of its own. It keeps
 # the one capability to read its interpreter, wherever that is.
-BECOME = """
+PROCESSES = """
 import ctypes
 def become(user):
     libc = ctypes.CDLL(None, use_errno=True)
@@ -91,12 +85,7 @@ def become(user):
     for capability in (1, 2):
         check(libc.prctl(47, 2, capability, 0, 0))  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE
     check(libc.prctl(4, 1, 0, 0, 0))  # PR_SET_DUMPABLE, or /proc/self would be root's
-"""
 
-PROCESSES = (
-    HELPERS
-    + BECOME
-    + """
 WORDS = ["Resource temporarily unavailable", "can't start new thread"]
 user = int(sys.argv[2])
 if user:
@@ -134,7 +123,6 @@ def end(pid):
 limit = tasks() + 30
 resource.setrlimit(resource.RLIMIT_NPROC, (limit, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
 """
-)
 
 
 @pytest.fixture
@@ -144,7 +132,7 @@ def host_with_few(host):
     def run(resource, script, *args):
         user = 61000 + random.randrange(4000) if os.getuid() == 0 else 0
         prelude = {"descriptors": DESCRIPTORS, "processes": PROCESSES}[resource]
-        return host(script, user, *args, prelude=prelude)
+        return host(script, user, *args, prelude=PRELUDE + HELPERS + prelude)
 
     return run
 
@@ -274,9 +262,7 @@ def test_descriptors_that_run_out_while_the_launcher_comes_up_are_told(host_with
 
 
 # The other side's code is patched on its way: where it forks, it fails while a file is there.
-FORKS = (
-    HELPERS
-    + """
+FORKS = """
 from sidexec.engine import payload
 where, flag = sys.argv[2], sys.argv[3]
 load = payload._load
@@ -295,7 +281,6 @@ payload._load = patched
 process = "a keeper" if where == "child.launcher" else "the snippet"
 WORDS = [f"could not fork {process}: Resource temporarily unavailable"]
 """
-)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +306,7 @@ def test_a_fork_that_fails_on_the_other_side_is_told(host, tmp_path, where, firs
     assert_nothing_left()
     report(found)
     """
-    found = host(script, where, tmp_path / "flag", prelude=FORKS)
+    found = host(script, where, tmp_path / "flag", prelude=PRELUDE + HELPERS + FORKS)
     assert len(found) == 16
     # One that was forked ahead is as good as ever; no more than one is.
     assert found.count(False) >= 2 * 7

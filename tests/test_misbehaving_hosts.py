@@ -310,9 +310,7 @@ def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manage
 
 
 # A worker that lives on holds a copy of every descriptor that was open at its fork.
-WORKER = (
-    PRELUDE
-    + """
+WORKER = """
 workers = []
 def fork_worker():
     pid = os.fork()
@@ -327,7 +325,6 @@ def end_workers():
         os.kill(pid, 9)
         os.waitpid(pid, 0)
 """
-)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +365,7 @@ def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, pla
     assert_nothing_left()
     report(took)
     """
-    assert host(script, place, prelude=WORKER) < 10
+    assert host(script, place, prelude=PRELUDE + WORKER) < 10
 
 
 def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
@@ -393,7 +390,7 @@ def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
     assert_nothing_left()
     report("done")
     """
-    assert host(script, prelude=WORKER) == "done"
+    assert host(script, prelude=PRELUDE + WORKER) == "done"
 
 
 # -- signal handlers that call, and that raise
