@@ -364,7 +364,7 @@ def test_code_of_ours_that_can_not_be_read_is_an_answer(make_manager, monkeypatc
         if of == "another":
             patch.setattr(importlib.util, "MAGIC_NUMBER", b"\0\0\0\0")
         error = leaves_nothing(lambda: manager.start_with_code("pass"))
-    assert "the archive has been replaced" in error
+    assert "could not read this package's own code: the archive has been replaced" in error
     assert manager.start_with_code("pass").success
 
 
