@@ -560,6 +560,8 @@ def test_a_directory_of_modules_that_was_replaced_is_not_read(make_manager, tmp_
         (tmp_path / name).mkdir()
     (tmp_path / "modules" / "mine.py").touch()
     (tmp_path / "secret" / "mine.py").write_text("secret = 1")
+    for name in ("modules", "secret"):  # or what is known of the one would be listed anew
+        os.utime(tmp_path / name, (1, 1))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
     manager = make_manager(env=environment, confinement=Confinement(read=[]))
     assert manager.run("import mine").data.status == "completed"

@@ -236,31 +236,6 @@ def test_what_runs_can_be_watched_stopped_and_closed_without_a_descriptor_left(h
     assert host_with_few("descriptors", script) == "done"
 
 
-def test_descriptors_that_run_out_while_the_launcher_comes_up_are_told(host_with_few):
-    # Another thread takes them after the interpreter is started, before it has answered.
-    script = """
-    from sidexec.engine.process import Process
-    made = Process.__init__
-    stack = contextlib.ExitStack()
-    def make(self, *args):
-        made(self, *args)
-        if count is not None:
-            stack.enter_context(few_left(count))
-    Process.__init__ = make
-    found = []
-    for count in (0, 1, 2, 3):
-        manager = sidexec.ExecutionManager(grace_period=5)
-        with stack:
-            found.append(check(manager, manager.start_with_code("return 1"), WORDS))
-        count = None
-        check_works(manager)
-        manager.close()
-        assert_nothing_left()
-    report(found)
-    """
-    assert False in host_with_few("descriptors", script)
-
-
 # The other side's code is patched on its way: where it forks, it fails while a file is there.
 FORKS = """
 from sidexec.engine import payload
