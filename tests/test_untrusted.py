@@ -73,34 +73,19 @@ def unharmed_neighbour(manager):
     assert (data.status, data.result, data.output) == ("completed", [1], "hello\n")
 
 
+# Frames that only others send, or nobody.
+FRAMES = ["?x", "e0 0", "e0 0 1", "r1 1", "Rno", "P1", "X1 0", "L", "s0", "F", "gx"]
+NO_PROGRESS = ["1e9", "101", "9" * 10**5, "-1", "nan", "inf", "", "half", r"\xff\xfe"]
 # What breaks the protocol, and so fails the execution at once.
 VIOLATIONS = {
     "garbage": "send(os.urandom(7) + b'\\0' * 100000)",
     "zeros": "send(b'\\0' * 5)",
     "text": "send(b'GET / HTTP/1.1\\r\\n\\r\\n')",
-    "unknown_kind": "send(frame(b'?', b'x'))",
-    "end": "send(frame(b'e', b'0 0'))",
-    "end_with_pids": "send(frame(b'e', b'0 0 1'))",
-    "ready": "send(frame(b'r', b'1 1'))",
-    "refused": "send(frame(b'R', b'no'))",
-    "pair": "send(frame(b'P', b'1'))",
-    "lost": "send(frame(b'X', b'1 0'))",
-    "loaded": "send(frame(b'L'))",
-    "stop": "send(frame(b's', b'0'))",
-    "fork": "send(frame(b'F'))",
-    "run": "send(frame(b'g', b'x'))",
+    **{each: f"send(frame(b'{each[0]}', b'{each[1:]}'))" for each in FRAMES},
     "gigabytes": "send(frame(b'v', length=2**32 - 1))",
     "gigabytes_of_progress": "send(frame(b'p', length=2**31))",
     "gigabytes_of_error": "send(frame(b'x', length=2**30))",
-    "progress_1e9": "send(frame(b'p', b'1e9'))",
-    "progress_101": "send(frame(b'p', b'101'))",
-    "progress_of_many_digits": "send(frame(b'p', b'1' * 10**5))",
-    "progress_negative": "send(frame(b'p', b'-1'))",
-    "progress_nan": "send(frame(b'p', b'nan'))",
-    "progress_inf": "send(frame(b'p', b'inf'))",
-    "progress_empty": "send(frame(b'p'))",
-    "progress_text": "send(frame(b'p', b'half'))",
-    "progress_no_utf8": "send(frame(b'p', b'\\xff\\xfe'))",
+    **{f"progress {each[:9]}": f"send(frame(b'p', b'{each}'))" for each in NO_PROGRESS},
     "after_a_good_one": "send(frame(b'p', b'50') + frame(b'v', b'1') + b'\\xff' * 9)",
 }
 
