@@ -290,9 +290,10 @@ def test_the_hosts_death_is_noticed(trace, kind, has_worker):
         stack.enter_context(host)
         stack.callback(host.kill)
         worker = int(host.stdout.readline())
-        if worker:
-            stack.callback(os.kill, worker, signal.SIGKILL)
         others = [Process(pid) for pid in tree(host.pid) if pid != worker]
+        if worker:
+            stack.callback(os.waitpid, worker, 0)  # once the host is dead, it is a child of ours
+            stack.callback(os.kill, worker, signal.SIGKILL)
         assert len(others) >= 4  # the launcher, the keeper, the snippet, its child
         host.kill()
         host.wait()
