@@ -4,6 +4,8 @@ Each host is a process of its own that runs a script and reports what it found.
 """
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import random
@@ -14,49 +16,29 @@ import textwrap
 import uuid
 
 import pytest
-from conftest import eventually, one_in
+from commands import marked
+from conftest import ROOT, children, descriptors, eventually, one_in, run_as_host
 
-TESTS = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(TESTS)
 SLOW = pytest.mark.slow
 
 # What each host's script finds.
-PRELUDE = """
+PRELUDE = f"""
 import collections, contextlib, faulthandler, gc, json, os, random, signal, sys, threading, time
 STACK = open(sys.argv[1] + ".stack", "w")
 faulthandler.enable(STACK)
 import sidexec
 
+{"".join(map(inspect.getsource, (eventually, children, descriptors)))}
 def report(value):
     with open(sys.argv[1], "w") as file:
         json.dump(value, file)
-
-def eventually(condition, timeout=20):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
-
-def children():
-    found = []
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/children") as file:
-            found += file.read().split()
-    return found
-
-def descriptors():
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
-    return sorted(fd for fd, name in found.items() if not name.startswith("/proc/"))
 
 OPEN_BEFORE = descriptors()
 THREADS_BEFORE = len(os.listdir("/proc/self/task"))
 
 def assert_nothing_left():
     eventually(lambda: len(os.listdir("/proc/self/task")) <= THREADS_BEFORE)
-    assert descriptors() == OPEN_BEFORE, [(fd, os.readlink(f"/proc/self/fd/{fd}")) for fd in descriptors()]
+    assert descriptors().keys() == OPEN_BEFORE.keys(), descriptors()
     eventually(lambda: not children())
 
 def status_of(started, manager):
@@ -70,8 +52,7 @@ def every_end(manager):
         return status_of(manager.start_with_code(code, **options), manager)
 
     def stopped(code, **options):
-        started = manager.start_with_code(code).raise_for_error()
-        id = started.id
+        id = manager.start_with_code(code).id
         eventually(lambda: "ready" in manager.get_status(id).data.output)
         return manager.stop(id, **options).data
 
@@ -119,39 +100,24 @@ def cores(request):
         yield
 
 
-def marked(mark):
-    """The processes that have `mark` in their environment, zombies left out."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if mark.encode() in file.read():
-                    found.append(int(pid))
-    return found
-
-
 class HostFailed(AssertionError):
     pass
 
 
-def run_host(directory, script, *args, limit=30.0, prelude=PRELUDE, **options):
+def run_host(directory, script, *args, limit=30.0, prelude=PRELUDE):
     """Run a script as a host: what it reported. Checks that none of its processes is left."""
-    mark = f"HOST_MARK={uuid.uuid4().hex}"
-    report = os.path.join(str(directory), f"report-{uuid.uuid4().hex}")
-    path = os.path.join(str(directory), f"host-{uuid.uuid4().hex}.py")
-    with open(path, "w") as file:
+    mark = uuid.uuid4().hex
+    path = os.path.join(str(directory), mark)
+    with open(path + ".py", "w") as file:
         file.write(prelude + textwrap.dedent(script))
-    name, _, value = mark.partition("=")
-    environment = {**os.environ, name: value, "PYTHONPATH": ROOT}
     # A file, not a pipe: what a host that failed has left may hold a pipe open for ever.
     with open(path + ".output", "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, path, report, *map(str, args)],
-            env=environment,
+            [sys.executable, path + ".py", path, *map(str, args)],
+            env={**os.environ, "HOST_MARK": mark, "PYTHONPATH": ROOT},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            **options,
         )
     try:
         process.wait(limit)
@@ -162,9 +128,9 @@ def run_host(directory, script, *args, limit=30.0, prelude=PRELUDE, **options):
     finally:
         process.kill()
         process.wait()
-    if process.returncode != 0 or not os.path.exists(report):
+    if process.returncode != 0 or not os.path.exists(path):
         said = [f"the host ended with {process.returncode}"]
-        for name in (path + ".output", report + ".stack"):
+        for name in (path + ".output", path + ".stack"):
             with contextlib.suppress(OSError), open(name, errors="replace") as file:
                 said.append(file.read()[-6000:])
         for pid in marked(mark):
@@ -172,13 +138,13 @@ def run_host(directory, script, *args, limit=30.0, prelude=PRELUDE, **options):
                 os.kill(pid, signal.SIGKILL)
         raise HostFailed("\n".join(said))
     eventually(lambda: not marked(mark))
-    with open(report) as file:
+    with open(path) as file:
         return json.load(file)
 
 
 @pytest.fixture
 def host(tmp_path):
-    return lambda script, *args, **options: run_host(tmp_path, script, *args, **options)
+    return functools.partial(run_host, tmp_path)
 
 
 # -- signals, children, streams
@@ -186,41 +152,41 @@ def host(tmp_path):
 SETUPS = {
     "sigchld_ignored": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
     "everything_ignored": """
-        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
-            signal.signal(signum, signal.SIG_IGN)
-    """,
+for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+    signal.signal(signum, signal.SIG_IGN)
+""",
     "everything_blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
     "all_children_reaped": """
-        def reap():
-            while True:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(-1, 0)
-                    continue
-                time.sleep(0.0005)
-        threading.Thread(target=reap, daemon=True).start()
-        THREADS_BEFORE += 1
-    """,
+def reap():
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+            continue
+        time.sleep(0.0005)
+threading.Thread(target=reap, daemon=True).start()
+THREADS_BEFORE += 1
+""",
     "sigpipe_deadly": "signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
     "everything_handled": """
-        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(signum, lambda *args: None)
-    """,
+for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(signum, lambda *args: None)
+""",
+}
+HOSTS = {name: PRELUDE + setup for name, setup in SETUPS.items()} | {
+    f"closed_{fds}": f"import os\nfor fd in map(int, '{fds}'): os.close(fd)\n{PRELUDE}"
+    for fds in ("012", "0", "1", "2", "02")
 }
 
 
-@pytest.mark.parametrize("setup", one_in(3, SETUPS))
-def test_every_end_is_as_ever_in_a_host_that_has(host, setup):
-    script = (
-        textwrap.dedent(SETUPS[setup])
-        + ENDS
-        + textwrap.dedent("""
-        with sidexec.ExecutionManager(grace_period=5) as manager:
-            ends = every_end(manager)
-        assert_nothing_left()
-        report(ends)
-    """)
-    )
-    assert host(script) == EXPECTED_ENDS
+@pytest.mark.parametrize("name", one_in(3, HOSTS))
+def test_every_end_is_as_ever_in_a_host_that_has(host, name):
+    script = """
+    with sidexec.ExecutionManager(grace_period=5) as manager:
+        ends = every_end(manager)
+    assert_nothing_left()
+    report(ends)
+    """
+    assert host(script, prelude=HOSTS[name] + ENDS) == EXPECTED_ENDS
 
 
 # A snippet's own dispositions and mask, and those of what it executes.
@@ -236,42 +202,25 @@ def masks(status):
         for line in status.splitlines()
         if line.startswith(("SigBlk", "SigIgn"))
     ]
-own_lines = masks(open("/proc/self/status").read())
 child = subprocess.run(["cat", "/proc/self/status"], stdout=subprocess.PIPE, text=True).stdout
-lines = masks(child)
+found = [own, masked, masks(open("/proc/self/status").read()), masks(child)]
 """
 
 
 @pytest.mark.parametrize(
-    "setup", one_in(2, ["everything_ignored", "everything_handled", "everything_blocked"])
+    "name", one_in(2, ["everything_ignored", "everything_handled", "everything_blocked"])
 )
-def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_though(host, setup):
-    show = "import json; print(json.dumps([own, masked, own_lines, lines]))"
-    plain = subprocess.run([sys.executable, "-c", SIGNALS + show], stdout=subprocess.PIPE)
-    script = textwrap.dedent(SETUPS[setup]) + textwrap.dedent("""
-        with sidexec.ExecutionManager() as manager:
-            for _ in range(2):  # of its own fork, then of one ahead
-                data = status_of(manager.start_with_code(sys.argv[2]), manager)
-                assert data.status == "completed", data
-        report(data.result)
-    """)
-    found = host(script, SIGNALS + "return [own, masked, own_lines, lines]")
-    assert found == json.loads(plain.stdout)
-
-
-@pytest.mark.parametrize("closed", one_in(5, [(0, 1, 2), (0,), (1,), (2,), (0, 2)]), ids=str)
-def test_every_end_is_as_ever_in_a_host_without_the_standard_streams(host, closed):
-    close = f"import os\nfor fd in {closed!r}: os.close(fd)\n"
-    script = (
-        ENDS
-        + """
-with sidexec.ExecutionManager(grace_period=5) as manager:
-    ends = every_end(manager)
-assert_nothing_left()
-report(ends)
-"""
-    )
-    assert host(script, prelude=close + PRELUDE) == EXPECTED_ENDS
+def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_though(host, name):
+    plain = run_as_host(SIGNALS + "import json; print(json.dumps(found))")
+    script = """
+    with sidexec.ExecutionManager() as manager:
+        for _ in range(2):  # of its own fork, then of one ahead
+            data = status_of(manager.start_with_code(sys.argv[2]), manager)
+            assert data.status == "completed", data
+    report(data.result)
+    """
+    found = host(script, SIGNALS + "return found", prelude=HOSTS[name])
+    assert found == json.loads(plain)
 
 
 def test_a_host_with_a_deadly_sigpipe_survives_calls_that_race_with_the_end(host, cores):
@@ -301,32 +250,28 @@ def test_a_host_with_a_deadly_sigpipe_survives_calls_that_race_with_the_end(host
 
 
 def test_forked_workers_that_exit_leave_the_parent_alone(host):
-    script = (
-        ENDS
-        + """
-manager = sidexec.ExecutionManager(grace_period=5)
-started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)").raise_for_error()
-id = started.id
-for round in range(3):
-    pid = os.fork()
-    if pid == 0:
-        if round % 3 == 0:
-            del manager; gc.collect(); sys.exit(7)
-        if round % 3 == 1:
-            manager.close(); os._exit(7)
-        sys.exit(7)  # the manager is collected at the interpreter's end
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    assert manager.get_status(id).data.status == "running"
-    assert status_of(manager.start_with_code("return 1"), manager).result == 1
-ends = every_end(manager)
-stopped = manager.stop(id)
-assert (stopped.data.status, stopped.data.exit_code) == ("stopped", 143), stopped
-manager.close()
-assert_nothing_left()
-report(ends)
-"""
-    )
-    assert host(script) == EXPECTED_ENDS
+    script = """
+    manager = sidexec.ExecutionManager(grace_period=5)
+    id = manager.start_with_code("import time\\ntime.sleep(60)").id
+    for round in range(3):
+        pid = os.fork()
+        if pid == 0:
+            if round == 0:
+                del manager; gc.collect(); sys.exit(7)
+            if round == 1:
+                manager.close(); os._exit(7)
+            sys.exit(7)  # the manager is collected at the interpreter's end
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        assert manager.get_status(id).data.status == "running"
+        assert status_of(manager.start_with_code("return 1"), manager).result == 1
+    ends = every_end(manager)
+    stopped = manager.stop(id)
+    assert (stopped.data.status, stopped.data.exit_code) == ("stopped", 143), stopped
+    manager.close()
+    assert_nothing_left()
+    report(ends)
+    """
+    assert host(script, prelude=PRELUDE + ENDS) == EXPECTED_ENDS
 
 
 def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manager(host):
@@ -386,75 +331,66 @@ def end_workers():
     "place", one_in(3, ["boot", "before", "boot_begins", "running", "boot_ends", "idle"])
 )
 def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, place):
-    took = host(
-        WORKER
-        + textwrap.dedent("""
-        from sidexec.engine.process import Process
-        place = sys.argv[2]
-        made, spawn = Process.__init__, os.posix_spawn
-        def make(self, *args):  # another thread of the host may fork at any moment
-            if place == "boot_begins":
-                fork_worker()
-            made(self, *args)
-            if place == "boot_ends":
-                fork_worker()
-        Process.__init__ = make
-        if place == "boot":
-            def fork_and_spawn(*args, **options):
-                fork_worker()
-                return spawn(*args, **options)
-            os.posix_spawn = fork_and_spawn
-        manager = sidexec.ExecutionManager(grace_period=2)
-        if place == "before":
+    script = """
+    from sidexec.engine.process import Process
+    place = sys.argv[2]
+    made, spawn = Process.__init__, os.posix_spawn
+    def fork_at(*places):
+        if place in places:
             fork_worker()
-        started = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)")
-        id = started.id
-        if place == "running":
-            fork_worker()
-        if place == "idle":
-            time.sleep(0.2)
-            fork_worker()
-        at = time.monotonic()
-        assert status_of(manager.start_with_code("return 2"), manager).result == 2
-        assert manager.stop(id).data.status == "stopped"
-        manager.close()
-        took = time.monotonic() - at
-        assert len(workers) == 1
-        assert set(children()) == set(map(str, workers)), children()
-        end_workers()
-        assert_nothing_left()
-        report(took)
-    """),
-        place,
-    )
-    assert took < 10
+    def make(self, *args):  # another thread of the host may fork at any moment
+        fork_at("boot_begins")
+        made(self, *args)
+        fork_at("boot_ends")
+    Process.__init__ = make
+    def fork_and_spawn(*args, **options):
+        fork_at("boot")
+        return spawn(*args, **options)
+    os.posix_spawn = fork_and_spawn
+    manager = sidexec.ExecutionManager(grace_period=2)
+    fork_at("before")
+    id = manager.start_with_code("import time\\ntime.sleep(60)").id
+    fork_at("running")
+    if place == "idle":
+        time.sleep(0.2)
+        fork_worker()
+    at = time.monotonic()
+    assert status_of(manager.start_with_code("return 2"), manager).result == 2
+    assert manager.stop(id).data.status == "stopped"
+    manager.close()
+    took = time.monotonic() - at
+    assert len(workers) == 1
+    assert children() == workers
+    end_workers()
+    assert_nothing_left()
+    report(took)
+    """
+    assert host(script, place, prelude=PRELUDE + WORKER) < 10
 
 
 def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
-    host(
-        WORKER
-        + textwrap.dedent("""
-        over = []
-        def fork_on_and_on():
-            while not over:
-                if len(workers) < 60:
-                    fork_worker()
-                time.sleep(0.003)
-        thread = threading.Thread(target=fork_on_and_on)
-        thread.start()
-        for _ in range(2):
-            with sidexec.ExecutionManager(grace_period=5) as manager:
-                data = status_of(manager.start_with_code("return 3"), manager)
-                assert (data.status, data.result) == ("completed", 3), data
-                id = manager.start_with_code("import time\\ntime.sleep(60)").id
-                assert manager.stop(id).data.status == "stopped"
-        over.append(1)
-        thread.join()
-        end_workers()
-        assert_nothing_left()
-        report("done")
-    """)
-    )
+    script = """
+    over = []
+    def fork_on_and_on():
+        while not over:
+            if len(workers) < 60:
+                fork_worker()
+            time.sleep(0.003)
+    thread = threading.Thread(target=fork_on_and_on)
+    thread.start()
+    for _ in range(2):
+        with sidexec.ExecutionManager(grace_period=5) as manager:
+            data = status_of(manager.start_with_code("return 3"), manager)
+            assert (data.status, data.result) == ("completed", 3), data
+            id = manager.start_with_code("import time\\ntime.sleep(60)").id
+            assert manager.stop(id).data.status == "stopped"
+    over.append(1)
+    thread.join()
+    end_workers()
+    assert_nothing_left()
+    report("done")
+    """
+    assert host(script, prelude=PRELUDE + WORKER) == "done"
 
 
 # -- signal handlers that call, and that raise
@@ -463,15 +399,14 @@ STORM = """
 seed, rounds, raising = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "raise"
 rng = random.Random(seed)
 manager = sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=10**6)
-KINDS = {
-    "quick": "return 1",
-    "exit7": "import os; os._exit(7)",
-    "kill9": "import os; os.kill(os.getpid(), 9)",
-    "sleep": "import time\\nprint('x' * 99, flush=True)\\ntime.sleep(600)",
+KINDS = {  # the code, and the status and the exit code where nobody stops it
+    "quick": ("return 1", "completed", 0),
+    "exit7": ("import os; os._exit(7)", "failed", 7),
+    "kill9": ("import os; os.kill(os.getpid(), 9)", "failed", -9),
+    "sleep": ("import time\\nprint('x' * 99, flush=True)\\ntime.sleep(600)", "never", None),
 }
 wins = collections.Counter()
-depth = 0
-calls = 0
+depth = calls = raised = 0
 armed = False
 
 class Interrupt(Exception):
@@ -485,22 +420,21 @@ def act():
     op = rng.choice(["start", "start", "stop", "stop", "wait", "status", "list", "stop_all"])
     if op == "start" and len(running) < 6:
         kind = rng.choice(list(KINDS))
-        manager.start_with_code(KINDS[kind], thread_id=kind).raise_for_error()
+        manager.start_with_code(KINDS[kind][0], thread_id=kind).raise_for_error()
     elif op == "stop":
         note(manager.stop(id, force=rng.random() < 0.3))
     elif op == "wait":
-        assert manager.wait(id, timeout=0).data.status in ("running", "completed", "failed", "stopped", "not_found")
+        status = manager.wait(id, timeout=0).data.status
+        assert status in ("running", "completed", "failed", "stopped", "not_found")
     elif op == "status":
         manager.get_status(id)
     elif op == "list":
         manager.list_executions()
     elif op == "stop_all" and rng.random() < 0.1:
-        for each in manager.stop_all():
-            note(each)
+        note(*manager.stop_all())
 
-def note(response):
-    if response.data.status == "stopped":
-        wins[response.data.side_execution_id] += 1
+def note(*responses):
+    wins.update(each.data.side_execution_id for each in responses if each.data.status == "stopped")
 
 def handle(signum, frame):
     global depth, armed
@@ -519,7 +453,6 @@ def handle(signum, frame):
 
 signal.signal(signal.SIGALRM, handle)
 signal.setitimer(signal.ITIMER_REAL, 0.001)
-raised = 0
 while calls < rounds:
     try:
         armed = True
@@ -530,19 +463,15 @@ while calls < rounds:
 signal.setitimer(signal.ITIMER_REAL, 0)
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 at = time.monotonic()
-for each in manager.stop_all():
-    note(each)
+note(*manager.stop_all())
 known = manager.list_executions().data.executions
 for each in known:
     response = manager.wait(each.side_execution_id)
-    data, kind = response.data, response.thread_id
+    data, (_, status, exit_code) = response.data, KINDS[response.thread_id]
     if data.stop_reason is None:
-        expected = {"quick": ("completed", 0), "exit7": ("failed", 7), "kill9": ("failed", -9)}[kind]
-        assert (data.status, data.exit_code) == expected, (kind, data)
+        assert (data.status, data.exit_code) == (status, exit_code), response
     else:
-        own = {"quick": [0], "exit7": [7], "kill9": [-9], "sleep": []}[kind]
-        assert data.status == "stopped", data
-        assert data.exit_code in [143, -9, None, *own], (kind, data)
+        assert data.status == "stopped" and data.exit_code in [143, -9, None, exit_code], response
         least = 0 if raising else 1  # what raises loses the answer
         assert least <= wins[each.side_execution_id] <= 1, (wins[each.side_execution_id], data)
 manager.close()
@@ -552,34 +481,24 @@ report({"known": len(known), "took": took, "raised": raised, "stopped": len(wins
 """
 
 
-def storm(host, rounds, mode, limit):
+@pytest.mark.parametrize("mode", ["call", "raise"])
+@pytest.mark.parametrize("rounds", [150, pytest.param(8000, marks=SLOW)])
+def test_handlers_deadlock_nothing_and_lose_nothing_that(host, cores, rounds, mode):
     seed = random.randrange(2**32)
     print("seed", seed)
-    found = host(STORM, seed, rounds, mode, limit=limit)
+    found = host(STORM, seed, rounds, mode, limit=200)
     print(found)
     assert found["known"] > rounds / 50
     assert found["stopped"] > 0
     assert found["took"] < 20
-    if mode == "raise":
-        assert found["raised"] > 0
-
-
-@pytest.mark.parametrize("mode", ["call", "raise"])
-def test_handlers_deadlock_nothing_and_lose_nothing_that(host, mode):
-    storm(host, 150, mode, 60)
-
-
-@SLOW
-@pytest.mark.parametrize("mode", ["call", "raise"])
-def test_handlers_deadlock_nothing_and_lose_nothing_in_the_long_run_that(host, cores, mode):
-    storm(host, 8000, mode, 200)
+    assert mode == "call" or found["raised"] > 0
 
 
 # A trace function stands for the signal handler, so that each place is met once.
 EVERYWHERE = """
-op, act, step, offset = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-home = os.path.dirname(sidexec.__file__)
-SLEEP = "import time\\nprint('ready')\\ntime.sleep(600)"
+op, act, part, step, place = *sys.argv[2:5], *map(int, sys.argv[5:7])
+home = os.path.dirname(sidexec.__file__) + part
+SLEEP = "import time\\ntime.sleep(600)"
 
 class Interrupt(Exception):
     pass
@@ -587,7 +506,9 @@ class Interrupt(Exception):
 def start(code=SLEEP):
     return manager.start_with_code(code).id
 
-other = None
+def fresh():
+    return sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=2)
+
 OPS = {
     "start": lambda: start(),
     "stop": lambda: manager.stop(id),
@@ -598,30 +519,31 @@ OPS = {
     "close": lambda: manager.close(),
 }
 
-def run_with_handler(call, place):
-    # Call `call`, with the handler run at the place-th instruction of the library: whether it was.
+def handle():
+    if act == "raise":
+        raise Interrupt
+    elif act == "stop":
+        asked = ["already_stopped"] if op == "stop_all" else []  # by what it interrupts
+        status = manager.stop(other).data.status
+        assert status in ["stopped", *asked], (place, status)
+    elif act == "start":
+        manager.wait(start("pass"))
+    elif act == "close":
+        manager.close()
+
+def run_with_handler(call):
+    # With `handle` run at the place-th instruction of the library: whether it was.
     count = 0
-    fired = False
     def trace(frame, event, arg):
-        nonlocal count, fired
+        nonlocal count
         if not frame.f_code.co_filename.startswith(home):
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode" and not fired:
+        if event == "opcode" and count < place:
             count += 1
             if count == place:
-                fired = True
                 sys.settrace(None)
-                if act == "raise":
-                    raise Interrupt
-                elif act == "stop":
-                    asked = ["already_stopped"] if op == "stop_all" else []  # by what it interrupts
-                    status = manager.stop(other).data.status
-                    assert status in ["stopped", *asked], (place, status)
-                elif act == "start":
-                    manager.wait(start("pass"))
-                elif act == "close":
-                    manager.close()
+                handle()
         return trace
     sys.settrace(trace)
     try:
@@ -633,26 +555,21 @@ def run_with_handler(call, place):
             raise
     finally:
         sys.settrace(None)
-    return fired
-
-def fresh():
-    return sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=2)
+    return count == place
 
 def ignore_interrupt(unraisable, shown=sys.unraisablehook):
     if unraisable.exc_type is not Interrupt:  # it can't leave a finalizer
         shown(unraisable)
 
 sys.unraisablehook = ignore_interrupt
-place = 1 + offset
 places = 0
 manager = fresh()
 while True:
-    if op in ("stop", "stop_all", "wait", "status", "list"):
+    if op not in ("start", "close"):
         id = start()
     if act == "stop":
         other = start()
-    fired = run_with_handler(OPS[op], place)
-    if not fired:
+    if not run_with_handler(OPS[op]):
         break
     places += 1
     if act == "close" or op == "close":
@@ -671,42 +588,24 @@ report(places)
 """
 
 OPS = ["start", "stop", "wait", "status", "list", "stop_all"]
-PLACES = [(op, act) for op in OPS for act in ("raise", "stop", "start")]
-PLACES += [("close", "raise"), ("start", "close"), ("stop", "close"), ("close", "close")]
+# What is interrupted, what the handler does, in which part of the package, and at one
+# instruction in how many.
+PLACES = [
+    *[("start", "raise", "", 27), ("stop", "start", "", 27), ("stop", "raise", "/engine/", 6)],
+    *[pytest.param("stop", act, "/engine/", 1, marks=SLOW) for act in ("stop", "start")],
+    *[pytest.param(op, act, "", 3, marks=SLOW) for op in OPS for act in ("raise", "stop", "start")],
+    pytest.param("close", "raise", "", 9, marks=SLOW),
+    *[pytest.param(op, "close", "", 9, marks=SLOW) for op in ("start", "stop", "close")],
+]
 
 
 # The places are found by tracing opcodes, of which CPython 3.12.1 reports none to a
 # function that is set while the frame runs.
-traces_opcodes = pytest.mark.skipif(
+@pytest.mark.skipif(
     sys.version_info[:2] == (3, 12), reason="no opcode events in frames that run already"
 )
-
-
-@SLOW
-@traces_opcodes
-@pytest.mark.parametrize("op, act", PLACES, ids=["-".join(each) for each in PLACES])
-def test_a_handler_may_come_between_any_two_instructions(host, op, act):
-    step = 9 if "close" in (op, act) else 3
-    offset = random.randrange(step)
-    print("offset", offset)
-    assert host(EVERYWHERE, op, act, step, offset, limit=100) > 0
-
-
-@traces_opcodes
-@pytest.mark.parametrize(
-    "op, act", [("start", "raise"), ("stop", "start"), pytest.param("stop", "raise", marks=SLOW)]
-)
-def test_a_handler_may_come_between_two_instructions(host, op, act):
-    offset = random.randrange(27)
-    print("offset", offset)
-    assert host(EVERYWHERE, op, act, 27, offset) > 0
-
-
-@traces_opcodes
-@pytest.mark.parametrize("act", one_in(3, ["raise", "stop", "start"]))
-def test_a_handler_may_come_while_a_call_is_handed_to_the_manager(host, act):
-    step = 6 if act == "raise" else 1  # each of them: in the slow test of any two instructions
-    script = EVERYWHERE.replace("startswith(home)", "startswith(home + '/engine/')")
-    offset = random.randrange(step)
-    print("offset", offset)
-    assert host(script, "stop", act, step, offset, limit=60) > 5
+@pytest.mark.parametrize("op, act, part, step", PLACES)
+def test_a_handler_may_come_between_any_two_instructions(host, op, act, part, step):
+    place = 1 + random.randrange(step)
+    print("place", place)
+    assert host(EVERYWHERE, op, act, part, step, place, limit=100) > 5

@@ -10,6 +10,8 @@ from conftest import IS_FREE_THREADED, begin, crossed, eventually, finish, one_i
 from conftest import shared_manager as manager  # noqa: F401
 from test_misbehaving_hosts import run_host
 
+from sidexec.protocol import MAX_RESULT
+
 # The snippet's end of its channel, found as an attacker would: it is its only socket.
 CHANNEL = """
 import os, stat, sys, time
@@ -49,14 +51,14 @@ def check_response(response):
 @contextlib.contextmanager
 def unharmed_neighbour(manager):
     """Check that another execution goes on, and that its data are right."""
-    code = (
-        "import sys\n"
-        "for line in range(10**9):\n"
-        "    report_progress(line % 101)\n"
-        "    if line % 100 == 0: report_result({'line': line})\n"
-        "    print(line, flush=True)\n"
-        "    __import__('time').sleep(0.001)\n"
-    )
+    code = """
+    import time
+    for line in range(10**9):
+        report_progress(line % 101)
+        if line % 100 == 0: report_result({"line": line})
+        print(line, flush=True)
+        time.sleep(0.001)
+    """
     id = manager.start_with_code(code).id
     yield
     before = len(manager.get_status(id).data.output)
@@ -71,34 +73,19 @@ def unharmed_neighbour(manager):
     assert (data.status, data.result, data.output) == ("completed", [1], "hello\n")
 
 
+# Frames that only others send, or nobody.
+FRAMES = ["?x", "e0 0", "e0 0 1", "r1 1", "Rno", "P1", "X1 0", "L", "s0", "F", "gx"]
+NO_PROGRESS = ["1e9", "101", "9" * 10**5, "-1", "nan", "inf", "", "half", r"\xff\xfe"]
 # What breaks the protocol, and so fails the execution at once.
 VIOLATIONS = {
     "garbage": "send(os.urandom(7) + b'\\0' * 100000)",
     "zeros": "send(b'\\0' * 5)",
     "text": "send(b'GET / HTTP/1.1\\r\\n\\r\\n')",
-    "unknown_kind": "send(frame(b'?', b'x'))",
-    "end": "send(frame(b'e', b'0 0'))",
-    "end_with_pids": "send(frame(b'e', b'0 0 1'))",
-    "ready": "send(frame(b'r', b'1 1'))",
-    "refused": "send(frame(b'R', b'no'))",
-    "pair": "send(frame(b'P', b'1'))",
-    "lost": "send(frame(b'X', b'1 0'))",
-    "loaded": "send(frame(b'L'))",
-    "stop": "send(frame(b's', b'0'))",
-    "fork": "send(frame(b'F'))",
-    "run": "send(frame(b'g', b'x'))",
+    **{each: f"send(frame(b'{each[0]}', b'{each[1:]}'))" for each in FRAMES},
     "gigabytes": "send(frame(b'v', length=2**32 - 1))",
     "gigabytes_of_progress": "send(frame(b'p', length=2**31))",
     "gigabytes_of_error": "send(frame(b'x', length=2**30))",
-    "progress_1e9": "send(frame(b'p', b'1e9'))",
-    "progress_101": "send(frame(b'p', b'101'))",
-    "progress_of_many_digits": "send(frame(b'p', b'1' * 10**5))",
-    "progress_negative": "send(frame(b'p', b'-1'))",
-    "progress_nan": "send(frame(b'p', b'nan'))",
-    "progress_inf": "send(frame(b'p', b'inf'))",
-    "progress_empty": "send(frame(b'p'))",
-    "progress_text": "send(frame(b'p', b'half'))",
-    "progress_no_utf8": "send(frame(b'p', b'\\xff\\xfe'))",
+    **{f"progress {each[:9]}": f"send(frame(b'p', b'{each}'))" for each in NO_PROGRESS},
     "after_a_good_one": "send(frame(b'p', b'50') + frame(b'v', b'1') + b'\\xff' * 9)",
 }
 
@@ -120,14 +107,14 @@ def test_what_is_no_frame_of_a_snippets_fails_the_execution_and_no_other(manager
 
 @pytest.mark.parametrize("name", one_in(3, VIOLATIONS))
 def test_a_stop_during_a_violation_answers(manager, name):
-    id = manager.start_with_code(f"{CHANNEL}print('ready')\n{VIOLATIONS[name]}\nhold()").id
+    id = manager.start_with_code(f"{CHANNEL}{VIOLATIONS[name]}\nhold()").id
     response = manager.stop(id)
     # The violation may have come first, and then has ended the execution, or not.
     assert response.data.status in ("stopped", "failed")
     assert response.success == (response.data.status == "stopped")
-    check_response(response)
     final = manager.get_status(id)
     assert final.data.status == response.data.status
+    check_response(response)
     check_response(final)
 
 
@@ -152,31 +139,15 @@ NO_JSON = {
 
 @pytest.mark.parametrize("payload", one_in(2, NO_JSON.values()), ids=list(NO_JSON))
 def test_a_result_that_is_no_json_fails_the_execution(manager, payload):
-    code = f"{CHANNEL}\npayload = {_expression(payload)}\nsend(frame(b'v', payload))\n"
+    code = f"{CHANNEL}\nsend(frame(b'v', {payload!r}))\n"
     id = begin(manager, code + "hold()", ready="sent")
-    # While it runs, what it has sent is no result, or at least none that harms.
     running = manager.get_status(id)
-    assert running.data.result is None
-    check_response(running)
     stopped = manager.stop(id)
-    assert (stopped.data.status, stopped.data.result) == ("stopped", None)
-    check_response(stopped)
-
-    response = manager.wait(manager.start_with_code(code).id, timeout=20)
-    assert (response.data.status, response.data.result) == ("failed", None)
-    assert "JSON" in response.data.error
-    check_response(response)
-
-
-def _expression(payload):
-    """A short expression for what may take megabytes."""
-    unit, half = (b'{"a":', b"") if payload[:1] == b"{" else (b"[", b"]")
-    if len(payload) < 1000:
-        return repr(payload)
-    count = payload.count(unit)
-    tail = payload.count(half) if half else 0
-    assert payload == unit * count + half * tail
-    return f"{unit!r} * {count} + {half!r} * {tail}"
+    failed = manager.wait(manager.start_with_code(code).id, timeout=20)
+    for response, status in ((running, "running"), (stopped, "stopped"), (failed, "failed")):
+        assert (response.data.status, response.data.result) == (status, None)
+        check_response(response)
+    assert "JSON" in failed.data.error
 
 
 @pytest.mark.parametrize(
@@ -186,12 +157,13 @@ def _expression(payload):
 def test_a_deeply_nested_result_is_one_that_every_response_can_hold_or_a_failure(
     manager, depth, way
 ):
+    nest = f"x = []\nfor _ in range({depth} - 1): x = [x]\n"
     code = {
         "sent": CHANNEL + f"send(frame(b'v', b'[' * {depth} + b']' * {depth}))",
-        "returned": f"x = []\nfor _ in range({depth} - 1): x = [x]\nreturn x",
-        "reported": f"x = []\nfor _ in range({depth} - 1): x = [x]\nreport_result(x)",
+        "returned": nest + "return x",
+        "reported": nest + "report_result(x)",
     }[way]
-    response = manager.wait(manager.start_with_code(code).id, timeout=20)
+    response = manager.run(code)
     assert response.data.status in (["completed"] if depth <= 50 else ["completed", "failed"])
     if response.data.status == "completed":
         assert json.dumps(response.data.result) == "[" * depth + "]" * depth
@@ -200,12 +172,9 @@ def test_a_deeply_nested_result_is_one_that_every_response_can_hold_or_a_failure
     check_response(response)
 
 
-SURROGATES = {"escaped": b'"\\ud800"', "encoded": b'"\xed\xa0\x80"'}
-
-
-@pytest.mark.parametrize("payload", list(SURROGATES.values()), ids=list(SURROGATES))
+@pytest.mark.parametrize("payload", [b'"\\ud800"', b'"\xed\xa0\x80"'], ids=["escaped", "encoded"])
 def test_a_result_with_half_a_character_makes_no_response_useless(manager, payload):
-    response = manager.wait(manager.start_with_code(f"{CHANNEL}send(frame(b'v', {payload!r}))").id)
+    response = manager.run(f"{CHANNEL}send(frame(b'v', {payload!r}))")
     assert response.data.status in ("completed", "failed")
     response.to_json().encode()
     check_response(response)
@@ -213,29 +182,29 @@ def test_a_result_with_half_a_character_makes_no_response_useless(manager, paylo
 
 # Ends without a word, or in the middle of one.
 SILENT = {
-    "half_a_header": ("send(b'v\\0\\0')", ("completed", "failed")),
-    "half_a_frame": ("send(frame(b'v', b'1')[:-1])", ("completed", "failed")),
-    "most_of_a_large_one": ("send(frame(b'v', b'1' * 5000000, 7000000))", ("completed", "failed")),
-    "half_an_error": ("send(frame(b'x', b'Error', 100)); os._exit(4)", ("failed",)),
-    "channel_closed": ("os.close(channel)", ("completed",)),
-    "channel_shut": ("import socket; socket.socket(fileno=channel).shutdown(2)", ("completed",)),
-    "everything_closed": ("os.closerange(0, 1000)", ("completed",)),
-    "everything_closed_then_exit": ("os.closerange(0, 1000); os._exit(0)", ("completed",)),
-    "output_closed": ("os.close(1); os.close(2)", ("completed",)),
+    "half_a_header": "send(b'v\\0\\0')",
+    "half_a_frame": "send(frame(b'v', b'1')[:-1])",
+    "most_of_a_large_one": "send(frame(b'v', b'1' * 5000000, 7000000))",
+    "half_an_error": "send(frame(b'x', b'Error', 100)); os._exit(4)",
+    "channel_closed": "os.close(channel)",
+    "channel_shut": "import socket; socket.socket(fileno=channel).shutdown(2)",
+    "everything_closed": "os.closerange(0, 1000)",
+    "everything_closed_then_exit": "os.closerange(0, 1000); os._exit(0)",
+    "output_closed": "os.close(1); os.close(2)",
 }
 
 
-@pytest.mark.parametrize("code, statuses", list(SILENT.values()), ids=list(SILENT))
-def test_silence_holds_up_neither_the_end_nor_a_stop(manager, tmp_path, code, statuses):
-    response = manager.wait(manager.start_with_code(CHANNEL + code).id, timeout=20)
-    assert response.data.status in statuses, response
+@pytest.mark.parametrize("name", SILENT)
+def test_silence_holds_up_neither_the_end_nor_a_stop(manager, tmp_path, name):
+    code = CHANNEL + SILENT[name]
+    response = manager.wait(manager.start_with_code(code).id, timeout=20)
+    completes, fails = name != "half_an_error", "send(" in SILENT[name]
+    assert response.data.status in completes * ["completed"] + fails * ["failed"], response
     assert response.data.result is None
     check_response(response)
 
-    code = code.partition(";")[0] if "_exit" in code else code
     ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"
-    body = f"""{CHANNEL}
-{code}
+    body = f"""{code.partition("; os._exit")[0]}
 try:
     open({str(ready)!r}, "w").close()
     time.sleep(600)
@@ -274,24 +243,24 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("force", one_in(2, [False, True]), ids=["asked", "forced"])
-@pytest.mark.parametrize("flood", one_in(2, FLOODS.values()), ids=list(FLOODS))
-def test_a_flood_is_ended_by_a_stop(make_manager, flood, force):
+@pytest.mark.parametrize("name", one_in(2, FLOODS))
+def test_a_flood_is_ended_by_a_stop(make_manager, name, force):
     manager = make_manager(max_output=100_000, grace_period=10)
-    id = manager.start_with_code(CHANNEL + flood).id
+    id = manager.start_with_code(CHANNEL + FLOODS[name]).id
 
     def is_under_way():
         data = manager.get_status(id).data
         return data.progress or data.result or len(data.output + data.error_output) > 500
 
-    if "b'x' * 1000000" not in flood:
+    if name != "errors":
         eventually(is_under_way)
     with within(10):
         response = manager.stop(id, force=force)
-    assert response.data.status == "stopped"
-    assert response.data.exit_code in ((-9, 143) if force else (143,))
-    assert response.data.forced == (response.data.exit_code == -9)
-    for text in (response.data.output, response.data.error_output):
-        assert len(text) <= 100_000
+    data = response.data
+    assert data.status == "stopped"
+    assert data.exit_code in ((-9, 143) if force else (143,))
+    assert data.forced == (data.exit_code == -9)
+    assert max(len(data.output), len(data.error_output)) <= 100_000
     check_response(response)
 
 
@@ -302,45 +271,40 @@ def test_floods_harm_no_other_execution(make_manager):
         ids = [manager.start_with_code(CHANNEL + flood).id for flood in floods]
         for _ in range(5):
             with within(10):  # bound by nothing but the processors that all of them share
-                for id in ids:
-                    assert manager.get_status(id).data.status == "running"
+                assert {manager.get_status(id).data.status for id in ids} == {"running"}
         for id in ids:
             assert manager.stop(id).data.status == "stopped"
 
 
 # -- memory, measured in hosts of their own
 
+# Runs code, and what is beside it: another thread in a long call, or other executions.
 MEMORY = """
 import itertools
 
 def rss():
     with open("/proc/self/status") as file:
         values = dict(line.split(":", 1) for line in file)
-    return int(values["VmRSS"].split()[0]) * 1024, int(values["VmHWM"].split()[0]) * 1024
+    return [int(values[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")]
 
-with sidexec.ExecutionManager(max_output=int(sys.argv[3]), grace_period=10) as manager:
+code, max_output, beside = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+with sidexec.ExecutionManager(max_output=max_output, grace_period=10) as manager:
     status_of(manager.start_with_code("print(1); return 2"), manager)
     before = rss()[0]
     over = set()
-    if sys.argv[4] == "call":
+    slowest = 0
+    if beside == "call":
         call = map(over.__contains__, itertools.repeat(1, 10**8))
         threading.Thread(target=any, args=(call,)).start()
-    if sys.argv[4] == "neighbours":
+    id = manager.start_with_code(code).id
+    while beside == "neighbours" and manager.wait(id, timeout=0.01).data.status == "running":
         at = time.monotonic()
-        id = manager.start_with_code(sys.argv[2]).id
-        waits = []
-        while manager.wait(id, timeout=0.01).data.status == "running":
-            at = time.monotonic()
-            assert status_of(manager.start_with_code("return 3"), manager).result == 3
-            waits.append(time.monotonic() - at)
-        slowest = max(waits, default=0)
-    else:
-        status_of(manager.start_with_code(sys.argv[2]), manager)
-        slowest = 0
-        over.add(1)
-    response = manager.get_status(manager.list_executions().data.executions[1].side_execution_id)
-    report({"growth": rss()[1] - before, "status": response.data.status, "slowest": slowest,
-            "output": len(response.data.output), "dropped": response.data.output_dropped})
+        assert status_of(manager.start_with_code("return 3"), manager).result == 3
+        slowest = max(slowest, time.monotonic() - at)
+    data = manager.wait(id).data
+    over.add(1)
+    report({"growth": rss()[1] - before, "status": data.status, "slowest": slowest,
+            "output": len(data.output), "dropped": data.output_dropped})
 """
 
 MIB = 1024 * 1024
@@ -397,11 +361,10 @@ LARGE = {
 
 
 @SLOW
-@pytest.mark.parametrize("shape", list(LARGE))
-def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(tmp_path, shape):
-    from sidexec.protocol import MAX_RESULT
-
-    head, unit, tail, size = LARGE[shape]
+@pytest.mark.parametrize("head, unit, tail, size", LARGE.values(), ids=LARGE)
+def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(
+    tmp_path, head, unit, tail, size
+):
     count = (MAX_RESULT - 10) // size
     code = f"send(frame(b'v', b'{head}' + b'{unit}' * {count} + b'{tail}'))"
     found = memory(tmp_path, code, beside="neighbours")

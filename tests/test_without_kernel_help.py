@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import ctypes
+import inspect
 import json
 import os
 import signal
@@ -13,7 +14,18 @@ import time
 
 import programs
 import pytest
-from conftest import argument, begin, children, crossed, eventually, nothing_left, tree, within
+from conftest import (
+    HOST_ENVIRONMENT,
+    argument,
+    begin,
+    children,
+    crossed,
+    eventually,
+    finish,
+    nothing_left,
+    tree,
+    within,
+)
 from programs import Process, Trace
 
 import sidexec
@@ -43,26 +55,6 @@ def open_pidfd(pid):
 """,
 }
 
-REPLACE = """
-import sys
-import sidexec
-from sidexec.engine import payload
-
-def take_away(without, load=payload.load):
-    def variant(as_source=False):
-        modules = []
-        texts = {name: text for name, _, text in load(True)}
-        for name, is_package, code in load(as_source):
-            more = without.get(name.rpartition(".")[2])
-            if more is not None:
-                code = texts[name] + more
-                if not as_source:
-                    code = compile(code, name, "exec", dont_inherit=True)
-            modules.append((name, is_package, code))
-        return modules
-    payload.load = variant
-"""
-
 IN_GROUP = ("plain", "deaf", "stopped")
 
 
@@ -70,9 +62,18 @@ IN_GROUP = ("plain", "deaf", "stopped")
 def taken_away(without=WITHOUT):
     """Add code to modules of the other side, by their names."""
     load = payload.load
-    namespace = {}
-    exec(REPLACE, namespace)
-    namespace["take_away"](without)
+
+    def variant(as_source=False):
+        texts = {name: text for name, _, text in load(True)}
+        for name, is_package, code in load(as_source):
+            more = without.get(name.rpartition(".")[2])
+            if more is not None:
+                code = texts[name] + more
+                if not as_source:
+                    code = compile(code, name, "exec", dont_inherit=True)
+            yield name, is_package, code
+
+    payload.load = lambda as_source=False: [*variant(as_source)]
     try:
         yield
     finally:
@@ -127,29 +128,28 @@ def test_it_is_what_runs(manager, trace):
     daemon.kill()
 
 
-# For each end: what ends the snippet, and the status, error and exit code then.
+# For each end: what ends the snippet, and the status, error, exit code and reason then.
 ENDS = {
-    "return": ('return {"done": True}', "completed", None, 0),
-    "exception": ('raise RuntimeError("on purpose")', "failed", "RuntimeError: on purpose", 1),
-    "os._exit": ("os._exit(7)", "failed", "exit code 7", 7),
-    "SIGKILL": ("os.kill(os.getpid(), 9)\ntime.sleep(60)", "failed", "killed by SIGKILL", -9),
-    "graceful_stop": (programs.WAIT, "stopped", None, 128 + signal.SIGTERM),
-    "forced_stop": (programs.WAIT, "stopped", None, -signal.SIGKILL),
-    "timeout": (programs.WAIT, "stopped", None, 128 + signal.SIGTERM),
+    "return": ('return {"done": True}', "completed", None, 0, None),
+    "exception": ('raise RuntimeError("no")', "failed", "RuntimeError: no", 1, None),
+    "os._exit": ("os._exit(7)", "failed", "exit code 7", 7, None),
+    "SIGKILL": ("os.kill(os.getpid(), 9)\ntime.sleep(60)", "failed", "killed by SIGKILL", -9, None),
+    "graceful_stop": (programs.CLEAN_UP, "stopped", None, 143, "requested"),
+    "forced_stop": (programs.WAIT, "stopped", None, -9, "requested"),
+    "timeout": (programs.WAIT, "stopped", None, 143, "timeout"),
 }
-PAIRS = crossed(3, IN_GROUP, ENDS)
 
 
 def bring_to_its_end(manager, trace, kind, end):
     """The final answer, and which processes of the group were alive when it came."""
     code = programs.with_descendant(kind, ENDS[end][0])
     for timeout in (0.5, 20.0):  # a busy machine may need longer to get ready
-        if end != "timeout":
-            timeout = None
-        id = manager.start_with_code(code, trace.params, timeout).id
         if end.endswith("stop"):
-            eventually(lambda: "ready\n" in manager.get_status(id).data.output)
+            id = begin(manager, code, trace.params)
             manager.stop(id, force=end == "forced_stop")
+        else:
+            timeout = timeout if end == "timeout" else None
+            id = manager.start_with_code(code, trace.params, timeout).id
         answer = manager.wait(id, 60)
         if trace.noted("descendant"):
             break
@@ -180,27 +180,19 @@ def ends(request, tmp_path_factory):
         return {pair: (trace, *future.result()) for pair, (trace, future) in found.items()}
 
 
-@pytest.mark.parametrize("kind, end", PAIRS)
+@pytest.mark.parametrize("kind, end", crossed(3, IN_GROUP, ENDS))
 def test_every_end_sweeps_the_group(ends, kind, end):
     trace, answer, alive = ends[kind, end]
-    _, status, error, exit_code = ENDS[end]
     assert answer.success, answer.error
     assert alive == []
     assert len(group(trace)) >= 2
     data = answer.data
-    assert (data.status, data.error and data.error.splitlines()[0]) == (status, error)
-    assert data.exit_code == exit_code
+    error = data.error and data.error.splitlines()[0]
+    assert (data.status, error, data.exit_code, data.stop_reason) == ENDS[end][1:]
     assert data.result == ({"done": True} if end == "return" else None)
-    expected = {"timeout": "timeout"}.get(end, "requested" if end.endswith("stop") else None)
-    assert data.stop_reason == expected
-
-
-def test_cleanup_and_output_are_as_anywhere(manager, trace):
-    id = begin(manager, programs.PRELUDE + programs.CLEAN_UP, trace.params)
-    stopped = manager.stop(id)
-    assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
-    assert stopped.data.output == "ready\ncleaning up\n" + "x" * 200_000 + "\n"
-    assert len(trace.noted("cleaned")) == 1
+    if end == "graceful_stop":
+        assert data.output == "ready\ncleaning up\n" + "x" * 200_000 + "\n"
+        assert len(trace.noted("cleaned")) == 1
 
 
 def test_a_daemon_that_holds_the_pipes_does_not_hold_up_the_end(manager, trace):
@@ -213,20 +205,17 @@ def test_a_daemon_that_holds_the_pipes_does_not_hold_up_the_end(manager, trace):
 
 def test_a_stray_that_leaves_when_asked_ends_the_sweep(trace):
     """Nobody is told of its end here, so the keeper looks again and again."""
-    code = programs.PRELUDE + programs.DESCENDANTS["plain"] + programs.STARTED + "return 1"
+    code = programs.with_descendant("plain", "return 1")
     with nothing_left(), orphans_reaped():
         with sidexec.ExecutionManager(grace_period=60.0) as manager:
-            started = manager.start_with_code(code, trace.params)
-            answer = manager.wait(started.id, 30)
+            answer = manager.wait(manager.start_with_code(code, trace.params).id, 30)
             assert (answer.data.status, answer.data.result) == ("completed", 1)
 
 
 @pytest.mark.slow
 def test_a_zombie_in_the_group_is_not_taken_for_a_process_that_cannot_be_killed(manager, trace):
     """Its parent, in a session of its own, never reaps it: signal 0 still finds the group."""
-    code = (
-        programs.PRELUDE
-        + """
+    code = programs.program("""
 def body():
     quiet()
     in_child(lambda: note("zombie"))
@@ -236,10 +225,8 @@ in_child(body)
 wait_for_note("descendant")
 wait_for_note("zombie")
 return 1
-"""
-    )
-    started = manager.start_with_code(code, trace.params)
-    answer = manager.wait(started.id, 30)
+""")
+    answer = manager.wait(manager.start_with_code(code, trace.params).id, 30)
     (zombie,) = trace.noted("zombie")
     assert zombie.state == "Z"
     trace.kill()
@@ -254,18 +241,19 @@ def test_a_killed_keeper(manager, trace):
     assert data.status == "failed"
     assert "the keeper" in data.error and "SIGKILL" in data.error
     eventually(lambda: not any(each.is_alive for each in trace.noted()))
-    started = manager.start_with_code("return 5")
-    assert manager.wait(started.id, 30).data.result == 5
+    assert finish(manager, "return 5").result == 5
 
 
 # -- the host's death: the control sockets, and the launcher's look at its parent
 
-HOST = (
-    REPLACE
-    + """
-import json, os, time
+HOST = f"""
+import contextlib, json, os, sys, time
+import sidexec
+from sidexec.engine import payload
 without, code, params, grace, has_worker = json.loads(sys.argv[1])
-take_away(without)
+{inspect.getsource(taken_away).replace("=WITHOUT", "")}
+stack = contextlib.ExitStack()
+stack.enter_context(taken_away(without))
 manager = sidexec.ExecutionManager(grace_period=grace)
 id = manager.start_with_code(code, params, None).id
 while "ready\\n" not in manager.get_status(id).data.output:
@@ -280,44 +268,36 @@ if has_worker:
 print(worker, flush=True)
 time.sleep(60)
 """
-)
 
 
-@pytest.mark.parametrize(
-    "kind, has_worker",
-    [
-        pytest.param("plain", False, marks=pytest.mark.slow),
-        ("deaf", True),
-        pytest.param("plain", True, marks=pytest.mark.slow),
-        pytest.param("deaf", False, marks=pytest.mark.slow),
-    ],
-)
+SLOW = [
+    pytest.param(kind, has_worker, marks=pytest.mark.slow)
+    for kind, has_worker in (("plain", False), ("plain", True), ("deaf", False))
+]
+
+
+@pytest.mark.parametrize("kind, has_worker", [("deaf", True), *SLOW])
 def test_the_hosts_death_is_noticed(trace, kind, has_worker):
-    with orphans_reaped():
-        check_the_hosts_death(trace, kind, has_worker)
-
-
-def check_the_hosts_death(trace, kind, has_worker):
-    package = os.path.dirname(os.path.dirname(os.path.abspath(sidexec.__file__)))
     code = programs.with_descendant(kind, programs.CLEAN_UP)
+    given = json.dumps([WITHOUT, code, trace.params, GRACE, has_worker])
     host = subprocess.Popen(
-        [sys.executable, "-c", HOST, json.dumps([WITHOUT, code, trace.params, GRACE, has_worker])],
+        [sys.executable, "-c", HOST, given],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": package},
+        env=HOST_ENVIRONMENT,
         text=True,
     )
-    worker = 0
-    try:
+    with orphans_reaped(), contextlib.ExitStack() as stack:
+        stack.enter_context(host)
+        stack.callback(host.kill)
         worker = int(host.stdout.readline())
         others = [Process(pid) for pid in tree(host.pid) if pid != worker]
+        if worker:
+            stack.callback(os.waitpid, worker, 0)  # once the host is dead, it is a child of ours
+            stack.callback(os.kill, worker, signal.SIGKILL)
         assert len(others) >= 4  # the launcher, the keeper, the snippet, its child
-    finally:
         host.kill()
         host.wait()
-        host.stdout.close()
-        killed_at = time.monotonic()
-    try:
-        deadline = killed_at + GRACE + MOMENT
+        deadline = time.monotonic() + GRACE + MOMENT
         while time.monotonic() < deadline and any(each.is_alive for each in group(trace)):
             time.sleep(0.01)
         assert [each for each in group(trace) if each.is_alive] == []
@@ -327,6 +307,3 @@ def check_the_hosts_death(trace, kind, has_worker):
         for each in others:
             with contextlib.suppress(ChildProcessError):  # but for the launcher, they are reaped
                 os.waitpid(each.pid, 0)
-    finally:
-        if worker:
-            os.kill(worker, signal.SIGKILL)
