@@ -44,7 +44,6 @@ class Delivery:
 
     def start(self) -> None:
         """Raises `RuntimeError` where there are no threads left."""
-        self._thread = 0
         native("_thread", "start_new_thread")(self._run, ())
 
     def put(self, stream: Stream, data: bytes) -> None:
@@ -67,8 +66,6 @@ class Delivery:
     def end(self, when_over: Callable[[], object]) -> None:
         """No more output follows; `when_over` is called when all has been passed on."""
         self._when_over = when_over
-        if self._thread is None:
-            self._finish()
         self._queue.put(None)
 
     # -- from any thread
