@@ -24,6 +24,7 @@ from test_misbehaving_hosts import busy_cores
 import sidexec
 
 GRACE = 0.2
+SHARED = {"grace_period": GRACE}
 TICKS = os.sysconf("SC_CLK_TCK")
 # Code, and the status, error and result then.
 BY_ITSELF = {
@@ -45,13 +46,6 @@ def bystander(tmp_path_factory):
     found = Bystander(tmp_path_factory.mktemp("bystander") / "log")
     yield found
     found.close()
-
-
-@pytest.fixture(scope="module")
-def shared(bystander):
-    with nothing_left():
-        with sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0) as manager:
-            yield manager
 
 
 def bring_to_its_end(manager, trace, kind, end, **params):
