@@ -2,6 +2,7 @@
 
 import _signal
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -260,6 +261,9 @@ def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_
         orphan.wait(), zombie.wait()
 
 
+PIDFD_GETFD = 438
+
+
 @pytest.fixture
 def pids(start, trace):
     """An execution's launcher, keeper and snippet; it waits."""
@@ -273,11 +277,18 @@ def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, pids):
     id, launcher, keeper, snippet = pids
     other = start("import time" + WAIT)
     outputs = [os.readlink(f"/proc/{snippet}/fd/{fd}") for fd in (1, 2)]
+    control = os.readlink(f"/proc/{launcher}/fd/0")
+    pidfd = os.pidfd_open(launcher)
     for pid in (keeper, launcher):
         for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
             name = os.readlink(path)
             if name.startswith("pipe:") and name not in outputs:
                 path.write_bytes(b"x")
+            elif name.startswith("socket:") and name != control and pid == launcher:
+                end = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd, int(path.name), 0)
+                os.write(end, b"x")
+                os.close(end)
+    os.close(pidfd)
     assert manager.wait(id, 0.3).data.status == "running"
     assert manager.wait(other, 0).data.status == "running"
     spent = int(pathlib.Path(f"/proc/{keeper}/schedstat").read_text().split()[0])
