@@ -233,19 +233,16 @@ entered.wait(20)
 """,
         "",
     ),
-    "stop in an exit handler": (
+    "stop and close in an exit handler": (
         """
-id = begin()
-atexit.register(lambda: say(manager.stop(id).data.status))
+one, other = begin(), begin()
+@atexit.register
+def end():
+    say(manager.stop(one).data.status)
+    manager.close()
+    say(manager.get_status(other).data.stop_reason)
 """,
-        "stopped\n",
-    ),
-    "close in an exit handler": (
-        """
-id = begin()
-atexit.register(lambda: (manager.close(), say(manager.get_status(id).data.stop_reason)))
-""",
-        "closed\n",
+        "stopped\nclosed\n",
     ),
     "all calls at the interpreter's teardown": (
         """

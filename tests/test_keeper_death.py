@@ -180,27 +180,16 @@ def test_a_handler_of_the_snippets_own_runs_once_when_its_launcher_is_gone(manag
     assert manager.stop(id, grace=1).data.output == "ready\nasked\n"
 
 
-def test_a_launcher_that_is_stopped_harms_no_stop(manager, trace, launcher_of):
-    id = begin(manager, TREE + WAIT, trace.params)
-    launcher = launcher_of()
-    launcher.kill(signal.SIGSTOP)
-    try:
-        stopped = manager.stop(id)
-        assert (stopped.success, stopped.data.status) == (True, "stopped")
-        assert trace.left() == set()
-    finally:
-        launcher.kill(signal.SIGCONT)
-    check_that_it_goes_on(manager)
-
-
-@pytest.mark.slow
-def test_close_ends_a_launcher_that_is_stopped(manager, trace, launcher_of):
+def test_a_launcher_that_is_stopped_harms_neither_stop_nor_close(manager, trace, launcher_of):
+    other = begin(manager, "import time" + WAIT)
     id = begin(manager, TREE + WAIT, trace.params)
     launcher_of().kill(signal.SIGSTOP)
+    stopped = manager.stop(id)
+    assert (stopped.success, stopped.data.status) == (True, "stopped")
+    assert trace.left() == set()
     with within(GRACE + WITHOUT_KEEPER):
         manager.close()
-    assert manager.get_status(id).data.stop_reason == "closed"
-    assert trace.left() == set()
+    assert manager.get_status(other).data.stop_reason == "closed"
 
 
 # -- both

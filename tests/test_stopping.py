@@ -572,12 +572,8 @@ ASYNC = {
     "async generator": "async def g():\n    try:\n        while True:\n            yield 1\n"
     "            await asyncio.sleep(0.001)\n    finally:\n        await asyncio.sleep(0)\n"
     "ready()\nasync for _ in g(): pass",
-    "task": "async def f():\n    ready()\n    await asyncio.sleep(60)\n"
-    "await asyncio.create_task(f())",
     "blocked task": "async def f(): ready(); time.sleep(60)\nt = asyncio.create_task(f())\n"
     "await asyncio.sleep(60)",
-    "task group": "async with asyncio.TaskGroup() as g:\n    g.create_task(asyncio.sleep(60))\n"
-    "    ready()",
     "blocked task in a group": "async def f(): ready(); time.sleep(60)\n"
     "async with asyncio.TaskGroup() as g:\n    g.create_task(f())\n"
     "    g.create_task(asyncio.sleep(60))",
@@ -586,7 +582,7 @@ ASYNC = {
     "threading.Thread(target=f, daemon=True).start()\nready()\nawait asyncio.sleep(60)",
 }
 if sys.version_info < (3, 11):
-    del ASYNC["task group"], ASYNC["blocked task in a group"], ASYNC["timeout"]
+    del ASYNC["blocked task in a group"], ASYNC["timeout"]
 
 BESIDE = """\
 async def beside(n):
