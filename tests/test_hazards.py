@@ -283,15 +283,14 @@ answers = []
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.1, float(interval))
 exec(interrupted)
-signal.setitimer(signal.ITIMER_REAL, 0)
-manager.stop(id)
 print(manager.get_status(id).data.status, manager.get_status(id).data.stop_reason)
 manager.close()
 """
 WAIT_AGAIN_AND_AGAIN = """
-def wait(manager, id, answers):
-    while len(answers) < 300: manager.wait(id, 0.0)
-wait(manager, id, answers)
+while len(answers) < 300: manager.wait(id, 0.0)
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert {each.data.status for each in answers} == {"running"}
+manager.stop(id)
 """
 
 
