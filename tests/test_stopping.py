@@ -510,7 +510,7 @@ EARLY_ONES = {"plain": EARLY, "return": EARLY + "\nreturn", "async": EARLY_ASYNC
 def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up(manager, name, rounds):
     lost = []
     statuses = set()
-    for number in range(2 * rounds if name == "short" else rounds):
+    for number in range(max(rounds, 36) if name == "short" else rounds):
         id = manager.start_with_code(EARLY_ONES[name]).id
         if number % 2:
             time.sleep(random.uniform(0, 0.006))
