@@ -5,12 +5,22 @@ import gc
 import os
 import signal
 import threading
-import time
 
 import pytest
 from commands import state_of
-from conftest import begin, children, eventually, finish, has_printed, nothing_left
-from programs import CLEAN_UP, DESCENDANTS, PRELUDE, WAIT, Process, Trace, program, with_descendant
+from conftest import begin, children, eventually, finish, has_printed, nothing_left, within
+from programs import (
+    CLEAN_UP,
+    DESCENDANTS,
+    PRELUDE,
+    STARTED,
+    WAIT,
+    Process,
+    Trace,
+    program,
+    spawned,
+    with_descendant,
+)
 from test_without_kernel_help import taken_away
 
 import sidexec
@@ -67,31 +77,19 @@ def gone(who, pid):
 # -- the keeper is killed
 
 
-def test_a_keeper_killed_by_its_snippet(manager, trace):
-    code = TREE + 'os.write(1, b"x" * 50_000)\n' + KILL_KEEPER
-    data = finish(manager, code, trace.params)
-    left = trace.left()
-    (keeper,) = trace.noted("keeper")
-    assert (data.status, data.error) == ("failed", gone("keeper", keeper.pid))
-    assert left == set()
-    assert len(trace.noted("descendant")) == 3
-    assert len(data.output) == 50_000
-    check_that_it_goes_on(manager)
-
-
-def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path, monkeypatch):
+def test_a_killed_keeper_harms_no_other_execution(manager, tmp_path, monkeypatch):
     # The launcher's word ends it, not that time is up.
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 60.0)
     with contextlib.ExitStack() as stack:
         traces = [Trace(tmp_path / name) for name in ("one", "other")]
         for trace in traces:
             stack.callback(trace.kill)
-        one, other = (begin(manager, TREE + WAIT, trace.params) for trace in traces)
+        other = begin(manager, TREE + WAIT, traces[1].params)
+        code = TREE + 'os.write(1, b"x" * 50_000)\n' + KILL_KEEPER
+        data = finish(manager, code, traces[0].params)
         (keeper,) = traces[0].noted("keeper")
-        keeper.kill()
-        data = manager.wait(one, 30).data
         assert (data.status, data.error) == ("failed", gone("keeper", keeper.pid))
-        assert traces[0].left() == set()
+        assert (traces[0].left(), len(data.output)) == (set(), 50_000)
         assert manager.get_status(other).data.status == "running"
         assert all(each.is_alive for each in traces[1].noted())
         stopped = manager.stop(other)
@@ -102,9 +100,8 @@ def test_a_keeper_killed_by_anybody_harms_no_other_execution(manager, tmp_path, 
 
 def test_a_keeper_killed_during_a_stop(manager, trace):
     id = begin(manager, with_descendant("deaf", "deaf()" + WAIT), trace.params)
-    (keeper,) = trace.noted("keeper")
     # In the midst of the grace period, as the snippet is deaf.
-    killer = threading.Timer(0.1, keeper.kill)
+    killer = threading.Timer(0.1, trace.noted("keeper")[0].kill)
     killer.start()
     stopped = manager.stop(id)
     killer.join()
@@ -136,9 +133,8 @@ def test_a_killed_launcher(manager, trace, launcher_of):
     launcher = launcher_of()
     launcher.kill()
     data = manager.wait(id, 30).data
-    left = trace.left()
+    assert trace.left() == set()
     assert (data.status, data.error) == ("failed", gone("launcher", launcher.pid))
-    assert left == set()
     check_that_it_goes_on(manager)
     assert launcher_of().pid != launcher.pid
 
@@ -177,42 +173,23 @@ def test_a_launcher_killed_at_once_with_a_stop(manager, trace, launcher_of):
 
 
 def test_a_handler_of_the_snippets_own_runs_once_when_its_launcher_is_gone(manager, launcher_of):
-    code = """
-import signal, time
-def handler(signum, frame):
-    print("asked", flush=True)
-signal.signal(signal.SIGTERM, handler)
-print("ready", flush=True)
-while True: time.sleep(60)
-"""
-    id = begin(manager, code)
+    code = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *args: print('asked'))\n"
+    id = begin(manager, code + WAIT)
     launcher_of().kill()
     has_printed(manager, id, "asked")
     assert manager.stop(id, grace=1).data.output == "ready\nasked\n"
 
 
-def test_a_launcher_that_is_stopped_harms_no_stop(manager, trace, launcher_of):
-    id = begin(manager, TREE + WAIT, trace.params)
-    launcher = launcher_of()
-    launcher.kill(signal.SIGSTOP)
-    try:
-        stopped = manager.stop(id)
-        assert (stopped.success, stopped.data.status) == (True, "stopped")
-        assert trace.left() == set()
-    finally:
-        launcher.kill(signal.SIGCONT)
-    check_that_it_goes_on(manager)
-
-
-@pytest.mark.slow
-def test_close_ends_a_launcher_that_is_stopped(manager, trace, launcher_of):
+def test_a_launcher_that_is_stopped_harms_neither_stop_nor_close(manager, trace, launcher_of):
+    other = begin(manager, "import time" + WAIT)
     id = begin(manager, TREE + WAIT, trace.params)
     launcher_of().kill(signal.SIGSTOP)
-    began = time.monotonic()
-    manager.close()
-    assert time.monotonic() - began < GRACE + WITHOUT_KEEPER
-    assert manager.get_status(id).data.stop_reason == "closed"
+    stopped = manager.stop(id)
+    assert (stopped.success, stopped.data.status) == (True, "stopped")
     assert trace.left() == set()
+    with within(GRACE + WITHOUT_KEEPER):
+        manager.close()
+    assert manager.get_status(other).data.stop_reason == "closed"
 
 
 # -- both
@@ -319,14 +296,10 @@ def test_a_stopped_keeper_does_not_hold_up_a_stop(manager, trace, monkeypatch):
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.3)
     id = begin(manager, TREE + WAIT, trace.params)
     trace.noted("keeper")[0].kill(signal.SIGSTOP)
-    # In a thread, so that it fails rather than hangs.
-    answers = []
-    stop = threading.Thread(target=lambda: answers.append((manager.stop(id), trace.left())))
-    stop.daemon = True
-    stop.start()
-    stop.join(GRACE + WITHOUT_KEEPER)
-    ((stopped, left),) = answers
-    assert (stopped.data.status, left) == ("stopped", set())
+    future = manager.future(id)
+    future.cancel()  # a stop that fails rather than hangs
+    assert future.result(GRACE + WITHOUT_KEEPER).data.status == "stopped"
+    assert trace.left() == set()
     check_that_it_goes_on(manager)
 
 
@@ -354,11 +327,10 @@ def spare_of(manager, launcher_of, whom):
 
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
 def test_a_killed_spare(manager, launcher_of, victim):
-    found = spare_of(manager, launcher_of, victim)
-    found.kill()
-    eventually(lambda: not found.exists)
-    check_that_it_goes_on(manager)
-    check_that_it_goes_on(manager)
+    for _ in range(2):  # at last, no start follows
+        found = spare_of(manager, launcher_of, victim)
+        found.kill()
+        eventually(lambda: not found.exists)
 
 
 @pytest.mark.parametrize("victim", ("keeper", "snippet"))
@@ -370,14 +342,10 @@ def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, vict
         assert answer.success or answer.error
         if answer.success:
             data = manager.wait(answer.id, 30).data
-            assert data.status in ("completed", "failed")
-            assert data.status == "completed" or "SIGKILL" in data.error
+            failed = data.status == "failed" and "SIGKILL" in data.error
+            assert failed or data.status == "completed"
         eventually(lambda: not found.exists)  # or it may yet be the next one's pair
     check_that_it_goes_on(manager)
-
-
-def test_a_spare_killed_when_no_start_follows(manager, launcher_of):
-    spare_of(manager, launcher_of, "keeper").kill()
 
 
 @pytest.mark.slow
@@ -448,90 +416,52 @@ needs_freezer = pytest.mark.skipif(
 
 
 @pytest.fixture
-def held(trace):
-    """A function that holds a process of an execution of a hasty manager, until it is thawed."""
+def hold(trace):
+    """Start an execution of a hasty manager, one process of which is held until the test is over."""
     with nothing_left(), sidexec.ExecutionManager(grace_period=0.2) as manager:
         with freezer() as freeze:
 
-            def held(name, code=None):
-                id = begin(manager, code or with_descendant("daemon"), trace.params)
+            def hold(name):
+                lines = 'in_child(lambda: linger("below"))', 'linger("descendant")'
+                code = program(spawned("daemon", *lines), 'wait_for_note("below")\n', STARTED, WAIT)
+                id = begin(manager, code, trace.params)
                 (process,) = trace.noted(name)
                 freeze(process.pid)
                 return manager, id, process
 
-            held.thaw = freeze.thaw
-            yield held
+            yield hold
         eventually(lambda: trace.left() == set())
 
 
 def names(answer, process):
-    return answer.success is False and str(process.pid) in answer.error
+    reason = f"process {process.pid} can't be killed, the kernel holds it: end it by hand"
+    return (answer.success, answer.error) == (False, reason)
 
 
 @needs_freezer
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("snippet", "descendant"))
-def test_a_process_that_cannot_be_killed_is_named(held, name):
-    manager, id, process = held(name)
+def test_a_process_that_cannot_be_killed_is_named(hold, trace, tmp_path, name):
+    manager, id, process = hold(name)
     stopped = manager.stop(id)
     assert process.is_alive and names(stopped, process)
+    assert not trace.noted("below")[0].is_alive
     assert stopped.data.status == "stopped" and stopped.data.forced
+    other = finish(manager, PRELUDE + KILL_KEEPER, Trace(tmp_path / "other").params)
+    assert "SIGKILL" in other.error  # nor is it told of any other execution
+    with within(20):
+        manager.close()
     assert names(manager.get_status(id), process)
-    check_that_it_goes_on(manager)
-    held.thaw()
-    eventually(lambda: not process.exists)
 
 
 @needs_freezer
 @pytest.mark.slow
-def test_a_stray_that_cannot_be_killed_is_named_when_its_keeper_was_killed(held, trace):
-    manager, id, process = held("descendant")
+def test_a_stray_that_cannot_be_killed_is_named_when_its_keeper_was_killed(hold, trace):
+    manager, id, process = hold("descendant")
     trace.noted("keeper")[0].kill()
     status = manager.wait(id, 30)
     assert status.data.status == "failed" and names(status, process)
-    held.thaw()
-    eventually(lambda: trace.left() == set())
     check_that_it_goes_on(manager)
-
-
-@needs_freezer
-@pytest.mark.slow
-def test_what_one_execution_has_left_is_not_told_of_another(held, tmp_path):
-    manager, id, process = held("descendant")
-    assert names(manager.stop(id), process)
-    other = manager.start_with_code(PRELUDE + KILL_KEEPER, Trace(tmp_path / "other").params)
-    answer = manager.wait(other.id, 30)
-    assert answer.success and "SIGKILL" in answer.data.error
-
-
-@needs_freezer
-@pytest.mark.slow
-def test_what_is_below_a_process_that_cannot_be_killed_is_killed(held, trace):
-    code = """
-def body():
-    os.setsid()
-    in_child(lambda: linger("below"))
-    linger("held")
-in_child(body)
-wait_for_note("below")
-wait_for_note("held")
-"""
-    manager, id, process = held("held", program(code, WAIT))
-    stopped = manager.stop(id)
-    assert not trace.noted("below")[0].is_alive
-    assert stopped.error == (
-        f"process {process.pid} can't be killed, the kernel holds it: end it by hand"
-    )
-
-
-@needs_freezer
-@pytest.mark.slow
-def test_close_does_not_wait_for_what_cannot_be_killed(held):
-    manager, id, process = held("descendant")
-    began = time.monotonic()
-    manager.close()
-    assert time.monotonic() - began < 20
-    assert names(manager.get_status(id), process)
 
 
 @needs_freezer
@@ -541,9 +471,8 @@ def test_close_does_not_wait_for_a_launcher_that_cannot_be_killed(launcher_of, m
     launcher = launcher_of()
     with freezer() as freeze:
         freeze(launcher.pid)
-        began = time.monotonic()
-        manager.close()
-        assert time.monotonic() - began < 25
+        with within(25):
+            manager.close()
         freeze.thaw()
         os.waitpid(launcher.pid, 0)  # nobody waits for it any more
     gc.collect()  # and nobody says that it is still there

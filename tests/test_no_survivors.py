@@ -2,24 +2,41 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 import time
 
-import programs
 import pytest
-from conftest import begin, crossed, eventually, finish, nothing_left, tree
-from programs import Bystander, Trace, attempts, needs_pids, program, spawned
+from conftest import begin, crossed, eventually, finish, nothing_left, within
+from programs import (
+    DESCENDANTS,
+    STARTED,
+    WAIT,
+    Bystander,
+    Trace,
+    attempts,
+    needs_pids,
+    program,
+    spawned,
+    when_asked,
+    with_descendant,
+)
+from test_misbehaving_hosts import busy_cores
 
 import sidexec
 
 GRACE = 0.2
+SHARED = {"grace_period": GRACE}
 TICKS = os.sysconf("SC_CLK_TCK")
+# Code, and the status, error and result then.
 BY_ITSELF = {
-    "return": 'return {"done": True}',
-    "exception": 'raise RuntimeError("on purpose")',
-    "os._exit": "os._exit(7)",
-    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+    "return": ('return {"done": True}', "completed", None, {"done": True}),
+    "exception": ('raise RuntimeError("on purpose")', "failed", "RuntimeError: on purpose", None),
+    "os._exit": ("os._exit(7)", "failed", "exit code 7", None),
+    "SIGKILL": (
+        "os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+        "failed",
+        "killed by SIGKILL",
+        None,
+    ),
 }
 ENDS = ("graceful_stop", "forced_stop", *BY_ITSELF, "timeout", "close")
 
@@ -31,30 +48,16 @@ def bystander(tmp_path_factory):
     found.close()
 
 
-@pytest.fixture(scope="module")
-def shared(bystander):
-    with nothing_left():
-        with sidexec.ExecutionManager(grace_period=GRACE, default_timeout=60.0) as manager:
-            yield manager
-
-
 def bring_to_its_end(manager, trace, kind, end, **params):
     """Run a snippet with a descendant, end it, and say what was left at that moment."""
     params = {**trace.params, **params}
+    code = with_descendant(kind, BY_ITSELF[end][0] if end in BY_ITSELF else WAIT)
     if end in BY_ITSELF:
-        code = programs.with_descendant(kind, BY_ITSELF[end])
         data = finish(manager, code, params)
         left = trace.left()
-        expected = {
-            "return": ("completed", None),
-            "exception": ("failed", "RuntimeError: on purpose"),
-            "os._exit": ("failed", "exit code 7"),
-            "SIGKILL": ("failed", "killed by SIGKILL"),
-        }[end]
-        assert (data.status, data.error and data.error.splitlines()[0]) == expected
-        assert data.result == ({"done": True} if end == "return" else None)
+        error = data.error and data.error.splitlines()[0]
+        assert (data.status, error, data.result) == BY_ITSELF[end][1:]
         return left
-    code = programs.with_descendant(kind)
     if end == "timeout":
         for timeout in (0.2, 1.0, 10.0):  # a busy machine may need longer to get there
             data = finish(manager, code, params, timeout=timeout)
@@ -70,16 +73,14 @@ def bring_to_its_end(manager, trace, kind, end, **params):
         data = manager.get_status(id).data
         assert (data.status, data.stop_reason) == ("stopped", "closed")
         return left | {f"{each} " for each in trace.noted("keeper") if each.is_alive}
-    id = begin(manager, code, params)
-    stopped = manager.stop(id, force=end == "forced_stop")
+    stopped = manager.stop(begin(manager, code, params), force=end == "forced_stop")
     left = trace.left()
     assert (stopped.success, stopped.data.status) == (True, "stopped"), stopped
-    if end == "forced_stop" or kind == "deaf":
-        assert stopped.data.forced
+    assert stopped.data.forced or (end != "forced_stop" and kind != "deaf")
     return left
 
 
-@pytest.mark.parametrize("kind, end", crossed(4, programs.DESCENDANTS, ENDS))
+@pytest.mark.parametrize("kind, end", crossed(4, DESCENDANTS, ENDS))
 def test_nothing_is_left(shared, trace, bystander, kind, end):
     left = bring_to_its_end(shared, trace, kind, end)
     assert left == set()
@@ -99,10 +100,10 @@ def test_nothing_is_left_of_a_storm_of_32_processes(shared, trace, bystander, en
 def test_nothing_is_left_of_all_kinds_at_once(shared, tmp_path, bystander):
     with contextlib.ExitStack() as stack:
         traces = {}
-        for kind in programs.DESCENDANTS:
+        for kind in DESCENDANTS:
             traces[kind] = Trace(tmp_path / kind)
             stack.callback(traces[kind].kill)
-            begin(shared, programs.with_descendant(kind), traces[kind].params)
+            begin(shared, with_descendant(kind), traces[kind].params)
         responses = shared.stop_all()
         left = {kind: trace.left() for kind, trace in traces.items()}
         assert [each.data.status for each in responses] == ["stopped"] * len(traces)
@@ -123,11 +124,9 @@ def test_children_forked_while_the_sweep_runs_are_gone(shared, trace):
         ),
         "wait_for_note('descendant')\nreturn 1",
     )
-    data = finish(shared, code, trace.params)
-    left = trace.left()
-    assert (data.status, data.result) == ("completed", 1)
+    assert finish(shared, code, trace.params).result == 1
+    assert trace.left() == set()
     assert trace.noted("child")
-    assert left == set()
 
 
 @pytest.mark.parametrize("how", ["daemon", "stopped_child"])
@@ -150,23 +149,10 @@ def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace, how
 
 
 def test_nothing_is_left_of_what_the_executions_own_cleanup_starts(shared, trace):
-    code = program("""
-def body():
-    quiet()
-    deaf()
-    linger("descendant")
-try:
-    print("ready", flush=True)
-    time.sleep(60)
-finally:
-    daemon(body)
-    wait_for_note("descendant")
-""")
-    stopped = shared.stop(begin(shared, code, trace.params))
-    left = trace.left()
-    assert stopped.data.status == "stopped"
+    code = program(when_asked(spawned("daemon", 'quiet(); deaf(); linger("descendant")') + STARTED))
+    assert shared.stop(begin(shared, code, trace.params)).data.status == "stopped"
+    assert trace.left() == set()
     assert trace.noted("descendant")
-    assert left == set()
 
 
 def take_pids(stack, directory, trace, *names):
@@ -195,7 +181,7 @@ def take_pids(stack, directory, trace, *names):
 @pytest.mark.parametrize("force", (False, True))
 def test_a_process_with_the_pid_of_an_ended_descendant_is_not_touched(shared, tmp_path, force):
     code = program(
-        programs.DESCENDANTS["deaf"],
+        DESCENDANTS["deaf"],
         """
 wait_for_note("descendant")
 os.waitpid(in_child(lambda: note("member")), 0)
@@ -203,7 +189,7 @@ os.waitpid(in_child(lambda: (os.setsid(), note("leader"))), 0)
 daemon(lambda: note("daemon"))
 wait_for_note("daemon")
 """,
-        programs.WAIT,
+        WAIT,
     )
     for trace in attempts(tmp_path):
         with contextlib.ExitStack() as stack:
@@ -221,7 +207,7 @@ def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(tmp_path):
     for trace in attempts(tmp_path):
         with contextlib.ExitStack() as stack:
             with sidexec.ExecutionManager(grace_period=GRACE) as manager:
-                id = begin(manager, programs.with_descendant("daemon"), trace.params)
+                id = begin(manager, with_descendant("daemon"), trace.params)
                 manager.stop(id).raise_for_error()
                 others = take_pids(stack, tmp_path, trace, "keeper", "snippet", "descendant")
                 assert manager.stop(id, force=True).data.status == "already_stopped"
@@ -234,24 +220,11 @@ def test_a_process_with_the_pid_of_an_ended_execution_is_not_touched(tmp_path):
 
 @pytest.mark.slow
 def test_200_rounds_with_both_cores_busy(tmp_path, bystander):
-    busy = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        for _ in range(os.cpu_count() or 1)
-    ]
-    try:
-        with nothing_left(), sidexec.ExecutionManager(grace_period=5.0) as manager:
-            for number in range(200):
-                trace = Trace(tmp_path / str(number))
-                id = begin(manager, programs.with_descendant("daemon"), trace.params)
-                began = time.monotonic()
+    with busy_cores(), nothing_left(), sidexec.ExecutionManager(grace_period=5.0) as manager:
+        for number in range(200):
+            trace = Trace(tmp_path / str(number))
+            id = begin(manager, with_descendant("daemon"), trace.params)
+            with within(15):
                 stopped = manager.stop(id, force=number % 3 == 0)
-                left = trace.left()
-                assert stopped.data.status == "stopped"
-                assert left == set()
-                assert time.monotonic() - began < 15
-        assert bystander.is_untouched
-    finally:
-        for each in busy:
-            each.kill()
-            each.wait()
-    assert not set(tree(os.getpid())) & {each.pid for each in busy}
+            assert (stopped.data.status, trace.left()) == ("stopped", set())
+    assert bystander.is_untouched

@@ -6,20 +6,11 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 import time
 from datetime import datetime, timezone
 
 import pytest
-from conftest import (
-    ENVIRONMENT,
-    crossed,
-    eventually,
-    finish,
-    has_printed,
-    is_alive,
-    one_in,
-)
+from conftest import ENVIRONMENT, crossed, eventually, finish, has_printed, one_in
 from conftest import shared_manager as manager  # noqa: F401
 from programs import DEAF as IGNORES_SIGTERM
 from programs import POLITE, Process, when_asked
@@ -29,22 +20,13 @@ from sidexec.engine import thread
 
 GRACE = 15.0  # that nothing but a hang uses up
 PRELOADED = ["asyncio", "importlib.abc", "json"]
-
-
 SHARED = {"grace_period": GRACE, "preload": PRELOADED}
 
 
-@pytest.fixture(scope="module")
-def hasty(shared):
-    """For what may hang. It ends before `shared`, whose check of what is left covers both."""
-    with sidexec.ExecutionManager(grace_period=2.0, env=ENVIRONMENT, preload=PRELOADED) as manager:
-        yield manager
-
-
-def is_graceful(data):
+def is_graceful(data, exit_code=143):
     """Check that a stop was none by force, and that nothing of the library was shown."""
     assert (data.status, data.forced, data.stop_reason) == ("stopped", False, "requested")
-    assert (data.exit_code, data.error_output) == (143, "")
+    assert (data.exit_code, data.error_output) == (exit_code, "")
 
 
 # -- plain code
@@ -62,46 +44,29 @@ BLOCKING = {
     "sleep": "ready()\ntime.sleep(60)",
     "busy loop": "ready()\nwhile True: pass",
     "busy loop with calls": "def f(n): return n and f(n - 1)\nready()\nwhile True: f(20)",
-    "busy loop in C calls": "ready()\nwhile True: sum(range(1000))",
     "busy exceptions": "ready()\nwhile True:\n    try: 1 / 0\n    except ZeroDivisionError: pass",
     "lock": "l = threading.Lock(); l.acquire()\nready()\nl.acquire()",
     "event": "ready()\nthreading.Event().wait()",
-    "event with timeout": "ready()\nthreading.Event().wait(60)",
-    "condition": "c = threading.Condition()\nready()\nwith c: c.wait()",
     "join": "t = threading.Thread(target=time.sleep, args=(60,), daemon=True)\nt.start()\n"
     "ready()\nt.join()",
     "queue": "ready()\nqueue.Queue().get()",
-    "simple queue": "ready()\nqueue.SimpleQueue().get()",
-    "future": "ready()\nconcurrent.futures.Future().result()",
     "socket": "ready()\na.recv(1)",
-    "socket with timeout": "a.settimeout(60)\nready()\na.recv(1)",
-    "accept": "s = socket.create_server(('127.0.0.1', 0))\nready()\ns.accept()",
     "full socket": "ready()\nwhile True: a.sendall(b'x' * 9999)",
-    "select": "ready()\nselect.select([r], [], [])",
-    "poll": "ready()\nselect.poll().poll(60_000)",
     "selectors": "s = selectors.DefaultSelector()\ns.register(r, 1)\nready()\ns.select()",
     "pipe": "ready()\nos.read(r, 1)",
     "file on a pipe": "ready()\nopen(r).read()",
-    "line of a pipe": "f = open(r)\nready()\nfor line in f: pass",
     "full pipe": "f = open(w, 'wb', buffering=0)\nready()\nwhile True: f.write(b'x' * 65536)",
     "pause": "ready()\nsignal.pause()",
     "wait for a child": "p = subprocess.Popen(['sleep', '60'])\nready()\ntry: p.wait()\n"
     "finally: p.kill(); p.wait()",
     "subprocess.run": "subprocess.run(['sh', '-c', 'echo ready; exec sleep 60'])",
-    "communicate": "fd = os.dup(1)\n"
-    "subprocess.run(['sh', '-c', f'echo ready >&{fd}; exec sleep 60'],"
-    " capture_output=True, input=b'', pass_fds=[fd])",
     "os.system": "ready()\nwhile True: os.system('true')",
     "waitpid": "pid = os.fork()\nif not pid: time.sleep(60)\nready()\ntry: os.waitpid(pid, 0)\n"
     "finally: os.kill(pid, 9)",
     "printing": "ready()\nwhile True: print('line')",
     "in a function": "def f(): ready(); time.sleep(60)\ndef g():\n    f()\ng()",
-    "in a generator": "def g():\n    yield 1\n    ready()\n    time.sleep(60)\nlist(g())",
-    "in a class body": "class C:\n    ready()\n    time.sleep(60)",
     "in exec": "exec('import time; ready(); time.sleep(60)')",
-    "in a comprehension": "[time.sleep(60) for _ in [ready()]]",
     "in a sort key": "def key(x):\n    ready()\n    time.sleep(60)\nsorted([1], key=key)",
-    "in json": "big = list(range(9999))\nready()\nwhile True: json.dumps(big, indent=1)",
     "logging": "logging.basicConfig(stream=open('/dev/null', 'w'))\nready()\n"
     "while True: logging.error('x')",
     "regular expressions": "ready()\nwhile True: re.sub('a+', 'b', 'aab' * 100)",
@@ -122,7 +87,7 @@ def cleanup_of(code):
     )
 
 
-RETURNS = ["sleep", "busy loop", "in a function", "printing", "full pipe"]
+RETURNS = ["busy loop", "in a function", "full pipe"]
 
 
 @pytest.mark.parametrize(
@@ -134,33 +99,85 @@ def test_plain_code_cleans_up_wherever_it_is(manager, start, name, suffix):
     assert data.output.endswith("\nout 1\n")
 
 
+OWN_LOOP = """
+import asyncio, time
+loop = asyncio.new_event_loop()
+def busy(): loop.call_soon(busy)
+def blocked(): print('ready'); time.sleep(60)
+async def task():
+    try:
+        print('ready')
+        await asyncio.sleep(60)
+    finally: print('out')
+"""
+RUN_FOREVER = """
+try: loop.run_forever()
+finally: print('out'); loop.close()
+"""
+WORKERS = """
+import multiprocessing as mp, time
+def work(): time.sleep(100)
+def ready(): time.sleep(0.05); print("ready")
+try:
+    {}
+finally:
+    print("out")
+"""
+
+# Code that prints `ready`, and `out` when it is asked.
+GRACEFUL = {
+    "a second SIGTERM does not abort the cleanup": when_asked("""
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        print("out")
+    """),
+    "a handler that was replaced and put back asks": (
+        "import signal\nold = signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, old)\n" + POLITE
+    ),
+    "a loop of its own is left": OWN_LOOP + "loop.call_soon(print, 'ready')" + RUN_FOREVER,
+    "a loop of its own with busy callbacks is left": (
+        OWN_LOOP + "busy()\nloop.call_later(0.01, print, 'ready')" + RUN_FOREVER
+    ),
+    "a loop of its own is left in a callback": OWN_LOOP + "loop.call_soon(blocked)" + RUN_FOREVER,
+    "a task of a loop of its own can be finished": (
+        OWN_LOOP + "t = loop.create_task(task())\ntry: loop.run_until_complete(t)\nfinally:\n"
+        "    t.cancel()\n    loop.run_until_complete(asyncio.gather(t, return_exceptions=True))\n"
+        "    loop.close()"
+    ),
+    "the cleanup may run loops, new ones and old ones": (
+        OWN_LOOP
+        + "loop.run_until_complete(asyncio.sleep(0))\n"
+        + when_asked("""
+            loop.run_until_complete(asyncio.sleep(0.01))
+            loop.close()
+            asyncio.run(asyncio.sleep(0.01))
+            print('out')
+        """)
+    ),
+    "a process that it waits for is ended": (
+        WORKERS.format("p = mp.Process(target=work); p.start(); ready(); p.join()")
+    ),
+    "a pool that it waits for is ended": (
+        WORKERS.format("with mp.Pool(2) as pool: r = pool.apply_async(work); ready(); r.get()")
+    ),
+}
+
 # Code that prints `ready`, what it prints when it is asked, and the exit code then.
 ASKED = {
-    "the exception is a SystemExit seen once": (
-        """
-        import time
-        seen = []
-        def level(n):
-            try:
-                if n: level(n - 1)
-                else:
-                    print("ready")
-                    time.sleep(60)
-            except Exception:
-                print("an Exception")
-            except SystemExit as e:
-                seen.append(e)
-                raise
-        try:
-            level(5)
-        except SystemExit as e:
-            print(type(e) is not SystemExit, len(set(map(id, seen))), len(seen), e.code)
+    **{name: (code, "out\n", 143) for name, code in GRACEFUL.items()},
+    "the exception is a SystemExit, raised once": (
+        when_asked(
+            """
             try: time.sleep(0.05)
             except SystemExit: print("again")
-            print("out")
+            print(type(e).__mro__[1] is SystemExit, e.code)
             raise
-        """,
-        "True 1 6 143\nout\n",
+            """,
+            "except SystemExit as e",
+        ),
+        "True 143\n",
         143,
     ),
     "code that catches it goes on to its end": (
@@ -170,38 +187,22 @@ ASKED = {
     ),
     "context managers, finalizers and exit handlers run": (
         """
-        import atexit, contextlib, sys, tempfile, time, os
+        import atexit, time
         class Loud:
+            def __enter__(self): print("ready")
+            def __exit__(self, *error): print("exit")
             def __del__(self): print("del")
+        atexit.register(print, "atexit")
         loud = Loud()
-        directory = tempfile.TemporaryDirectory()
-        @atexit.register
-        def last(): print("atexit", os.path.exists(directory.name))
-        with directory, contextlib.ExitStack() as stack:
-            stack.callback(print, "callback")
-            print("ready")
-            time.sleep(60)
+        with loud: time.sleep(60)
         """,
-        "callback\natexit False\ndel\n",
-        143,
-    ),
-    "a second SIGTERM does not abort the cleanup": (
-        when_asked("""
-            for _ in range(5):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.01)
-            print("out")
-        """),
-        "out\n",
+        "exit\natexit\ndel\n",
         143,
     ),
     "a handler of its own is called": (
         """
         import signal, sys
-        def handler(signum, frame):
-            print("handled", signum)
-            sys.exit(5)
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, lambda signum, frame: (print("handled", signum), sys.exit(5)))
         print("ready")
         while True: signal.pause()
         """,
@@ -225,28 +226,12 @@ ASKED = {
         "",
         -15,
     ),
-    "a handler that was replaced and put back asks": (
-        "import signal\nold = signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "signal.signal(signal.SIGTERM, old)\n" + POLITE,
-        "out\n",
-        143,
-    ),
     "a thread is waited for and a daemon is not": (
-        """
-        import threading, time
-        asked = threading.Event()
-        def work():
-            asked.wait()
-            time.sleep(0.05)
-            print("thread out")
-        threading.Thread(target=work).start()
-        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        try:
-            print("ready")
-            time.sleep(60)
-        finally:
-            asked.set()
-        """,
+        "import threading, time\nasked = threading.Event()\n"
+        "def work():\n    asked.wait()\n    time.sleep(0.05)\n    print('thread out')\n"
+        "threading.Thread(target=work).start()\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        + when_asked("asked.set()"),
         "thread out\n",
         143,
     ),
@@ -268,77 +253,33 @@ ASKED = {
         None,
     ),
     "helpers that the cleanup needs are not signalled": (
-        """
-        import os, subprocess, sys, time
-        helper = subprocess.Popen(
-            ["sh", "-c", 'read line; echo "helped $line"'], stdin=subprocess.PIPE, text=True
-        )
-        r, w = os.pipe()
-        other = os.fork()
-        if not other:
-            os.read(r, 1)
-            os._exit(7)
-        try:
-            print("ready")
-            time.sleep(60)
-        finally:
-            late = subprocess.run(["sh", "-c", "sleep 0.1; echo late"])
+        "import subprocess as s\nwork = 'read line; echo helped $line'\n"
+        "helper = s.Popen(['sh', '-c', work], stdin=s.PIPE, text=True)\n"
+        + when_asked("""
+            late = s.run(["sh", "-c", "sleep 0.1; echo late"])
             helper.communicate("me\\n")
-            os.write(w, b"x")
-            print(late.returncode, helper.returncode, os.WEXITSTATUS(os.waitpid(other, 0)[1]))
-        """,
-        "late\nhelped me\n0 0 7\n",
+            print(late.returncode, helper.returncode)
+        """),
+        "late\nhelped me\n0 0\n",
         143,
     ),
     "a helper that is left over is asked after the cleanup": (
-        """
-        import os, time, signal
-        r, w = os.pipe()
-        if not os.fork():
-            def handler(signum, frame):
-                print("helper asked")
-                os._exit(0)
-            signal.signal(signal.SIGTERM, handler)
-            os.write(w, b"x")
-            while True: signal.pause()
-        os.read(r, 1)
-        try:
-            print("ready")
-            time.sleep(60)
-        finally:
-            time.sleep(0.05)
-            print("out")
-        """,
+        textwrap.dedent("""
+            import os, signal, time
+            r, w = os.pipe()
+            if not os.fork():
+                signal.signal(signal.SIGTERM, lambda *args: (print("helper asked"), os._exit(0)))
+                os.write(w, b"x")
+                time.sleep(60)
+            os.read(r, 1)
+        """)
+        + when_asked("time.sleep(0.05)\nprint('out')"),
         "out\nhelper asked\n",
         143,
     ),
-    "the cleanup of tasks may take its time": (
-        """
-        import asyncio
-        async def work(n):
-            try:
-                await asyncio.sleep(60)
-            finally:
-                for step in range(3): await asyncio.sleep(0.02)
-                print("out")
-        tasks = [asyncio.ensure_future(work(n)) for n in range(20)]
-        await asyncio.sleep(0)
-        print("ready")
-        await asyncio.gather(*tasks)
-        """,
-        "out\n" * 20,
-        143,
-    ),
     "a task that is cancelled sees that": (
-        """
-        import asyncio
-        try:
-            print("ready")
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            print("cancelled")
-            raise
-        """,
+        "import asyncio\ntry:\n    print('ready')\n    await asyncio.sleep(60)\n"
+        "except asyncio.CancelledError:\n    print('cancelled')\n    raise",
         "cancelled\n",
         143,
     ),
@@ -349,9 +290,8 @@ ASKED = {
 def test_asked(manager, start, name):
     code, output, exit_code = ASKED[name]
     data = manager.stop(start(code)).raise_for_error().data
-    assert (data.status, data.forced, data.stop_reason) == ("stopped", False, "requested")
-    assert (data.output, data.error_output) == ("ready\n" + output, "")
-    assert exit_code is None or data.exit_code == exit_code
+    is_graceful(data, data.exit_code if exit_code is None else exit_code)
+    assert data.output == "ready\n" + output
 
 
 def test_an_exception_of_the_cleanup_is_shown_and_does_not_matter(manager, start):
@@ -363,52 +303,157 @@ def test_an_exception_of_the_cleanup_is_shown_and_does_not_matter(manager, start
     assert (status.status, status.error) == ("stopped", None)
 
 
-def test_what_the_cleanup_writes_is_whole_however_much(manager, start, tmp_path):
-    code = when_asked("""
-        for i in range(2000): print("x" * 500)
-        sys.stderr.write("error")
-        sys.stdout.write("no newline")
-        for i in range(100_000): file.write("line\\n")
-    """)
-    id = start("file = open(params['path'], 'w')\n" + code, {"path": str(tmp_path / "file")})
-    data = manager.stop(id).data
-    assert (data.forced, data.error_output) == (False, "error")
-    assert data.output == "ready\n" + ("x" * 500 + "\n") * 2000 + "no newline"
-    assert (tmp_path / "file").read_text() == "line\n" * 100_000
+# -- at a delicate moment, which only the code itself can choose
 
 
-def test_stop_returns_when_the_cleanup_is_over_whoever_else_stops(manager, start, tmp_path):
-    go = tmp_path / "go"
+# Code that asks itself, what it prints, and its exit code.
+ASKING_ITSELF = {
+    "anywhere": (
+        "import os\ntry: os.kill(os.getpid(), 15)\nfinally: print('out')",
+        "out\n",
+        143,
+    ),
+    "as the last thread ends": (
+        """
+        import atexit, signal, threading, time
+        atexit.register(print, "atexit")
+        def shut_down():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.11)
+            signal.raise_signal(signal.SIGURG)
+        threading._shutdown = shut_down
+        """,
+        "atexit\n",
+        0,
+    ),
+    # A short one must not be ended by the ask.
+    "as an exit handler has begun": (
+        """
+        import atexit, os, signal
+        @atexit.register
+        def clean_up():
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("clean")
+        """,
+        "clean\n",
+        0,
+    ),
+    "with a nudge that comes during the ask": (
+        """
+        import asyncio, signal
+        loop = asyncio.get_running_loop()
+        call_soon_threadsafe = loop.call_soon_threadsafe
+        def interrupted(*args):
+            signal.raise_signal(signal.SIGURG)
+            call_soon_threadsafe(*args)
+            print("whole")
+        loop.call_soon_threadsafe = interrupted
+        loop.call_soon(signal.raise_signal, signal.SIGTERM)
+        await asyncio.sleep(60)
+        """,
+        "whole\n",
+        143,
+    ),
+    "with a nudge that raises it before the loop would": (
+        """
+        import asyncio, signal, sys
+        loop = asyncio.new_event_loop()
+        asyncio.BaseEventLoop = int  # so that it is none of asyncio's own, as uvloop's is
+        def ask():
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, sys._getframe(1))  # in asyncio's code
+        def nudge():
+            signal.getsignal(signal.SIGURG)(signal.SIGURG, sys._getframe())
+        loop.call_soon(ask)
+        loop.call_soon(nudge)
+        try:
+            loop.run_forever()
+        finally:
+            loop.run_until_complete(asyncio.sleep(0.01))
+            print("clean")
+            loop.close()
+        """,
+        "clean\n",
+        143,
+    ),
+    "while a loop is made, of which no half is left": (
+        """
+        import asyncio, signal, socket
+        socketpair = socket.socketpair
+        def asked(*args):
+            signal.raise_signal(signal.SIGTERM)
+            return socketpair(*args)
+        socket.socketpair = asked
+        asyncio.new_event_loop()
+        """,
+        "",
+        143,
+    ),
+    "while a task reports": (
+        """
+        import asyncio, signal, sys
+        def trace(frame, event, argument):
+            if frame.f_code.co_name == "_write":
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGTERM)
+        async def beside():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+                print("out")
+        async def report():
+            sys.settrace(trace)
+            report_progress(50)
+        await asyncio.gather(beside(), report())
+        """,
+        "out\n",
+        143,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASKING_ITSELF)
+def test_asked_by_itself(run, name):
+    """A SIGTERM from anywhere runs the cleanup, and is no stop."""
+    code, output, exit_code = ASKING_ITSELF[name]
+    data = run(code)
+    assert (data.output, data.error_output, data.exit_code) == (output, "", exit_code)
+    failed = ("failed", "exit code 143", None)
+    assert (data.status, data.error, data.stop_reason) == (
+        failed if exit_code else ("completed", None, None)
+    )
+
+
+@pytest.mark.parametrize("hook", ["_before_fork", "_after_fork_in_parent"])
+@pytest.mark.parametrize("event", ["call", "return"])
+def test_an_ask_in_a_hook_of_a_fork_is_raised_in_the_parent_alone(run, hook, event):
     code = """
-        print("cleaning")
-        while not os.path.exists(params["go"]): time.sleep(0.01)
-        print("out")
+    import os, signal, sys
+    def trace(frame, now, argument):
+        if (frame.f_code.co_name, now) == (params["hook"], params["event"]) and os.getpid() == parent:
+            sys.settrace(None)
+            if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                signal.getsignal(signal.SIGTERM)(signal.SIGTERM, frame)
+        return trace
+    def fork():
+        if os.fork() == 0:
+            os.write(1, b"child\\n")
+            os._exit(0)
+    parent = os.getpid()
+    sys.settrace(trace)
+    try:
+        fork()
+    except BaseException as error:
+        name = type(error).__name__
+        if os.getpid() == parent: os.wait()
+        os.write(1, f"{name} {os.getpid() == parent}\\n".encode())
+        os._exit(5)
     """
-    id = start(when_asked(code), {"go": str(go)})
-    responses = []
-    stops = [threading.Thread(target=lambda: responses.append(manager.stop(id))) for _ in range(4)]
-    for stop in stops:
-        stop.start()
-    has_printed(manager, id, "cleaning")
-    assert responses == []
-    go.touch()
-    for stop in stops:
-        stop.join()
-    assert sorted(each.data.status for each in responses) == ["already_stopped"] * 3 + ["stopped"]
-    assert {each.data.output for each in responses} == {"ready\ncleaning\nout\n"}
-    assert len({each.data.stopped_at for each in responses}) == 1
-
-
-def test_force_ends_a_cleanup_that_is_under_way(manager, start):
-    id = start(when_asked("print('cleaning')\ntime.sleep(60)"))
-    stop = threading.Thread(target=manager.stop, args=(id,))
-    stop.start()
-    has_printed(manager, id, "cleaning")
-    before = time.monotonic()
-    data = manager.stop(id, force=True).data
-    stop.join()
-    assert time.monotonic() - before < GRACE - 1
-    assert (data.status, data.forced, data.exit_code) == ("already_stopped", True, -9)
+    data = run(code, {"hook": hook, "event": event})
+    assert (data.output, data.error_output) == ("child\nStopRequested True\n", "")
+    assert data.exit_code == 5
 
 
 # -- at the end of the code
@@ -418,30 +463,13 @@ def test_asked_while_threads_are_waited_for_exit_handlers_run(manager):
     code = """
     import atexit, threading, time
     atexit.register(print, "atexit")
-    def work():
-        while True: time.sleep(60)
-    threading.Thread(target=work).start()
+    threading.Thread(target=time.sleep, args=(60,)).start()
     return "result"
     """
     id = manager.start_with_code(code).id
     eventually(lambda: manager.get_status(id).data.result == "result")
     data = manager.stop(id, grace=1.0).data
     assert (data.output, data.error_output, data.result) == ("atexit\n", "", "result")
-
-
-def test_asked_as_the_last_thread_ends_exit_handlers_run(run):
-    data = run(
-        """
-        import atexit, signal, threading, time
-        atexit.register(print, "atexit")
-        def shut_down():
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(0.11)
-            signal.raise_signal(signal.SIGURG)
-        threading._shutdown = shut_down
-        """
-    )
-    assert (data.output, data.error_output) == ("atexit\n", "")
 
 
 def test_asked_in_a_finalizer_at_the_end_it_ends_within_the_grace(manager, start):
@@ -454,72 +482,49 @@ def test_asked_in_a_finalizer_at_the_end_it_ends_within_the_grace(manager, start
     assert time.monotonic() - before < 15
 
 
-def test_an_exit_handler_that_has_begun_comes_to_its_end(run):
-    """Asked at the very beginning of a short one, it must not be the ask that ends it."""
-    data = run("""
-        import atexit, os, signal
-        @atexit.register
-        def clean_up():
-            os.kill(os.getpid(), signal.SIGTERM)
-            print("clean")
-    """)
-    assert (data.status, data.exit_code, data.output) == ("completed", 0, "clean\n")
-
-
-def test_asked_again_and_again_at_every_moment_of_a_short_life(manager):
-    code = """
-    import atexit
-    def out(): print("out\\n", end="")
-    try:
-        atexit.register(out); print("in\\n", end="")
-        x = [1]
-    finally:
-        x = 1
-    return x
-    """
-    statuses = set()
-    for i in range(36):
-        id = manager.start_with_code(code).id
-        time.sleep(i % 12 * 0.0005)
-        data = manager.stop(id).data
-        statuses.add(data.status)
-        assert data.status in ("stopped", "completed")
-        assert not data.forced
-        assert data.error_output == ""
-        assert data.output in ("", "in\nout\n", "out\n")
-    assert "stopped" in statuses
-
-
 # -- right after the start
 
 EARLY = (
     "try:\n    print('in\\n', end='')\n    import time\n    time.sleep(60)\n"
-    "finally:\n    print('out')"
+    "finally:\n    print('out\\n', end='')"
 )
 EARLY_ASYNC = (
     "import asyncio\ntry:\n    print('in\\n', end='')\n    await asyncio.sleep(60)\n"
-    "finally:\n    await asyncio.sleep(0)\n    print('out')"
+    "finally:\n    await asyncio.sleep(0)\n    print('out\\n', end='')"
 )
+SHORT = """
+import atexit
+def out(): print("out\\n", end="")
+try:
+    atexit.register(out); print("in\\n", end="")
+    x = [1]
+finally:
+    x = 1
+return x
+"""
+EARLY_ONES = {"plain": EARLY, "return": EARLY + "\nreturn", "async": EARLY_ASYNC, "short": SHORT}
 
 
 @pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "code", [EARLY, EARLY + "\nreturn", EARLY_ASYNC], ids=["plain", "return", "async"]
-)
-def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up(manager, code, rounds):
+@pytest.mark.parametrize("name", EARLY_ONES)
+def test_stopped_right_after_the_start_it_has_run_nothing_or_cleans_up(manager, name, rounds):
     lost = []
-    for number in range(rounds):
-        id = manager.start_with_code(code).id
+    statuses = set()
+    for number in range(max(rounds, 36) if name == "short" else rounds):
+        id = manager.start_with_code(EARLY_ONES[name]).id
         if number % 2:
             time.sleep(random.uniform(0, 0.006))
         data = manager.stop(id).data
-        assert data.status == "stopped", data
+        statuses.add(data.status)
         if data.forced or ("in" in data.output and "out" not in data.output):
-            lost.append(data)  # as in ask_at_random_moments
+            lost.append(data)  # as in the test of random moments
+            continue
+        assert data.output in ("", "in\nout\n", "out\n")
         # Asked while `asyncio.run` makes the main task, asyncio says so.
-        assert data.error_output == "" or "await" in code, data
-        assert data.exit_code in (None, 143) or data in lost, data
-    assert len(lost) <= (rounds // 20 if "await" in code else 0), lost
+        assert data.error_output == "" or name == "async", data
+        assert data.exit_code in (None, 143) or name == "short", data
+    assert statuses == {"stopped"} or (name == "short" and statuses == {"stopped", "completed"})
+    assert len(lost) <= (rounds // 20 if name == "async" else 0), lost
 
 
 def test_stopped_right_after_the_first_start_of_a_manager():
@@ -538,27 +543,19 @@ def test_stopped_right_after_the_first_start_of_a_manager():
 ASYNC = {
     "sleep": "ready()\nawait asyncio.sleep(60)",
     "future": "ready()\nawait asyncio.get_running_loop().create_future()",
-    "event": "ready()\nawait asyncio.Event().wait()",
-    "lock": "l = asyncio.Lock()\nawait l.acquire()\nready()\nasync with l: pass",
-    "queue": "ready()\nawait asyncio.Queue().get()",
     "wait_for": "ready()\nawait asyncio.wait_for(asyncio.sleep(60), 60)",
     "gather": "ready()\nawait asyncio.gather(asyncio.sleep(60), asyncio.sleep(60))",
-    "wait": "ready()\nawait asyncio.wait([asyncio.ensure_future(asyncio.sleep(60))])",
     "shield": "ready()\nawait asyncio.shield(asyncio.sleep(60))",
     "to_thread": "ready()\nawait asyncio.to_thread(time.sleep, 0.1)\nawait asyncio.sleep(60)",
     "subprocess": "p = await asyncio.create_subprocess_exec('sleep', '60')\nready()\n"
     "try: await p.wait()\nfinally:\n    p.kill()\n    await p.wait()",
     "blocking sleep": "ready()\ntime.sleep(60)",
-    "blocking subprocess": "subprocess.run(['sh', '-c', 'echo ready; exec sleep 60'])",
-    "blocking lock": "l = threading.Lock(); l.acquire()\nready()\nl.acquire()",
     "blocking select": "s = selectors.DefaultSelector()\ns.register(r, 1)\nready()\ns.select()",
     "busy loop": "ready()\nwhile True: pass",
     "busy tasks": "ready()\nwhile True: await asyncio.sleep(0)",
     "busy creation of tasks": "async def f(): pass\nready()\n"
     "while True: await asyncio.gather(*(f() for _ in range(50)))",
     "busy threads": "ready()\nwhile True: await asyncio.to_thread(int)",
-    "streams": "s = await asyncio.start_server(lambda r, w: None, '127.0.0.1', 0)\nready()\n"
-    "async with s: await s.serve_forever()",
     "callback": "def f(): ready(); time.sleep(60)\nasyncio.get_running_loop().call_soon(f)\n"
     "await asyncio.sleep(60)",
     "busy callback": "def f():\n    while True: pass\nasyncio.get_running_loop().call_soon(f)\n"
@@ -575,12 +572,8 @@ ASYNC = {
     "async generator": "async def g():\n    try:\n        while True:\n            yield 1\n"
     "            await asyncio.sleep(0.001)\n    finally:\n        await asyncio.sleep(0)\n"
     "ready()\nasync for _ in g(): pass",
-    "task": "async def f():\n    ready()\n    await asyncio.sleep(60)\n"
-    "await asyncio.create_task(f())",
     "blocked task": "async def f(): ready(); time.sleep(60)\nt = asyncio.create_task(f())\n"
     "await asyncio.sleep(60)",
-    "task group": "async with asyncio.TaskGroup() as g:\n    g.create_task(asyncio.sleep(60))\n"
-    "    ready()",
     "blocked task in a group": "async def f(): ready(); time.sleep(60)\n"
     "async with asyncio.TaskGroup() as g:\n    g.create_task(f())\n"
     "    g.create_task(asyncio.sleep(60))",
@@ -589,7 +582,7 @@ ASYNC = {
     "threading.Thread(target=f, daemon=True).start()\nready()\nawait asyncio.sleep(60)",
 }
 if sys.version_info < (3, 11):
-    del ASYNC["task group"], ASYNC["blocked task in a group"], ASYNC["timeout"]
+    del ASYNC["blocked task in a group"], ASYNC["timeout"]
 
 BESIDE = """\
 async def beside(n):
@@ -639,178 +632,6 @@ def test_async_code_cleans_up_all_its_tasks(manager, start, name, place):
     assert (without_unborn(errors) if name in MAKING_COROUTINES else errors) == ""
 
 
-LOOPS = {
-    "run_forever": """
-loop.call_soon(print, 'ready')
-try: loop.run_forever()
-finally: print('out')
-""",
-    "run_until_complete": """
-async def f():
-    try:
-        print('ready')
-        await asyncio.sleep(60)
-    finally: print('out')
-t = loop.create_task(f())
-try: loop.run_until_complete(t)
-finally:
-    t.cancel()
-    loop.run_until_complete(asyncio.gather(t, return_exceptions=True))
-""",
-    "run_forever with busy callbacks": """
-def f(): loop.call_soon(f)
-f()
-loop.call_later(0.01, print, 'ready')
-try: loop.run_forever()
-finally: print('out')
-""",
-    "run_forever in a callback": """
-def f():
-    print('ready')
-    time.sleep(60)
-loop.call_soon(f)
-try: loop.run_forever()
-finally: print('out')
-""",
-    "between two loops": """
-loop.run_until_complete(asyncio.sleep(0))
-try:
-    print('ready')
-    time.sleep(60)
-finally:
-    loop.run_until_complete(asyncio.sleep(0.01))
-    print('out')
-""",
-    "loop in the cleanup": """
-try:
-    print('ready')
-    time.sleep(60)
-finally:
-    asyncio.run(asyncio.sleep(0.01))
-    print('out')
-""",
-}
-
-
-@pytest.mark.parametrize("name", one_in(2, LOOPS))
-def test_a_loop_of_one_s_own_is_left(manager, start, name):
-    own = "import asyncio, time\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
-    data = manager.stop(start(f"{own}{LOOPS[name]}\nloop.close()")).data
-    assert (data.status, data.forced, data.exit_code) == ("stopped", False, 143)
-    assert data.output == "ready\nout\n"
-
-
-def test_a_nudge_that_comes_during_the_ask_waits_for_it(run):
-    data = run(
-        """
-        import asyncio, signal
-        loop = asyncio.get_running_loop()
-        call_soon_threadsafe = loop.call_soon_threadsafe
-        def interrupted(*args):
-            signal.raise_signal(signal.SIGURG)
-            call_soon_threadsafe(*args)
-            print("whole")
-        loop.call_soon_threadsafe = interrupted
-        loop.call_soon(signal.raise_signal, signal.SIGTERM)
-        await asyncio.sleep(60)
-        """
-    )
-    assert (data.output, data.error_output, data.exit_code) == ("whole\n", "", 143)
-
-
-def test_an_ask_that_a_nudge_raises_is_not_raised_by_the_loop_as_well(run):
-    data = run(
-        """
-        import asyncio, signal, sys
-        loop = asyncio.new_event_loop()
-        asyncio.BaseEventLoop = int  # so that it is none of asyncio's own, as uvloop's is
-        def ask():
-            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, sys._getframe(1))  # in asyncio's code
-        def nudge():
-            signal.getsignal(signal.SIGURG)(signal.SIGURG, sys._getframe())
-        loop.call_soon(ask)
-        loop.call_soon(nudge)
-        try:
-            loop.run_forever()
-        finally:
-            loop.run_until_complete(asyncio.sleep(0.01))
-            print("clean")
-            loop.close()
-        """
-    )
-    assert (data.output, data.error_output, data.exit_code) == ("clean\n", "", 143)
-
-
-def test_an_ask_while_a_loop_is_made_leaves_no_half_of_it(run):
-    data = run(
-        """
-        import asyncio, signal, socket
-        socketpair = socket.socketpair
-        def asked(*args):
-            signal.raise_signal(signal.SIGTERM)
-            return socketpair(*args)
-        socket.socketpair = asked
-        asyncio.new_event_loop()
-        """
-    )
-    assert (data.output, data.error_output, data.exit_code) == ("", "", 143)
-
-
-@pytest.mark.parametrize("hook", ["_before_fork", "_after_fork_in_parent"])
-@pytest.mark.parametrize("event", ["call", "return"])
-def test_an_ask_in_a_hook_of_a_fork_is_raised_in_the_parent_alone(run, hook, event):
-    code = """
-    import os, signal, sys
-    def trace(frame, now, argument):
-        if (frame.f_code.co_name, now) == (params["hook"], params["event"]) and os.getpid() == parent:
-            sys.settrace(None)
-            if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-                signal.raise_signal(signal.SIGTERM)
-            else:
-                signal.getsignal(signal.SIGTERM)(signal.SIGTERM, frame)
-        return trace
-    def fork():
-        if os.fork() == 0:
-            os.write(1, b"child\\n")
-            os._exit(0)
-    parent = os.getpid()
-    sys.settrace(trace)
-    try:
-        fork()
-    except BaseException as error:
-        name = type(error).__name__
-        if os.getpid() == parent: os.wait()
-        os.write(1, f"{name} {os.getpid() == parent}\\n".encode())
-        os._exit(5)
-    """
-    data = run(code, {"hook": hook, "event": event})
-    assert (data.output, data.error_output) == ("child\nStopRequested True\n", "")
-    assert data.exit_code == 5
-
-
-def test_asked_while_it_reports_all_tasks_clean_up(run):
-    data = run(
-        """
-        import asyncio, signal, sys
-        def trace(frame, event, argument):
-            if frame.f_code.co_name == "_write":
-                sys.settrace(None)
-                signal.raise_signal(signal.SIGTERM)
-        async def beside():
-            try:
-                await asyncio.sleep(60)
-            finally:
-                await asyncio.sleep(0.01)
-                print("out")
-        async def report():
-            sys.settrace(trace)
-            report_progress(50)
-        await asyncio.gather(beside(), report())
-        """
-    )
-    assert (data.output, data.error_output, data.exit_code) == ("out\n", "", 143)
-
-
 RANDOM = """
 import asyncio, os, sys
 WORK = params["work"]
@@ -839,10 +660,12 @@ queue = asyncio.Queue(2)
 await asyncio.gather(*(worker(n) for n in range(4)))
 """
 WORKS = ["sleep", "spin", "tasks", "queue", "timers", "threads", "idle"]
+SOAKS = [pytest.param(work, 200, marks=pytest.mark.slow) for work in WORKS]
 
 
-def ask_at_random_moments(manager, work, rounds, missed):
-    """At most `missed` rounds lose a cleanup; what asyncio says of it is not compared.
+@pytest.mark.parametrize("work, rounds", [("sleep", 10), ("idle", 10), *SOAKS])
+def test_asked_at_a_random_moment_all_tasks_clean_up(manager, work, rounds):
+    """A few rounds lose a cleanup; what asyncio says of it is not compared.
 
     Where the exception comes while asyncio or `threading` is in the middle of its own
     bookkeeping, with a lock just taken, say, no handler of a signal can do it right:
@@ -852,36 +675,25 @@ def ask_at_random_moments(manager, work, rounds, missed):
     for _ in range(rounds):
         id = manager.start_with_code(RANDOM, {"work": work}).id
         time.sleep(random.uniform(0, 0.03))
-        data = manager.stop(id).raise_for_error().data
+        data = manager.stop(id, grace=2.0).raise_for_error().data
         assert data.status == "stopped"
         lines = data.output.splitlines()
         whole = ([1, 1, 1], [0, 1, 1], [0, 0, 0])
         counts = [[lines.count(f"{word} {n}") for word in ("in", "out", "done")] for n in range(4)]
         if data.forced or any(each not in whole for each in counts):
             bad.append(data)
-    assert len(bad) <= missed, (work, bad)
-
-
-@pytest.mark.parametrize("work", one_in(6, WORKS))
-def test_asked_at_a_random_moment_all_tasks_clean_up(hasty, work):
-    ask_at_random_moments(hasty, work, 10, missed=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("work", WORKS)
-def test_asked_at_a_random_moment_all_tasks_clean_up_soak(manager, work):
-    ask_at_random_moments(manager, work, 200, missed=10)
+    assert len(bad) <= max(2, rounds // 20), bad
 
 
 # -- who asks
 
 
-def test_the_host_signals_nobody(hasty, monkeypatch):
+def test_the_host_signals_nobody(manager, monkeypatch):
     signalled = []
     for module, name in ((os, "kill"), (os, "killpg"), (signal, "pidfd_send_signal")):
         monkeypatch.setattr(module, name, lambda *args: signalled.append(args), raising=False)
     for _ in range(3):
-        data = hasty.stop(hasty.start_with_code("import time\ntime.sleep(60)").id).data
+        data = manager.stop(manager.start_with_code("import time\ntime.sleep(60)").id).data
         assert (data.forced, data.exit_code) == (False, 143)
     assert signalled == []
 
@@ -894,8 +706,6 @@ DEAF = {
     "blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\nready()\n"
     "time.sleep(60)",
     "bare except": "ready()\nwhile True:\n    try: time.sleep(60)\n    except: print('swallowed')",
-    "handler that goes on": "signal.signal(signal.SIGTERM, lambda *a: print('handled'))\n"
-    "ready()\ntime.sleep(60)",
     "sum": "ready()\nsum(range(10**12))",
     "cleanup that never ends": "try:\n    ready()\n    time.sleep(60)\nfinally:\n"
     "    while True: pass",
@@ -907,12 +717,10 @@ DEAF = {
     "        try: await asyncio.sleep(60)\n        except asyncio.CancelledError: pass\n"
     "async def g():\n    asyncio.ensure_future(f())\n    await asyncio.sleep(0)\n    ready()\n"
     "    await asyncio.sleep(60)\nasyncio.run(g())",
-    "stuck on a lock in the cleanup": "l = threading.Lock(); l.acquire()\ntry:\n    ready()\n"
-    "    time.sleep(60)\nfinally:\n    l.acquire()",
 }
 
 
-@pytest.mark.parametrize("name", one_in(6, DEAF))
+@pytest.mark.parametrize("name", one_in(5, DEAF))
 def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, monkeypatch, name):
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)  # not by the watchdog, but the keeper
     id = start(READY + DEAF[name])
@@ -924,86 +732,59 @@ def test_what_is_deaf_is_killed_when_the_grace_is_over(manager, start, monkeypat
     assert manager.get_status(id).data.status == "stopped"
 
 
-def pid_of(manager, id):
-    """The pid that the snippet has printed, with a dot after it."""
-    text = eventually(lambda: manager.get_status(id).data.output.rpartition(".")[0])
-    return int(text.split()[-1])
-
-
 @pytest.mark.parametrize("whom", ["os.getpid()", "0"], ids=["itself", "its group"])
 def test_a_stopped_process_is_continued_and_cleans_up(manager, start, whom):
     id = start(
-        "import os, signal, time\ntry:\n    print(f'ready {os.getpid()}.')\n"
-        f"    os.kill({whom}, signal.SIGSTOP)\n    time.sleep(60)\nfinally:\n    print('out')",
-        ready="ready",
+        "import os, signal, time\ntry:\n    print(f'{os.getpid()} ready')\n"
+        f"    os.kill({whom}, signal.SIGSTOP)\n    time.sleep(60)\nfinally:\n    print('out')"
     )
-    process = Process(pid_of(manager, id))
+    process = Process(int(manager.get_status(id).data.output.split()[0]))
     eventually(lambda: process.state == "T")
     data = manager.stop(id).data
     is_graceful(data)
     assert data.output.endswith("out\n")
 
 
-@pytest.mark.parametrize("options", [{"force": True}, {"grace": 0}, {"grace": 0, "force": True}])
+@pytest.mark.parametrize("options", [{"force": True}, {"grace": 0}])
 def test_force_skips_the_grace_and_loses_nothing_that_was_written(manager, start, options):
-    id = start(
-        "import sys\nsys.stdout.write('x' * 100_000)\nsys.stdout.buffer.write(b'y')\n"
-        "sys.stderr.write('z')\n" + when_asked("time.sleep(60)\nprint('out')")
-    )
-    data = manager.stop(id, **options).data
+    write = "import sys\nsys.stdout.buffer.write(b'y')\nsys.stderr.write('z')\n"
+    data = manager.stop(start(write + when_asked("time.sleep(60)")), **options).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", True, -9)
-    assert (data.output, data.error_output) == ("x" * 100_000 + "yready\n", "z")
+    assert (data.output, data.error_output) == ("yready\n", "z")
 
 
 # -- the moment of the stop
 
 
 def test_stopped_at_is_after_the_last_process_has_gone(manager, start):
-    code = """
-    import os, signal, time
-    r, w = os.pipe()
-    if not os.fork():
-        os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        os.write(w, b"x")
-        print(f"child {os.getpid()}.\\n", end="")
-        while True:
-            time.sleep(0.01)
-            print(f"at {time.time()}\\n", end="")
-    os.read(r, 1)
-    print("ready")
-    time.sleep(60)
-    """
-    id = start(code, ready="ready")
+    id = start("""
+        import os, signal, time
+        if not os.fork():
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print("ready")
+            while True:
+                time.sleep(0.01)
+                print(f"at {time.time()}\\n", end="")
+        time.sleep(60)
+    """)
     has_printed(manager, id, "at ")
     data = manager.stop(id, grace=0.2).data
     assert data.forced
-    assert not is_alive(int(data.output.partition("child ")[2].partition(".")[0]))
     last = float(data.output.rpartition("at ")[2].split()[0])
-    stopped_at = data.stopped_at.timestamp()
-    assert last <= stopped_at <= datetime.now(timezone.utc).timestamp()
+    assert last <= data.stopped_at.timestamp() <= datetime.now(timezone.utc).timestamp()
     assert data.stopped_at.utcoffset().total_seconds() == 0
     assert manager.get_status(id).data.end_time == data.stopped_at
-    assert manager.stop(id).data.stopped_at == data.stopped_at
 
 
 # -- a timeout
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('out')",
-        "import asyncio\ntry:\n    await asyncio.sleep(60)\nfinally:\n"
-        "    await asyncio.sleep(0)\n    print('out')",
-    ],
-    ids=["plain", "async"],
-)
-def test_a_timeout_takes_the_same_road(manager, code):
-    id = manager.start_with_code(code + "\nreturn 1", timeout=0.2).id
+def test_a_timeout_takes_the_same_road(manager):
+    id = manager.start_with_code(POLITE + "\nreturn 1", timeout=0.2).id
     data = manager.wait(id).raise_for_error().data
     assert (data.status, data.stop_reason, data.exit_code) == ("stopped", "timeout", 143)
-    assert (data.output, data.error) == ("out\n", None)
+    assert (data.output, data.error) == ("ready\nout\n", None)
     assert 0.2 <= data.duration < 15
     response = manager.stop(id)
     assert (response.success, response.data.status) == (True, "already_stopped")
@@ -1016,42 +797,3 @@ def test_a_timeout_that_meets_a_deaf_one_kills_it_when_the_grace_is_over():
         assert (data.status, data.stop_reason, data.exit_code) == ("stopped", "timeout", -9)
         assert data.error is None
         assert manager.stop(data.side_execution_id).data.forced
-
-
-def test_a_sigterm_from_elsewhere_runs_the_cleanup_too(manager, start):
-    id = start("import os\nprint(f'{os.getpid()}.')\n" + POLITE)
-    os.kill(pid_of(manager, id), signal.SIGTERM)
-    data = manager.wait(id).data
-    assert (data.status, data.stop_reason, data.exit_code) == ("failed", None, 143)
-    assert data.output.endswith("out\n")
-    assert data.error == "exit code 143"
-
-
-# -- workers that an exit would wait for
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        "p = mp.Process(target=work); p.start(); ready(); p.join()",
-        pytest.param(
-            "p = mp.Process(target=work, daemon=True); p.start(); ready(); p.join()",
-            marks=pytest.mark.slow,
-        ),
-        "with mp.Pool(2) as pool: r = pool.apply_async(work); ready(); r.get()",
-    ],
-    ids=["process", "daemon", "pool"],
-)
-def test_code_that_waits_for_workers_of_its_own_is_stopped_gracefully(manager, start, work):
-    code = f"""
-import multiprocessing as mp, time
-def work(): time.sleep(100)
-def ready(): time.sleep(0.05); print("ready")
-try:
-    {work}
-finally:
-    print("clean")
-"""
-    data = manager.stop(start(code), grace=10).data
-    assert (data.status, data.forced) == ("stopped", False), data
-    assert data.output == "ready\nclean\n"

@@ -1,18 +1,21 @@
 """Sweeps where /proc, limits, tracing or sheer numbers are against them."""
 
 import _signal
+import contextlib
+import ctypes
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import programs
 import pytest
-from conftest import children, eventually, is_alive
-from test_misbehaving_hosts import ROOT
+from commands import state_of
+from conftest import HOST_ENVIRONMENT, children, eventually, is_alive
+from programs import CLEAN_UP, WAIT, program, with_descendant
 
 from sidexec import procfs
 from sidexec.child import kernel, sweeping
@@ -78,10 +81,8 @@ def unshared(surroundings, code, *arguments):
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
 def test_of_nobody_is_anything_said_where_proc_is_not_ones_own(surroundings):
     """There, /proc says nothing of number 1, or what is true of another process."""
-    said = subprocess.check_output(
-        unshared(surroundings, ASK_PROC), env={**os.environ, "PYTHONPATH": ROOT}, text=True
-    )
-    assert said == "[[], None, None, None, None]\n"
+    said = subprocess.check_output(unshared(surroundings, ASK_PROC), env=HOST_ENVIRONMENT)
+    assert said == b"[[], None, None, None, None]\n"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_of_nobody_is_anything_said_where_proc_is_not_ones_own(surroundings):
 def test_nothing_is_left_where_proc_is_not_ones_own(trace, surroundings, ending, status):
     host = subprocess.Popen(
         unshared(surroundings, HOST, json.dumps([DAEMONS + ending, trace.params])),
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env=HOST_ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -111,11 +112,11 @@ def test_nothing_is_left_where_proc_is_not_ones_own(trace, surroundings, ending,
 
 @pytest.mark.parametrize("limit, status", ((5, "completed"), (0, "failed")))
 def test_a_keeper_whose_descriptors_were_limited_by_its_snippet(run, trace, limit, status):
-    code = programs.with_descendant("daemon").replace(programs.WAIT, "") + (
+    code = (
         "import resource\n"
         f"resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
     )
-    data = run(code, trace.params)
+    data = run(with_descendant("daemon", code), trace.params)
     assert trace.left() == set()
     assert data.status == status
     assert status == "completed" or "the keeper" in data.error
@@ -128,7 +129,7 @@ ctypes.CDLL(None).ptrace(0, 0, None, None)  # PTRACE_TRACEME
 
 
 def test_a_snippet_that_asks_to_be_traced_cleans_up(manager, start, trace):
-    id = start(programs.PRELUDE + TRACED + programs.CLEAN_UP, trace.params)
+    id = start(program(TRACED, CLEAN_UP), trace.params)
     data = manager.stop(id).raise_for_error().data
     assert (data.exit_code, data.forced) == (143, False)
     assert "cleaning up\n" in data.output
@@ -139,9 +140,7 @@ def test_a_snippet_that_asks_to_be_traced_executes_a_program(run):
     assert (data.status, data.output) == ("completed", "done\n")
 
 
-NESTED = (
-    programs.PRELUDE
-    + """
+NESTED = program("""
 deaf()
 depth = 0
 while depth < params["levels"] and os.fork() == 0:
@@ -150,8 +149,7 @@ while depth < params["levels"] and os.fork() == 0:
 if depth == params["levels"]:
     os.write(1, b"ready\\n")
 time.sleep(600)
-"""
-)
+""")
 
 
 @pytest.mark.parametrize(
@@ -193,13 +191,21 @@ def test_a_chain_of_2000_processes_below_a_launcher_is_killed(monkeypatch):
     assert process._popen.wait(10) == -signal.SIGKILL
 
 
+@contextlib.contextmanager
+def a_child(script):
+    """A shell, and the process whose pid it says."""
+    program = ["sh", "-c", "sleep 60 & echo $!; " + script]
+    child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        yield child, int(child.stdout.readline())
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
 @pytest.mark.parametrize("parent", ("lives", "has ended"))
 def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, parent):
     """It is still in a list of children, and perhaps its parent's number has gone too."""
-    program = ["sh", "-c", "sleep 60 & echo $!; wait; sleep 60"]
-    stranger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
-    below = int(child.stdout.readline())
 
     def changed_children(pid, children=procfs.children):
         if pid == child.pid:
@@ -211,33 +217,25 @@ def test_a_number_that_has_gone_to_a_stranger_is_not_signalled(monkeypatch, pare
         return [stranger.pid] if pid == below else []
 
     monkeypatch.setattr(procfs, "children", changed_children)
-    try:
-        procfs.signal_below(child.pid, signal.SIGKILL)
-        eventually(lambda: not is_alive(below))
-        stranger.stdin.write(b"alive\n"), stranger.stdin.flush()
-        assert stranger.stdout.readline() == b"alive\n"
-        assert child.poll() is None  # it is for the caller to kill
-    finally:
-        stranger.kill()
-        os.killpg(child.pid, 9)
-        stranger.communicate(), child.communicate()
+    stranger = subprocess.Popen(["sleep", "60"])
+    with a_child("wait; sleep 60") as (child, below):
+        try:
+            procfs.signal_below(child.pid, signal.SIGKILL)
+            eventually(lambda: not is_alive(below))
+            assert child.poll() is None  # it is for the caller to kill
+        finally:
+            stranger.terminate()
+            assert stranger.wait() == -signal.SIGTERM
 
 
 def test_nor_does_ctrl_z_signal_what_has_got_the_number_of_a_keeper():
-    program = ["sh", "-c", "sleep 60 & echo $!; wait $!; echo $?; sleep 60"]
-    child = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        below = int(child.stdout.readline())
-        run = Run.__new__(Run)
-        run._manager = SimpleNamespace(_engine=SimpleNamespace())
+    with a_child("wait $!; echo $?; sleep 60") as (child, below):
         execution = SimpleNamespace(owner=SimpleNamespace(keeper_pid=child.pid))
-        run._manager._engine.running = lambda: [execution]
+        run = Run.__new__(Run)
+        run._manager = SimpleNamespace(_engine=SimpleNamespace(running=lambda: [execution]))
         run._signal_tree(signal.SIGKILL)
         os.kill(below, signal.SIGTERM)
         assert int(child.stdout.readline()) == 128 + signal.SIGTERM
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
 
 
 def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_has_reaped(
@@ -265,38 +263,46 @@ def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_
         orphan.wait(), zombie.wait()
 
 
-def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, trace):
-    id = start(programs.PRELUDE + programs.WAIT, trace.params)
-    other = start("import time" + programs.WAIT)
-    (keeper,) = trace.noted("keeper")
+PIDFD_GETFD = 438
+
+
+@pytest.fixture
+def pids(start, trace):
+    """An execution's launcher, keeper and snippet; it waits."""
+    id = start(program(WAIT), trace.params)
+    (keeper,), (snippet,) = trace.noted("keeper"), trace.noted("snippet")
     (launcher,) = [pid for pid in children() if keeper.pid in children(pid)]
-    outputs = [os.readlink(f"/proc/{trace.noted('snippet')[0].pid}/fd/{fd}") for fd in (1, 2)]
-    for pid in (keeper.pid, launcher):
+    return id, launcher, keeper.pid, snippet.pid
+
+
+def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, pids):
+    id, launcher, keeper, snippet = pids
+    other = start("import time" + WAIT)
+    outputs = [os.readlink(f"/proc/{snippet}/fd/{fd}") for fd in (1, 2)]
+    pidfd = os.pidfd_open(launcher)
+    for pid in (keeper, launcher):
         for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
             name = os.readlink(path)
             if name.startswith("pipe:") and name not in outputs:
-                fd = os.open(path, os.O_WRONLY)
-                os.write(fd, b"x")
-                os.close(fd)
+                path.write_bytes(b"x")
+            elif name.startswith("socket:") and pid == launcher:
+                fd = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd, int(path.name), 0)
+                with socket.socket(fileno=fd) as end:
+                    maker = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4)
+                    if int.from_bytes(maker, sys.byteorder) == launcher:  # not the host
+                        end.send(b"x")
+    os.close(pidfd)
     assert manager.wait(id, 0.3).data.status == "running"
     assert manager.wait(other, 0).data.status == "running"
-    with open(f"/proc/{keeper.pid}/schedstat") as file:
-        assert int(file.read().split()[0]) < 200_000_000  # in nanoseconds
+    # It does not spin.
+    eventually(lambda: all(state_of(keeper) == "S" for _ in range(20)), timeout=5)
 
 
-def test_the_processes_have_names(manager, start, trace):
-    start(programs.PRELUDE + programs.WAIT, trace.params)
-    (keeper,), (snippet,) = trace.noted("keeper"), trace.noted("snippet")
-    (launcher,) = [pid for pid in children() if keeper.pid in children(pid)]
-    pids = (launcher, keeper.pid, snippet.pid)
-    names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in pids]
+def test_the_processes_have_names_and_sessions(pids):
+    """The host's terminal is none of theirs, nor do they get its signals."""
+    _, launcher, keeper, snippet = pids
+    names = [pathlib.Path(f"/proc/{pid}/comm").read_text() for pid in pids[1:]]
     # The kernel cuts them off after 15 bytes.
     assert names == ["sidexec-launche\n", "sidexec-keeper\n", "sidexec-snippet\n"]
-
-
-def test_launcher_and_snippet_have_sessions_of_their_own(run):
-    """So the host's terminal is none of theirs, nor do they get its signals."""
-    ids = "[os.getpid(), os.getsid(0), os.getpgid(0), os.getsid(os.getppid())]"
-    snippet, session, group, launcher = run(f"import os\nreturn {ids}").result
-    assert snippet == session == group
-    assert launcher in children() and launcher == os.getsid(launcher)
+    assert [os.getsid(pid) for pid in pids[1:]] == [launcher, launcher, snippet]
+    assert os.getpgid(snippet) == snippet
