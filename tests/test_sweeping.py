@@ -255,7 +255,7 @@ def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_
     launcher._children, launcher._keepers, launcher._bystanders = -1, set(), set()
     launcher._quiet_rounds = 0
     try:
-        assert sweeping.kill_all(launcher._find_orphans, lambda: None) == set()
+        assert sweeping.kill_all(launcher._find_orphans, lambda: None, lambda: None) == set()
         assert signalled == {orphan.pid}
         orphan.wait(10)
     finally:
