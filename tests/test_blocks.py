@@ -11,6 +11,8 @@ import pytest
 from conftest import eventually
 from conftest import swept_manager as manager  # noqa: F401
 
+import sidexec
+
 
 @pytest.fixture
 def make_block(tmp_path):
@@ -104,10 +106,11 @@ def test_two_links_at_each_other_end(manager, make_block, tmp_path):
     assert [os.path.realpath(each.path) for each in found] == [str(tmp_path / "a" / "block")]
 
 
-def test_a_link_to_a_block_is_one(manager, make_block, tmp_path):
+def test_a_link_to_a_block_is_one_but_not_to_the_package_itself(manager, make_block, tmp_path):
     make_block("elsewhere/block")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere" / "block")
+    (tmp_path / "here" / "package").symlink_to(os.path.dirname(sidexec.__file__))
     assert names(manager, tmp_path / "here") == ["link"]
 
 
