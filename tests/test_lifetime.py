@@ -24,7 +24,6 @@ from conftest import (
     finish,
     has_printed,
     is_alive,
-    limits_memory,
     nothing_left,
     one_in,
     run_as_host,
@@ -433,16 +432,6 @@ def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, fail
 
 
 # -- limits
-
-
-@limits_memory
-def test_memory_beyond_the_limit_is_a_memory_error(make_manager):
-    manager = make_manager(limits=Limits(memory=300_000_000))
-    code = "x = b'x' * params['size']\nreturn len(x)"
-    data = finish(manager, code, {"size": 10**9})
-    assert data.status == "failed"
-    assert data.error.splitlines()[0].startswith("MemoryError")
-    assert finish(manager, code, {"size": 10**6}).result == 10**6
 
 
 @pytest.mark.skipif(not IS_FREE_THREADED, reason="memory can be limited with the GIL")
