@@ -59,11 +59,15 @@ def test_a_program_that_embeds_python_may_know_an_interpreter(make_manager, monk
     assert finish(make_manager(), "return 1").result == 1
 
 
-def test_sys_executable_is_read_when_the_manager_is_made(make_manager, monkeypatch, tmp_path):
+def test_python_is_what_is_given_or_sys_executable_when_the_manager_is_made(
+    make_manager, monkeypatch, tmp_path
+):
     link = tmp_path / "python"
     link.symlink_to(os.path.realpath(sys.executable))
+    given = make_manager(python=link)
     monkeypatch.setattr(sys, "executable", str(link))
-    assert finish(make_manager(), "import sys; return sys.executable").result == str(link)
+    for manager in (given, make_manager()):
+        assert finish(manager, "import sys; return sys.executable").result == str(link)
 
 
 @pytest.mark.parametrize("python", ["", "python=sys.executable"])

@@ -102,12 +102,14 @@ def from_place(place, name, code="print(tour(package))"):
 # -- what it holds
 
 
-def test_an_import_loads_nothing_until_a_name_is_used():
-    code = IMPORTED + (
-        "print([each for each in sys.modules if 'sidexec.' in each])\n"
-        "print(sidexec.run.__name__, hasattr(sidexec, 'walk'), 'run' in dir(sidexec))"
-    )
-    assert python(code=code) == "[]\nrun False True\n"
+def test_an_import_loads_nothing_until_a_name_is_used_and_then_nothing_heavy():
+    code = """
+print([each for each in sys.modules if "sidexec." in each])
+print(sidexec.run.__name__, hasattr(sidexec, "walk"), "run" in dir(sidexec))
+heavy = {"asyncio", "multiprocessing", "concurrent.futures", "ctypes", "argparse"}
+print(heavy & set(sys.modules))
+"""
+    assert python("-S", code=IMPORTED + code) == "[]\nrun False True\nset()\n"
 
 
 def test_all_is_complete_and_importable():
@@ -162,9 +164,8 @@ def test_what_collects_imports_finds_every_module(tmp_path):
 
 
 def test_importing_starts_nothing_and_installs_nothing():
-    code = (
-        f"{IMPORTED}sidexec.run"
-        + """  # once, for what the standard library does when it is imported
+    code = """
+sidexec.run  # once, for what the standard library does when it is imported
 import atexit, gc, os, signal, threading
 for name in [name for name in sys.modules if name.split(".")[0] == "sidexec"]:
     del sys.modules[name]
@@ -194,18 +195,7 @@ after = state()
 print({name for name in before if before[name] != after[name]})
 print([name for name in sys.modules if name.startswith("sidexec.child")])
 """
-    )
-    assert python(code=code) == "set()\n[]\n"
-
-
-def test_importing_takes_no_heavy_modules():
-    code = (
-        "import sys\nbefore = set(sys.modules)\n"
-        f"{IMPORTED}sidexec.ExecutionManager\n"
-        "print(sorted({'asyncio', 'multiprocessing', 'concurrent.futures', 'ctypes', 'argparse'}"
-        " & set(sys.modules) - before))"
-    )
-    assert python("-S", code=code) == "[]\n"
+    assert python(code=IMPORTED + code) == "set()\n[]\n"
 
 
 # -- where it can live
@@ -232,19 +222,10 @@ def test_a_vendored_copy_works_from_inside_a_zip(vendored, tmp_path):
     assert python(code=code) == "well True\n"
 
 
-@pytest.fixture
-def without_sources(vendored):
+def test_as_bytecode_it_works_but_for_an_interpreter_of_another_version(vendored, tmp_path):
     assert compileall.compile_dir(str(vendored), quiet=2, legacy=True)
     for file in vendored.rglob("*.py"):
         file.unlink()
-    return vendored
-
-
-def test_it_works_as_bytecode_without_sources(without_sources):
-    assert python(code=from_place(without_sources, "app._vendor.sidexec")) == "well\n"
-
-
-def test_without_sources_an_interpreter_of_another_version_is_an_error(without_sources, tmp_path):
     other = tmp_path / "python"
     other.write_text(
         f"#!{os.path.realpath(sys.executable)}\n"
@@ -252,13 +233,14 @@ def test_without_sources_an_interpreter_of_another_version_is_an_error(without_s
         "exec(sys.argv[sys.argv.index('-c') + 1])"
     )
     other.chmod(0o755)
-    code = (
-        f"with package.ExecutionManager(python={str(other)!r}) as manager:\n"
-        "    print(manager.start_with_code('pass').error)"
-    )
-    error = python(code=from_place(without_sources, "app._vendor.sidexec", code))
-    assert "the source of protocol is missing" in error
-    assert f"Python {sys.version_info[0]}.{sys.version_info[1]}" in error
+    code = f"""
+print(tour(package))
+with package.ExecutionManager(python={str(other)!r}) as manager:
+    print(manager.start_with_code("pass").error)
+"""
+    said = python(code=from_place(vendored, "app._vendor.sidexec", code))
+    assert said.startswith("well\n") and "the source of protocol is missing" in said
+    assert f"Python {sys.version_info[0]}.{sys.version_info[1]}" in said
 
 
 # Imports what it is given as bytecode, as a program does that a packager has made.
@@ -303,30 +285,20 @@ def test_it_works_where_a_packager_has_put_it_into_an_archive(tmp_path):
     assert python("-I", code=code) == "['/nowhere/sidexec'] well\n"
 
 
-def test_a_vendored_copy_works_alone_and_beside_another(vendored):
+def test_a_vendored_copy_works_alone_and_beside_another_and_may_be_gone_then(vendored):
     code = f"""
-print(tour(package), 'sidexec' in sys.modules)
-{IMPORTED}
+print(tour(package), "sidexec" in sys.modules)
+{IMPORTED}import shutil
 assert package is not sidexec
 with package.ExecutionManager() as one, sidexec.ExecutionManager() as two:
     first, second = (each.start_with_code("import time; time.sleep(600)").id for each in (one, two))
     assert two.get_status(first).data.status == "not_found"
-    print(one.stop(first).data.status, two.stop(second).data.status)
-"""
-    code = from_place(vendored, "app._vendor.sidexec", code)
-    assert python(code=code) == "well False\nstopped stopped\n"
-
-
-def test_the_copy_on_disk_may_be_gone_once_it_has_started(vendored):
-    code = f"""
-import shutil
-with package.ExecutionManager() as manager:
-    print(manager.run("1 / 0").data.error.splitlines()[0])
     shutil.rmtree({str(vendored / "app")!r})
-    print(manager.run("1 / 0").data.error.splitlines()[0])
+    print(one.stop(first).data.status, two.stop(second).data.status)
+    print(one.run("1 / 0").data.error.splitlines()[0])
 """
-    code = from_place(vendored, "app._vendor.sidexec", code)
-    assert python(code=code) == "ZeroDivisionError: division by zero\n" * 2
+    said = python(code=from_place(vendored, "app._vendor.sidexec", code))
+    assert said == "well False\nstopped stopped\nZeroDivisionError: division by zero\n"
 
 
 def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path):
@@ -343,24 +315,30 @@ def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path
     assert python("-I", code=code) == "ZeroDivisionError: division by zero 1\n"
 
 
-@pytest.mark.parametrize(
-    "options",
-    one_in(5, ["-bb -X dev -W error", "-I", "-O", "-X dev", "-OO"]),
-)
-def test_it_runs_clean_under_the_options_of_the_interpreter(options):
-    assert python(*options.split(), code=from_place(ROOT, "sidexec")) == "well\n"
-
-
-VARIABLES = [
-    {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-    {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
-    {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"},
+RUNS = [
+    ("-bb -X dev -W error", {}),
+    ("-I", {}),
+    ("-O", {}),
+    ("-X dev", {}),
+    ("-OO", {}),
+    (
+        "",
+        {
+            "PYTHONIOENCODING": "latin-1",
+            "LC_ALL": "C",
+            "PYTHONCOERCECLOCALE": "0",
+            "PYTHONUTF8": "0",
+        },
+    ),
+    ("", {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"}),
+    ("", {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}),
 ]
 
 
-@pytest.mark.parametrize("environment", one_in(3, VARIABLES), ids=lambda each: next(iter(each)))
-def test_it_runs_clean_under_the_variables_of_the_interpreter(environment):
-    assert python(code=from_place(ROOT, "sidexec"), **environment) == "well\n"
+@pytest.mark.parametrize("options_and_variables", one_in(5, RUNS), ids=str)
+def test_it_runs_clean_whatever_the_interpreter_is_told(options_and_variables):
+    options, variables = options_and_variables
+    assert python(*options.split(), code=from_place(ROOT, "sidexec"), **variables) == "well\n"
 
 
 # -- what it gives away

@@ -65,7 +65,8 @@ def test_a_run_of_its_own_leaves_nothing():
     with nothing_left():
         status = sidexec.run("import json; return [json.__name__, params]", {"a": 1}, timeout=30)
         assert status.check().data.result == ["json", {"a": 1}]
-        status = sidexec.run("import os; return os.getcwd()", cwd="/", grace_period=1)
+        options = {"cwd": "/", "grace_period": 1, "default_timeout": 30}
+        status = sidexec.run("import os; return os.getcwd()", **options)
         assert status.data.result == "/"
 
 
