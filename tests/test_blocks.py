@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+from conftest import has_printed
 from conftest import swept_manager as manager  # noqa: F401
+from programs import when_asked
 
 import sidexec
 
@@ -343,3 +345,10 @@ def test_the_traceback_of_a_block_shows_its_own_lines(manager, make_block):
     assert f'File "{block}/__main__.py", line 2, in fail' in data.error
     assert "return 1 / 0  # here" in data.error
     assert "sidexec" not in data.error.replace(str(block), "")
+
+
+def test_a_block_is_stopped_like_code(manager, make_block):
+    id = manager.start_with_action_block(make_block("block", when_asked("print('bye')"))).id
+    has_printed(manager, id, "ready\n")
+    data = manager.stop(id).data
+    assert (data.status, data.output) == ("stopped", "ready\nbye\n")
