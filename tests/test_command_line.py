@@ -241,23 +241,21 @@ def test_standard_error_goes_on_when_standard_output_is_closed(cli):
 def test_a_pipe_that_nobody_reads_makes_no_noise(cli, tmp_path):
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "__main__.py").write_text("pass")
-    commands = [
-        (["-h"], 0),
-        (["run", "-h"], 0),
-        (["--version"], 0),
-        (["run", "-c", HELLO], 141),
-        (["run", "--json", "-c", HELLO], 141),
-        (["blocks", tmp_path], 141),
-        (["blocks", "--json"], 141),
-    ]
+    commands = {
+        "-h": 0,
+        "run -h": 0,
+        "--version": 0,
+        f"run -c {HELLO}": 141,
+        f"run --json -c {HELLO}": 141,
+        f"blocks {tmp_path}": 141,
+        "blocks --json": 141,
+    }
     ours, theirs = os.pipe()
     os.close(ours)
-    ends = cli.each(*(arguments for arguments, _ in commands), stdout=theirs)
+    ends = cli.each(*(command.split() for command in commands), stdout=theirs)
     os.close(theirs)
-    assert [(each[0], each[2]) for each in ends] == [
-        (expected, "hello\n" if arguments[:2] == ["run", "--json"] else "")
-        for arguments, expected in commands
-    ]
+    shown = ["hello\n" if "run --json" in command else "" for command in commands]
+    assert [(each[0], each[2]) for each in ends] == list(zip(commands.values(), shown))
 
 
 # -- --json
@@ -482,15 +480,13 @@ def test_it_imports_nothing_to_ask_for_the_width_of_a_help_that_nobody_reads(cli
 
 
 def test_a_vendored_copy_goes_by_its_own_name(cli, tmp_path):
-    vendored = tmp_path / "_vendor"
-    vendored.mkdir()
-    os.symlink(os.path.join(ROOT, "sidexec"), vendored / "runner")
+    (tmp_path / "_vendor").mkdir()
+    (tmp_path / "_vendor" / "runner").symlink_to(os.path.join(ROOT, "sidexec"))
     cli.env["PYTHONDONTWRITEBYTECODE"] = "1"
     argv = [sys.executable, "-m", "_vendor.runner"]
     commands = (["-h"], ["run", "--stop-after", "0", "-c", WAITING], ["--version"])
-    started = [cli.popen([*argv, *arguments]) for arguments in commands]
-    (_, usage, _), stopped, version = map(finish, started)
-    assert usage.startswith("usage: python -m _vendor.runner ")
+    usage, stopped, version = map(finish, [cli.popen([*argv, *each]) for each in commands])
+    assert usage[1].startswith("usage: python -m _vendor.runner ")
     assert stopped[2] == "runner: stopped\n"
     assert version == (0, f"runner {sidexec.__version__}\n", "")
 
@@ -502,9 +498,8 @@ def test_the_installed_command_is_the_same(cli, tmp_path):
     module, _, function = target.partition(":")
     script = tmp_path / name
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())")
-    argv = [sys.executable, str(script)]
     commands = (["--version"], ["run", "-c", "raise SystemExit(3)"], ["run"])
-    version, exited, bad = map(finish, [cli.popen([*argv, *arguments]) for arguments in commands])
-    assert version == (0, f"sidexec {sidexec.__version__}\n", "")
-    assert exited == (3, "", "")
+    started = [cli.popen([sys.executable, str(script), *each]) for each in commands]
+    version, exited, bad = map(finish, started)
+    assert (version, exited) == ((0, f"sidexec {sidexec.__version__}\n", ""), (3, "", ""))
     assert bad[2].startswith("sidexec run: pass either ")

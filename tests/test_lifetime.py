@@ -137,22 +137,19 @@ def test_executions_are_listed_in_the_order_of_their_starts(make_manager, tmp_pa
     manager.stop(fourth)
     fifth = manager.start_with_action_block(path).id
     manager.wait(fifth)
-    assert listed(manager) == [first, second, third, fourth, fifth]
-    by_status = {
-        "running": [first],
-        "completed": [second, fifth],
-        "failed": [third],
-        "stopped": [fourth],
-    }
-    assert {status: listed(manager, status) for status in by_status} == by_status
     executions = manager.list_executions().data.executions
-    assert [(each.status, each.stop_reason, each.action_block) for each in executions] == [
+    said = [(each.status, each.stop_reason, each.action_block) for each in executions]
+    assert listed(manager) == [first, second, third, fourth, fifth]
+    assert said == [
         ("running", None, None),
         ("completed", None, None),
         ("failed", None, None),
         ("stopped", "requested", None),
         ("completed", None, path),
     ]
+    for status in ("running", "completed", "failed", "stopped"):
+        expected = [each.side_execution_id for each in executions if each.status == status]
+        assert listed(manager, status) == expected
     assert executions[0].end_time is None
     assert all(each.start_time <= each.end_time for each in executions[1:])
 
@@ -352,23 +349,18 @@ def test_preloaded_modules_are_there_before_the_snippet(make_manager, tmp_path):
     assert finish(make_manager(), code, {"names": names}).result == [False] * 3
 
 
-@pytest.mark.parametrize(
-    "failing",
-    one_in(
-        2,
-        [
-            (None, "ModuleNotFoundError"),
-            ("1 / 0", "ZeroDivisionError"),
-            ("import sys; sys.exit(3)", "SystemExit"),
-            ("x = = 1", "SyntaxError"),
-            ("import os; os._exit(7)", "exit code 7"),
-        ],
-    ),
-)
-@pytest.mark.parametrize("is_late", [False, True])
-def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, failing, is_late):
-    body, error = failing
+FAILING = {
+    "ModuleNotFoundError": None,
+    "ZeroDivisionError": "1 / 0",
+    "SystemExit": "import sys; sys.exit(3)",
+    "SyntaxError": "x = = 1",
+    "exit code 7": "import os; os._exit(7)",
+}
 
+
+@pytest.mark.parametrize("error", one_in(2, FAILING))
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, error, is_late):
     def hear_late(process, seconds):
         """What it has said is read when it has ended."""
         if process.is_greeted:
@@ -378,7 +370,7 @@ def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, fail
     hear = Process.hear
     if is_late:
         monkeypatch.setattr(Process, "hear", hear_late)
-    modules = {} if body is None else {"no_such_module": body}
+    modules = {"no_such_module": FAILING[error]} if FAILING[error] else {}
     before = tree("self")
     manager = with_modules(make_manager, tmp_path, ["json", "no_such_module"], **modules)
     for _ in range(2):
