@@ -74,7 +74,7 @@ def test_examples_pass_mypy_strict(tmp_path):
         file.write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file=", *map(str, files)],
-        env={**ENVIRONMENT, "MYPYPATH": str(ROOT)},
+        env={**HOST_ENVIRONMENT, "MYPYPATH": str(ROOT)},
         cwd=ROOT,  # where its cache is
         capture_output=True,
         text=True,
