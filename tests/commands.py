@@ -143,10 +143,11 @@ def cli(tmp_path):
             process.wait(LIMIT)
         assert commands.left() == []
     finally:
+        for pid in commands.left():  # also what a shell has started
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for process in commands.started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
