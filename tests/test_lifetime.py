@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import gc
+import glob
 import inspect
 import json
 import os
@@ -327,6 +328,28 @@ def test_cwd_of_the_manager_and_of_a_start(make_manager, tmp_path, monkeypatch):
     manager = make_manager()
     assert cwd_of(manager).result == here
     assert cwd_of(manager, cwd=pathlib.Path("a")).result == f"{here}/a"
+
+
+INTERPRETERS = [
+    path
+    for path in sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python")))
+    if int(path.split("versions/3.")[1].split(".")[0]) >= 10
+]
+
+
+@pytest.mark.parametrize("python", one_in(3, INTERPRETERS or [sys.executable]))
+def test_python_may_be_of_another_version(make_manager, python):
+    manager = make_manager(python=python)
+    id = begin(
+        manager,
+        "import asyncio, sys, time\nreport_result(list(sys.version_info[:2]))\n"
+        "print('ready')\nawait asyncio.sleep(600)\nreturn 1",
+    )
+    code = "import sys; print(list(sys.version_info[:2]))"
+    version = json.loads(subprocess.check_output([python, "-c", code]))
+    data = manager.stop(id).data
+    assert (data.status, data.result, data.forced) == ("stopped", version, False)
+    assert finish(manager, "1 / 0").error.startswith("ZeroDivisionError: division by zero\n")
 
 
 def with_modules(make_manager, directory, preload, **modules):
