@@ -101,9 +101,12 @@ class Commands:
         return [sys.executable, "-m", "sidexec", *map(str, arguments)]
 
     def popen(self, argv, **options):
-        options = {"stdin": subprocess.DEVNULL, "cwd": self.cwd, "env": self.env, **options}
-        for stream in ("stdout", "stderr"):
-            options.setdefault(stream, subprocess.PIPE)
+        streams = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+        options = {**streams, "cwd": self.cwd, "env": self.env, **options}
         process = subprocess.Popen(argv, **options)
         self.started.append(process)
         return process
@@ -140,10 +143,11 @@ def cli(tmp_path):
             process.wait(LIMIT)
         assert commands.left() == []
     finally:
+        for pid in commands.left():  # also what a shell has started
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for process in commands.started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
@@ -221,15 +225,23 @@ class Terminal:
             assert self.read(), self.lines()
             assert time.monotonic() < deadline, self.lines()
 
+    def is_ready(self):
+        """Wait until the snippet has said so."""
+        self.until(lambda: "ready" in self.lines()[:-1])
+
     def press(self, key):
         os.write(self._master, key)
 
     def finish(self):
+        """Read to the end: the exit code, and the lines that it shows."""
         deadline = time.monotonic() + LIMIT
         while self.read():
             assert time.monotonic() < deadline, self.lines()
+        self.close()
+        return self.process.wait(LIMIT), self.lines()
+
+    def close(self):
         os.close(self._master)
-        return self.process.wait(LIMIT)
 
     def lines(self):
         """What it shows, without blanks at the ends: a list of lines, each of them whole.

@@ -2,26 +2,23 @@
 
 import contextlib
 import os
-import pathlib
 import shlex
 import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import descriptors, tree
+from conftest import ROOT, descriptors, finish, run_as_host, tree
 
-import sidexec
 from sidexec import ExecutionManager
 from sidexec.engine import payload
 
-ROOT = str(pathlib.Path(sidexec.__file__).parent.parent)
 NESTED = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
 import sidexec
 with sidexec.ExecutionManager() as manager:
-    return manager.wait(manager.start_with_code("return 5").id).check().data.result
+    return manager.run("return 5").check().data.result
 """
 # Says which descriptors a snippet has: its streams, its channel, and whatever else.
 OPEN = """
@@ -31,42 +28,26 @@ print([os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in range(3, 2
 """
 
 
-def host(code, *arguments, **options):
-    """Run code, which finds the package, in a process of its own: its standard output."""
-    code = f"import sys\nsys.path.insert(0, {ROOT!r})\nimport sidexec\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **options,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
 # -- python
 
 
-@pytest.mark.parametrize("executable", ["", None])
-def test_where_the_interpreter_is_unknown(make_manager, monkeypatch, executable):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("executable", ""),
+        ("executable", None),
+        # It is the program itself: a frozen one, or a server that embeds Python.
+        ("frozen", True),
+        ("orig_argv", []),
+    ],
+)
+def test_where_the_interpreter_is_unknown_it_must_be_passed(make_manager, monkeypatch, name, value):
     python = sys.executable
-    monkeypatch.setattr(sys, "executable", executable)
-    with pytest.raises(ValueError, match=r"sys\.executable.*pass python"):
-        ExecutionManager()
-    manager = make_manager(python=python)
-    assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
-
-
-@pytest.mark.parametrize("name, value", [("frozen", True), ("orig_argv", [])])
-def test_where_sys_executable_is_the_program_itself(make_manager, monkeypatch, name, value):
-    """A frozen one, and a server that embeds Python: that one has no arguments."""
     monkeypatch.setattr(sys, name, value, raising=False)
-    with pytest.raises(ValueError, match="pass python") as caught:
+    with pytest.raises(ValueError, match=r"sys\.executable.*pass python") as caught:
         ExecutionManager()
-    assert repr(sys.executable) in str(caught.value)
-    manager = make_manager(python=sys.executable)
-    assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
+    assert name == "executable" or repr(python) in str(caught.value)
+    assert finish(make_manager(python=python), "return 1").result == 1
 
 
 def test_a_program_that_embeds_python_may_know_an_interpreter(make_manager, monkeypatch, tmp_path):
@@ -75,17 +56,18 @@ def test_a_program_that_embeds_python_may_know_an_interpreter(make_manager, monk
     python.chmod(0o755)
     monkeypatch.setattr(sys, "orig_argv", [], raising=False)
     monkeypatch.setattr(sys, "executable", str(python))
-    manager = make_manager()
-    assert manager.wait(manager.start_with_code("return 1").id).data.result == 1
+    assert finish(make_manager(), "return 1").result == 1
 
 
-def test_sys_executable_is_read_when_the_manager_is_made(make_manager, monkeypatch, tmp_path):
+def test_python_is_what_is_given_or_sys_executable_when_the_manager_is_made(
+    make_manager, monkeypatch, tmp_path
+):
     link = tmp_path / "python"
     link.symlink_to(os.path.realpath(sys.executable))
+    given = make_manager(python=link)
     monkeypatch.setattr(sys, "executable", str(link))
-    for manager in (make_manager(), make_manager(python=None)):
-        started = manager.start_with_code("import sys\nreturn sys.executable")
-        assert manager.wait(started.id).data.result == str(link)
+    for manager in (given, make_manager()):
+        assert finish(manager, "import sys; return sys.executable").result == str(link)
 
 
 @pytest.mark.parametrize("python", ["", "python=sys.executable"])
@@ -122,10 +104,8 @@ def test_a_snippet_may_have_a_manager(run):
 def test_what_marks_a_launcher_is_not_in_the_environment_of_a_snippet(run, make_manager):
     data = run("import os, subprocess\nprint(*os.environ)\nsubprocess.run('env')\nos.system('env')")
     assert "PATH" in data.output and payload.MARK not in data.output
-    manager = make_manager(env={"A": "a"})
-    data = manager.wait(manager.start_with_code("import os\nreturn dict(os.environ)").id).data
-    assert payload.MARK not in data.result and data.result["A"] == "a"
-    assert payload.MARK not in os.environ
+    result = finish(make_manager(env={"A": "a"}), "import os\nreturn dict(os.environ)").result
+    assert payload.MARK not in {*result, *os.environ} and result["A"] == "a"
 
 
 # -- what is inherited
@@ -147,16 +127,16 @@ def test_what_the_host_lets_its_children_inherit_stops_at_the_launcher(manager, 
         os.close(fd)
 
 
-def test_an_inherited_descriptor_above_the_soft_limit(tmp_path):
+def test_an_inherited_descriptor_above_the_soft_limit():
     code = f"""
-import os, resource
+import os, resource, sidexec
 fd = os.open(os.devnull, os.O_RDWR)
 os.dup2(fd, 100)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 with sidexec.ExecutionManager() as manager:
-    print(manager.wait(manager.start_with_code({OPEN!r}).id).check().data.output, end="")
+    print(manager.run({OPEN!r}).check().data.output, end="")
 """
-    assert host(code) == "['socket']\n"
+    assert run_as_host(code) == "['socket']\n"
 
 
 def launcher(**options):
@@ -170,15 +150,10 @@ def launcher(**options):
     return process, ours
 
 
-def test_a_launcher_makes_a_session_of_its_own():
-    process, ours = launcher()
-    with process, ours:
-        assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
-        ours.close()
-
-
 @pytest.mark.parametrize("has_proc", [True, False])
-def test_a_launcher_closes_what_it_inherits_and_nothing_else(tmp_path, has_proc):
+def test_a_launcher_has_its_own_session_and_closes_what_it_inherits_and_nothing_else(
+    tmp_path, has_proc
+):
     """Not what `sitecustomize` has opened, which is not inherited."""
     (tmp_path / "own").touch()
     (tmp_path / "sitecustomize.py").write_text(
@@ -200,6 +175,7 @@ def test_a_launcher_closes_what_it_inherits_and_nothing_else(tmp_path, has_proc)
                 if int(fd) > 2
             ]
             assert names == [str(tmp_path / "own")]
+            assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
             ours.close()
     finally:
         os.close(read)

@@ -1,7 +1,6 @@
 """The README's examples and commands do what it says they do."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -11,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import IS_FREE_THREADED, ahead, argument
+from conftest import ENVIRONMENT, HOST_ENVIRONMENT, IS_FREE_THREADED, ahead, argument, run_as_host
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,10 +34,6 @@ def engine_of(code):
 RUNNABLE = [code for code in EXAMPLES if not engine_of(code)]
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
 def test_there_are_examples():
     assert len(RUNNABLE) >= 5
     assert [engine_of(code) for code in EXAMPLES if engine_of(code)] == list(ENGINES)
@@ -54,7 +49,7 @@ def examples(request, tmp_path_factory):
         script.write_text(code, encoding="utf-8")
         return subprocess.run(
             [sys.executable, "-W", "error", "-X", "dev", str(script)],
-            env=environment(),
+            env=HOST_ENVIRONMENT,
             cwd=script.parent,
             capture_output=True,
             text=True,
@@ -79,7 +74,7 @@ def test_examples_pass_mypy_strict(tmp_path):
         file.write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file=", *map(str, files)],
-        env={**environment(), "MYPYPATH": str(ROOT)},
+        env={**HOST_ENVIRONMENT, "MYPYPATH": str(ROOT)},
         cwd=ROOT,  # where its cache is
         capture_output=True,
         text=True,
@@ -104,10 +99,8 @@ def test_it_is_short_and_its_links_lead_somewhere():
 def test_first_command_runs_the_main_job():
     command = blocks("sh")[0]
     assert len(command.splitlines()) <= 2
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": True}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, **options)
     data = json.loads(done.stdout)["data"]
     assert (data["status"], data["output"]) == ("stopped", "working\ncleaned up\n")
     assert "working\ncleaned up\n" in done.stderr
@@ -129,14 +122,9 @@ def test_vendoring_command_is_all_it_takes(tmp_path):
     shutil.rmtree(tmp_path / "sidexec")
     code = """
 import sys
-from app._vendor.sidexec import ExecutionManager
-with ExecutionManager() as manager:
-    id = manager.start_with_code("import sys; return sorted(sys.modules)").data.side_execution_id
-    modules = manager.wait(id).raise_for_error().data.result
-assert not [name for name in modules if "sidexec" in name or name.startswith("app")], modules
-assert "sidexec" not in sys.modules
+from app._vendor.sidexec import run
+modules = run("import sys; return sorted(sys.modules)").check().data.result
+print([name for name in modules if "sidexec" in name or name.startswith("app")])
+print("sidexec" in sys.modules)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    assert run_as_host(code, cwd=tmp_path, env=ENVIRONMENT) == "[]\nFalse\n"

@@ -39,6 +39,17 @@ def test_no_module_imports_itself_by_way_of_others():
             del imports[name]
 
 
+def test_the_child_side_imports_what_both_sides_use_and_nothing_else_of_the_host():
+    imports = {name: imported_by(name) for name in NAMES}
+    by_child = set().union(*(imports[name] for name in NAMES if name.startswith("child.")))
+    assert {name for name in by_child if not name.startswith("child.")} == {"protocol", "procfs"}
+    # And the host nothing of it, but where those look that collect imports.
+    by_host = {name: others for name, others in imports.items() if not name.startswith("child.")}
+    assert [
+        name for name, others in by_host.items() if any("child" in each for each in others)
+    ] == ["engine.payload"]
+
+
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_files_lines_and_functions_are_short(file):
     text = file.read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """The command line in a real terminal: the progress bar, Ctrl-C and Ctrl-Z."""
 
 import json
-import os
 import select
 import subprocess
 
@@ -37,17 +36,16 @@ for number in range(8):
     params = ({"stream": "stdout"}, {"stream": "stderr"})
     arguments = [["run", "--params", json.dumps(each), "-c", code] for each in params]
     for terminal in [Terminal(cli, *each) for each in arguments]:
-        assert terminal.finish() == 0
+        lines = [f"partial {number} whole" for number in range(8)]
+        assert terminal.finish() == (0, [*lines, ""])
         assert b"%" in terminal.data
-        assert terminal.lines() == [f"partial {number} whole" for number in range(8)] + [""]
 
 
 def test_a_prompt_is_answered_at_the_terminal(cli):
     terminal = Terminal(cli, "run", "-c", "print('hello', input('name? '))")
     terminal.until(lambda: terminal.lines() == ["name?"])
     terminal.press(b"Ada\n")
-    assert terminal.finish() == 0
-    assert terminal.lines() == ["name? Ada", "hello Ada", ""]
+    assert terminal.finish() == (0, ["name? Ada", "hello Ada", ""])
 
 
 @pytest.mark.parametrize("columns", one_in(2, [30, 12]))
@@ -60,16 +58,14 @@ def test_a_bar_leaves_nothing_behind_when_the_window_is_resized(cli, tmp_path, c
             terminal.resize(size)
         terminal.until(lambda: terminal.lines() == ["one", bar[size]])
     (tmp_path / "go").touch()
-    assert terminal.finish() == 0
-    assert terminal.lines() == ["one", "two", ""]
+    assert terminal.finish() == (0, ["one", "two", ""])
 
 
 def test_a_bar_fits_into_a_narrow_terminal(cli):
     code = "import time\nfor n in range(2):\n    report_progress(n * 100)\n    time.sleep(0.15)"
-    for terminal in [Terminal(cli, "run", "-c", code, columns=columns) for columns in (4, 30)]:
-        assert terminal.finish() == 0
-        assert b"%" in terminal.data
-        assert terminal.lines() == [""]
+    terminal = Terminal(cli, "run", "-c", code, columns=4)
+    assert terminal.finish() == (0, [""])
+    assert b"%" in terminal.data
 
 
 def test_a_bar_is_on_standard_error_while_standard_output_is_a_pipe(cli, tmp_path):
@@ -77,9 +73,8 @@ def test_a_bar_is_on_standard_error_while_standard_output_is_a_pipe(cli, tmp_pat
     terminal = Terminal(cli, "run", "-c", code, stdout=subprocess.PIPE)
     terminal.until(lambda: terminal.lines()[-1].endswith("]   7%"))
     (tmp_path / "go").touch()
-    assert terminal.finish() == 0
+    assert terminal.finish() == (0, [""])
     assert terminal.process.stdout.read() == b"partial\n"
-    assert terminal.lines() == [""]
 
 
 def test_there_is_no_bar_without_progress_or_terminal(cli):
@@ -94,7 +89,7 @@ def test_there_is_no_bar_without_progress_or_terminal(cli):
         cli.env["TERM"] = term
         terminals.append(Terminal(cli, "run", "-c", code + "time.sleep(0.2)", **options))
     for terminal in terminals:
-        assert terminal.finish() == 0
+        assert terminal.finish()[0] == 0
         streams = (terminal.process.stdout, terminal.process.stderr)
         shown = [terminal.data.replace(b"\r", b""), *(each.read() for each in streams if each)]
         assert b"".join(shown) == b"one\n"
@@ -106,29 +101,28 @@ def test_there_is_no_bar_without_progress_or_terminal(cli):
 def test_ctrl_c_stops_it_gracefully_and_leaves_no_bar_behind(cli, columns, progress):
     code = (f"report_progress({progress})\n" if progress else "") + WAITING
     terminal = Terminal(cli, "run", "-c", code, columns=columns)
-    terminal.until(lambda: "ready" in terminal.lines()[:-1])
+    terminal.is_ready()
     terminal.until(lambda: progress in terminal.lines()[-1])
     terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert terminal.lines() == ["ready", STOPPING, "cleaned", "sidexec: stopped", ""]
+    assert terminal.finish() == (130, ["ready", STOPPING, "cleaned", "sidexec: stopped", ""])
 
 
 def test_a_second_ctrl_c_stops_it_by_force(cli):
     terminal = Terminal(cli, "run", "--grace", "600", "-c", STUBBORN)
-    terminal.until(lambda: "ready" in terminal.lines()[:-1])
+    terminal.is_ready()
     terminal.press(b"\x03")
     terminal.until(lambda: terminal.lines() == ["ready", STOPPING, "asked", ""])
     terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert terminal.lines()[-2:] == ["sidexec: stopped, by force", ""]
+    lines = ["ready", STOPPING, "asked", "sidexec: stopped, by force", ""]
+    assert terminal.finish() == (130, lines)
 
 
 def test_ctrl_c_is_answered_while_the_terminal_is_written_to(cli):
     terminal = Terminal(cli, "run", "-c", f"try:\n    {ENDLESS}\nfinally:\n    print('cleaned')")
     terminal.until(lambda: "line" in terminal.lines()[:-1])
     terminal.press(b"\x03")
-    assert terminal.finish() == 130
-    assert STOPPING in terminal.lines()
+    returncode, lines = terminal.finish()
+    assert returncode == 130 and STOPPING in lines
 
 
 def test_ctrl_c_is_answered_where_nobody_reads_the_output(cli):
@@ -137,7 +131,7 @@ def test_ctrl_c_is_answered_where_nobody_reads_the_output(cli):
     terminal.press(b"\x03")
     terminal.until(lambda: STOPPING in terminal.lines())
     terminal.press(b"\x03")
-    assert terminal.finish() == 130
+    assert terminal.finish()[0] == 130
 
 
 def test_ctrl_z_suspends_the_snippet_and_what_it_has_started(cli):
@@ -160,9 +154,8 @@ while True: pass
         terminal.until(lambda: terminal.lines()[-1] == bar)
         eventually(lambda: [state_of(pid) for pid in pids] == ["R", "S"])
     terminal.press(b"\x03")
-    assert terminal.finish() == 130
     shown = ["suspended", "fg", "suspended", "fg", STOPPING, "sidexec: stopped", ""]
-    assert terminal.lines()[1:] == shown
+    assert terminal.finish() == (130, [" ".join(pids), *shown])
 
 
 def test_ctrl_z_suspends_it_while_its_response_waits_for_a_reader(cli):
@@ -174,31 +167,28 @@ def test_ctrl_z_suspends_it_while_its_response_waits_for_a_reader(cli):
     terminal.until(lambda: "suspended" in terminal.lines()[0])
     terminal.press(b"fg\n")
     assert len(json.loads(out.read())["data"]["result"]) == 1_000_000
-    assert terminal.finish() == 0
-
-
-PARTIAL = "import os\nprint('partial', end='')\nos.kill(os.getpid(), 9)"
+    assert terminal.finish()[0] == 0
 
 
 def test_the_last_line_stands_on_a_line_of_its_own_in_a_terminal_only(cli):
-    line = "print('partial', end='')"
-    killed = Terminal(cli, "run", "-c", PARTIAL)
+    line = "import os\nprint('partial', end='')"
+    die = line + "\nos.kill(os.getpid(), 9)"
+    killed = Terminal(cli, "run", "-c", die)
     open_line = Terminal(cli, "run", "-c", line)
-    to_a_file = Terminal(cli, "run", "-c", PARTIAL, stderr=subprocess.PIPE)
+    to_a_file = Terminal(cli, "run", "-c", die, stderr=subprocess.PIPE)
     as_json = Terminal(cli, "run", "--json", "-c", line, columns=5000)
-    ends = [each.finish() for each in (killed, open_line, to_a_file, as_json)]
-    assert ends == [137, 0, 137, 0]
-    assert killed.lines() == ["partial", "sidexec: killed by SIGKILL", ""]
-    assert open_line.data == b"partial"
-    assert to_a_file.process.stderr.read() == b"sidexec: killed by SIGKILL\n"
-    partial, response, rest = as_json.lines()
-    assert (partial, rest) == ("partial", "")
+    said = "sidexec: killed by SIGKILL"
+    assert killed.finish() == (137, ["partial", said, ""])
+    assert (open_line.finish()[0], open_line.data) == (0, b"partial")
+    assert (to_a_file.finish()[0], to_a_file.process.stderr.read()) == (137, f"{said}\n".encode())
+    returncode, (partial, response, rest) = as_json.finish()
+    assert (returncode, partial, rest) == (0, "partial", "")
     assert json.loads(response)["data"]["output"] == "partial"
 
 
 def test_a_terminal_that_goes_away_ends_it(cli):
     terminal = Terminal(cli, "run", "-c", "report_progress(1)\n" + WAITING)
     terminal.until(lambda: "%" in terminal.lines()[-1])
-    os.close(terminal._master)
+    terminal.close()
     assert terminal.process.wait(LIMIT) != 0
     eventually(lambda: not cli.left())

@@ -2,19 +2,15 @@
 
 import asyncio
 import concurrent.futures
-import signal
 import threading
 import time
 
 import pytest
-from conftest import eventually, nothing_left
+from conftest import FOREVER, alarm, eventually, finish, nothing_left
 from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
 from sidexec import SideExecutionError
-
-FOREVER = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
-
 
 # -- run
 
@@ -35,32 +31,17 @@ def test_run_with_check_raises_what_did_not_complete(manager):
     assert manager.run("1 / 0").data.status == "failed"
 
 
-@pytest.mark.parametrize("check", [False, True])
-def test_a_run_that_can_not_be_started(manager, check):
-    if check:
-        with pytest.raises(SideExecutionError, match="no such directory"):
-            manager.run("pass", cwd="/no/such", check=True)
-        return
+def test_a_run_that_can_not_be_started(manager):
     status = manager.run("pass", cwd="/no/such")
     assert (status.success, status.data.status) == (False, "failed")
     assert "no such directory" in status.error and status.data.error == status.error
+    with pytest.raises(SideExecutionError, match="no such directory"):
+        manager.run("pass", cwd="/no/such", check=True)
 
 
 def test_what_interrupts_a_run_stops_it(manager):
-    class Interrupt(Exception):
-        pass
-
-    def interrupt(signum, frame):
-        raise Interrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises(Interrupt):
-            manager.run(FOREVER)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with alarm(lambda *_: 1 / 0, 0.3), pytest.raises(ZeroDivisionError):
+        manager.run(FOREVER)
     assert manager.list_executions().data.executions[-1].status == "stopped"
     assert manager.list_executions("running").data.count == 0
 
@@ -76,27 +57,22 @@ def test_misuse_of_run_raises(manager):
 
 def test_a_run_of_its_own_leaves_nothing():
     with nothing_left():
-        status = sidexec.run("import json; return [json.__name__, params]", {"a": 1}, timeout=30)
-        assert status.check().data.result == ["json", {"a": 1}]
-        assert (
-            sidexec.run("import os; return os.getcwd()", cwd="/", grace_period=1).data.result == "/"
-        )
-        assert sidexec.run("return 1", default_timeout=30).data.result == 1
+        options = {"cwd": "/", "grace_period": 1, "default_timeout": 30}
+        status = sidexec.run("import os; return [os.getcwd(), params]", {"a": 1}, 30, **options)
+        assert status.check().data.result == ["/", {"a": 1}]
 
 
 # -- futures
 
 
 def test_futures_come_as_they_complete(manager):
-    pauses = {0.4: None, 0.0: None, 0.2: None}
-    for pause in pauses:
-        pauses[pause] = manager.start_with_code(
-            f"import time; time.sleep({pause}); return {pause}"
-        ).id
-    futures = [manager.future(id) for id in pauses.values()]
+    pauses = (0.2, 0.0, 0.1)
+    code = "import time; time.sleep(params['pause']); return params['pause']"
+    ids = [manager.start_with_code(code, {"pause": pause}).id for pause in pauses]
+    futures = [manager.future(id) for id in ids]
     done = [each.result().data.result for each in concurrent.futures.as_completed(futures, 60)]
     assert sorted(done) == sorted(pauses)
-    assert manager.future(pauses[0.0]).result(0).data.result == 0.0
+    assert manager.future(ids[1]).result(0).data.result == 0.0
     assert concurrent.futures.wait(futures, 0).not_done == set()
 
 
@@ -170,11 +146,8 @@ def test_following_by_lines(manager):
         time.sleep(0.01)
     """
     chunks = list(manager.follow(manager.start_with_code(code).id, lines=True))
-    for stream, lines in (
-        ("stdout", ["ab\n", "c\n", "\n", "de"]),
-        ("stderr", ["AB\n", "C\n", "\n", "DE"]),
-    ):
-        assert [each.text for each in chunks if each.stream == stream] == lines
+    assert [each.text for each in chunks if each.stream == "stdout"] == ["ab\n", "c\n", "\n", "de"]
+    assert [each.text for each in chunks if each.stream == "stderr"] == ["AB\n", "C\n", "\n", "DE"]
 
 
 def test_following_for_a_time(manager):
@@ -193,8 +166,7 @@ def test_following_for_a_time(manager):
 
 def test_lines_that_were_dropped_are_counted(make_manager):
     manager = make_manager(max_output=100)
-    id = manager.start_with_code("for n in range(1000): print('%09d' % n)").id
-    manager.wait(id)
+    id = finish(manager, "for n in range(1000): print('%09d' % n)").side_execution_id
     chunks = list(manager.follow(id, lines=True))
     assert sum(len(each.text) + each.dropped for each in chunks) == 10_000
     assert chunks[0].dropped and not any(each.dropped for each in chunks[1:])
