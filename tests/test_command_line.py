@@ -272,7 +272,7 @@ def test_json_is_the_status_of_what_ended_by_itself(in_process):
 
 def test_json_is_the_response_to_the_stop_of_what_was_stopped(in_process):
     code = f"results = [1]\n{WAITING}\nreturn results"
-    returncode, response, err = as_json(in_process, "--stop-after", "0.3", "-c", code)
+    returncode, response, err = as_json(in_process, "--stop-after", "1", "-c", code)
     assert (returncode, response["type"]) == (0, "stopSideExecutionResponse")
     assert err == "ready\ncleaned\nsidexec: stopped\n"
     data = response["data"]
@@ -326,7 +326,7 @@ def test_a_second_signal_stops_it_by_force(cli):
 
 
 def test_signals_count_while_stop_after_is_stopping_it(cli):
-    options = ["--json", "--grace", "600", "--stop-after", "0.3"]
+    options = ["--json", "--grace", "600", "--stop-after", "1"]
     process = cli.start("run", *options, "-c", STUBBORN)
     assert [process.stderr.readline() for _ in range(2)] == [b"ready\n", b"asked\n"]
     process.send_signal(signal.SIGINT)
