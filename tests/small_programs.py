@@ -204,8 +204,6 @@ PROGRAMS = {
     "print(multiprocessing.get_context('fork').Pool(1).map(abs, [-1, -2]))",
     "processes, as by default": "import concurrent.futures as c\nwith c.ProcessPoolExecutor(1) as p:\n"
     "    print(list(p.map(abs, [-1, -2])))",
-    "processes, spawned": "import multiprocessing as m\np = m.get_context('spawn').Process(target=print,"
-    " args=('in',))\np.start()\np.join()\nprint(p.exitcode)",
     "flags": "import sys\nprint(sys.flags, sys.warnoptions, sys._xoptions)",
     "frozen": "import sys, os\nprint(os.__spec__.origin, sys.modules['os'].__loader__, __spec__)",
     "stdlib": "import sys\nprint(sys.path, sys.meta_path, sys.path_hooks[0])",

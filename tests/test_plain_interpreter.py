@@ -124,13 +124,13 @@ def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
     return outcome(data.output, data.error_output, data.exit_code, lines=lines)
 
 
-# Always tried: what the documentation names.
-PROMISED = ["global", "pickle", "line numbers", "stdin", "environment", "streams"]
-PROMISED += ["processes, as by default"]
 NOTES = [name for name in PROGRAMS if "annotations: " in name]
-OTHER_ONES = [name for name in PROGRAMS if name not in (*NOTES, *ENDS, *PROMISED, "signals")]
-IN_TURN = [*PROMISED, "signals", *one_in(2, OTHER_ONES), *one_in(15, NOTES)]
-IN_A_LOOP = [name for name in [*OTHER_ONES, *NOTES] if name not in NOT_ASYNC]
+OTHER_ONES = [name for name in PROGRAMS if name not in (*NOTES, *ENDS)]
+# What the documentation names is always tried.
+PROMISED = ["global", "pickle", "line numbers", "stdin", "environment", "streams"]
+IN_A_LOOP = [
+    name for name in [*OTHER_ONES, *NOTES] if name not in NOT_ASYNC and name not in PROMISED
+]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -154,7 +154,7 @@ def test_an_end_is_that_of_a_plain_interpreter(shared, plain_ones, name):
     assert (data.error or "").partition("\n")[0] == (told if exit_code else "")
 
 
-@pytest.mark.parametrize("name", IN_TURN)
+@pytest.mark.parametrize("name", [*OTHER_ONES, *one_in(15, NOTES)])
 def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
     for mode in "plain", "return":
         assert (mode, snippet(shared, name, mode, lines=False)) == (mode, plain_ones[name])
