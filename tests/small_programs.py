@@ -151,7 +151,7 @@ PROGRAMS = {
     "star import in a block": "for _ in 'ab':\n    from os.path import *\nprint(join('a', 'b'), 'genericpath' in globals())",
     "star import binds": "digits = 1\ndef f(): return digits\nfrom string import *\nprint(f())",
     "star import of what is not there": "import sys, traceback, types\nm = sys.modules['m'] = types.ModuleType('m')\n"
-    "for m.__all__ in ['x'], [1]:\n    try: from m import *\n    except (AttributeError, TypeError) as e:\n"
+    "m._a = m.b = 1\nfrom m import *\nprint('_a' in globals(), b)\nfor m.__all__ in ['x'], [1]:\n    try: from m import *\n    except (AttributeError, TypeError) as e:\n"
     "        print(e, m.__all__ == [1] or traceback.format_exc().count('File'))",
     "relative imports": "try: from . import x\nexcept ImportError as e: print(e)\nfrom .m import *",
     "docstring": "'''A doc.\n\n  More.'''\nprint(repr(__doc__))",
@@ -250,7 +250,7 @@ ENDS = {
     "exit 3": "import sys; sys.exit(3)",
     "exit with text": "import sys; sys.exit('text ü')",
     "exit True": "import sys; sys.exit(True)",
-    "exit -1": "import sys; sys.exit(-1)",
+    "exit -2": "import sys; sys.exit(-2)",
     "exit 256": "import sys; sys.exit(256)",
     "exit 2**70": "import sys; sys.exit(2**70)",
     "exit with a tuple": "raise SystemExit(1, 2)",

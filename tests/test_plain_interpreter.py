@@ -99,8 +99,7 @@ def plain_ones(request):
 @pytest.fixture(scope="module")
 def with_asyncio(shared):
     """Has asyncio loaded already: its import takes longer than all else."""
-    options = {"preload": ["asyncio"], "env": ENVIRONMENT, "default_timeout": 60}
-    with nothing_left(), sidexec.ExecutionManager(**options) as manager:
+    with sidexec.ExecutionManager(preload=["asyncio"], env=ENVIRONMENT) as manager:
         yield manager
 
 

@@ -86,6 +86,8 @@ def test_exit_handlers_of_preloaded_modules_run_in_the_launcher_and_in_no_snippe
         for code in ENDINGS:
             assert finish(manager, "import mine\n" + code).output.strip() == "", code
             assert not log.exists(), code
+        code = "import mine, weakref\nweakref.finalize(mine.Thing, print, 'own')"
+        assert finish(manager, code).output == "own\n"
     assert sorted(log.read_text().split()) == ["atexit", "finalize"]
 
 
@@ -107,37 +109,26 @@ def test_a_snippet_s_own_exit_handlers_run_with_the_preloaded_modules(preloading
 
 def test_an_execution_starts_clean(run):
     dirty = """
-    import builtins, os, sys, signal, json, threading, warnings, gc, atexit, locale, tempfile
-    builtins.leaked = json.leaked = sys.leaked = os.environ["LEAKED"] = "yes"
-    leaked = 1
+    import builtins, gc, json, os, signal, sys
+    leaked = builtins.leaked = json.leaked = os.environ["LEAKED"] = sys.modules["leaked"] = "yes"
+    sys.path.insert(0, "/leaked")
+    sys.argv.append("leaked")
     os.chdir("/")
     os.umask(0o777)
-    sys.path.insert(0, "/leaked")
-    sys.modules["leaked"] = json
-    sys.argv.append("leaked")
-    sys.setrecursionlimit(500)
-    signal.signal(signal.SIGUSR1, lambda *a: None)
+    gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    threading.leaked = 1
-    gc.disable()
-    warnings.simplefilter("error")
-    print = None
-    builtins.print = None
-    del builtins.len
+    del builtins.len, builtins.print
     """
     clean = """
-    import builtins, os, sys, signal, json, threading, warnings, gc
-    print([hasattr(m, "leaked") for m in (builtins, sys, json, threading)], "LEAKED" in os.environ,
-          "leaked" in globals(), os.getcwd(), os.umask(0), sys.path, "leaked" in sys.modules, sys.argv,
-          sys.getrecursionlimit(), signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGINT),
-          signal.pthread_sigmask(signal.SIG_BLOCK, ()), gc.isenabled(), len(warnings.filters), sep="\\n")
+    import builtins, gc, json, os, signal, sys
+    print([hasattr(each, "leaked") for each in (builtins, json)], os.getcwd(), os.umask(0), sys.path,
+          "leaked" in {**globals(), **sys.modules}, sys.argv, "LEAKED" in os.environ, gc.isenabled(),
+          signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     """
-    before = completed(run(clean)).output
     for _ in range(2):
+        assert completed(run(clean)).output == run_plain("-c", textwrap.dedent(clean)).stdout
         completed(run(dirty))
-        assert completed(run(clean)).output == before
-    assert before == run_plain("-c", textwrap.dedent(clean)).stdout
 
 
 SHADOWS = """
@@ -183,51 +174,46 @@ def test_only_the_streams_and_one_channel_are_open(run):
 # -- processes and threads in a snippet
 
 
-@pytest.mark.parametrize(
-    ("end", "expected"),
-    [
-        ("1 / 0", 1),
-        ("sys.exit(3)", 3),
-        ("os._exit(4)", 4),
-        ("print('child'); return 'child'", 0),
-        ("raise KeyboardInterrupt", -2),
-    ],
-)
-def test_a_forked_child_ends_by_its_own_exit_code(run, end, expected):
+ENDINGS_OF_A_CHILD = {
+    "1 / 0": 1,
+    "sys.exit(3)": 3,
+    "os._exit(4)": 4,
+    "print('child'); return 'child'": 0,
+    "raise KeyboardInterrupt": -2,
+}
+
+
+@pytest.mark.parametrize("end", ENDINGS_OF_A_CHILD)
+def test_a_forked_child_ends_by_its_own_exit_code(run, end):
     code = f"""
     import os, sys
     pid = os.fork()
     if not pid:
         report_progress(50)
         {end}
-    status = os.waitpid(pid, 0)[1]
-    print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     report_progress(10)
     return "parent"
     """
     data = completed(run(code))
-    assert data.output == "child\n" * (expected == 0) + f"{expected}\n"
-    assert data.result == "parent"
+    exit_code = ENDINGS_OF_A_CHILD[end]
+    assert data.output == "child\n" * (exit_code == 0) + f"{exit_code}\n"
+    assert (data.result, data.progress) == ("parent", 10)
     assert ("ZeroDivisionError" in data.error_output) == (end == "1 / 0")
 
 
 def test_a_forked_child_ends_as_in_a_plain_interpreter(run):
-    code = textwrap.dedent(
-        """
-        import atexit, os, sys
-        class Loud:
-            def __del__(self):
-                print("del", os.getpid() == parent, flush=True)
-        parent = os.getpid()
-        loud = Loud()
-        atexit.register(lambda: print("atexit", os.getpid() == parent, flush=True))
-        file = os.fdopen(os.dup(1), "w")
-        pid = os.fork()
-        if pid:
-            os.waitpid(pid, 0)
-        file.write("file %s\\n" % (os.getpid() == parent))
-        """
-    )
+    code = """
+import atexit, os
+parent = os.getpid()
+class Loud:
+    def __del__(self): print("del", os.getpid() == parent, flush=True)
+loud = Loud()
+atexit.register(lambda: print("atexit", os.getpid() == parent, flush=True))
+file = os.fdopen(os.dup(1), "w")
+if pid := os.fork(): os.waitpid(pid, 0)
+file.write("file %s\\n" % (os.getpid() == parent))
+"""
     data = completed(run(code))
     assert sorted(data.output.split("\n")) == sorted(run_plain("-c", code).stdout.split("\n"))
     assert data.error_output == ""
@@ -235,7 +221,7 @@ def test_a_forked_child_ends_as_in_a_plain_interpreter(run):
 
 def test_children_are_ended_by_sigterm_as_usual(run):
     code = """
-    import os, signal, time
+    import os, signal, subprocess, time
     r, w = os.pipe()
     pid = os.fork()
     if not pid:
@@ -246,77 +232,65 @@ def test_children_are_ended_by_sigterm_as_usual(run):
             os.write(2, b"finally in the child")
     os.read(r, 1)
     os.kill(pid, signal.SIGTERM)
-    print(os.WTERMSIG(os.waitpid(pid, 0)[1]))
-    import subprocess
     child = subprocess.Popen(["sleep", "60"])
     child.terminate()
-    print(-child.wait())
+    print(os.WTERMSIG(os.waitpid(pid, 0)[1]), -child.wait())
     """
     data = completed(run(code))
-    assert data.output == "15\n15\n"
-    assert data.error_output == ""
+    assert (data.output, data.error_output) == ("15 15\n", "")
 
 
 @pytest.mark.parametrize("method", one_in(2, ["spawn", "forkserver", "fork"]))
 def test_multiprocessing_works(tmp_path, manager, method):
+    code = f"""
+import multiprocessing, time
+def square(x):
+    return x * x
+def sleep(up):
+    up.set()
+    time.sleep(60)
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    with context.Pool(2) as pool:
+        print(pool.map(square, range(4)))
+    up = context.Event()
+    process = context.Process(target=sleep, args=(up,))
+    process.start()
+    up.wait()
+    process.terminate()
+    process.join()
+    print(process.exitcode)
+"""
     block = tmp_path / "block.py"
-    block.write_text(
-        textwrap.dedent(
-            f"""
-            import multiprocessing
-            def square(x):
-                return x * x
-            def sleep(up):
-                import time
-                up.set()
-                time.sleep(60)
-            if __name__ == "__main__":
-                context = multiprocessing.get_context({method!r})
-                with context.Pool(2) as pool:
-                    print(pool.map(square, range(4)))
-                up = context.Event()
-                process = context.Process(target=sleep, args=(up,))
-                process.start()
-                up.wait()
-                process.terminate()
-                process.join()
-                print(process.exitcode)
-            """
-        )
-    )
+    block.write_text(code)
     started = manager.start_with_action_block(block, timeout=20.0).raise_for_error()
     data = completed(manager.wait(started.data.side_execution_id).data)
-    assert data.output == "[0, 1, 4, 9]\n-15\n"
-    assert data.error_output == ""
+    assert (data.output, data.error_output) == ("[0, 1, 4, 9]\n-15\n", "")
 
 
-def test_a_spawned_child_is_ended_by_sigterm_however_young_it_is(run):
-    code = """
-    import multiprocessing, time
-    context = multiprocessing.get_context("spawn")
+YOUNG = {
+    "forked": """
+    for _ in range(200):
+        pid = os.fork()
+        while not pid:
+            signal.pause()
+        os.kill(pid, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
+    """,
+    "spawned": """
     for _ in range(10):
-        process = context.Process(target=time.sleep, args=(60,))
+        process = multiprocessing.get_context("spawn").Process(target=signal.pause)
         process.start()
         process.terminate()
         process.join()
-        assert process.exitcode == -15
-    return "all"
-    """
-    assert completed(run(code, timeout=20.0)).result == "all"
+        assert process.exitcode == -signal.SIGTERM
+    """,
+}
 
 
-def test_a_child_is_ended_by_sigterm_however_young_it_is(run):
-    code = """
-    import os, signal
-    for _ in range(200):
-        pid = os.fork()
-        if not pid:
-            while True:
-                signal.pause()
-        os.kill(pid, signal.SIGTERM)
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
-    return "all"
-    """
+@pytest.mark.parametrize("name", YOUNG)
+def test_a_child_is_ended_by_sigterm_however_young_it_is(run, name):
+    code = f"    import multiprocessing, os, signal\n{YOUNG[name]}\n    return 'all'"
     assert completed(run(code, timeout=20.0)).result == "all"
 
 

@@ -162,9 +162,8 @@ TRACEBACKS = {
     "exec": "exec('def f(): 1 / 0')\nf()\n",
     "non-ASCII": "ü = 'ß✓'\nraise ValueError(f'größe {ü}')\n",
     "no message": "raise ValueError\n",
-    "lines in the message": "raise ValueError('one\\ntwo\\n\\nthree')\n",
+    "lines in the message": "import json\nraise json.JSONDecodeError('one\\ntwo\\n\\nthree', '', 0)\n",
     "nested class": "class A:\n    class MyError(Exception):\n        pass\nraise A.MyError('no')\n",
-    "module's class": "import json\nraise json.JSONDecodeError('no', 'doc', 0)\n",
     "bad str": "class E(Exception):\n    def __str__(self): raise ValueError('bad')\nraise E\n",
     "suggestion": "number = 1\nprint(numbr)\n",
     "syntax error in exec": "exec('x = (')\n",
@@ -174,10 +173,13 @@ TRACEBACKS = {
     "stop iteration": "raise StopIteration(5)\n",
     "generator exit": "raise GeneratorExit\n",
     "line separators": "x = '\x0c'\nx = '\u2028 \x85'\n1 / 0\n",
-    "CRLF": "x = 1\r\ny = 2\r\n1 / 0\r\n",
+    "CRLF": "x = 1\r\ny = 2\r1 / 0\r\n",
 }
 if NEW >= (3, 11):
-    TRACEBACKS["notes"] = "e = ValueError('no')\ne.add_note('a note\\nof two lines')\nraise e\n"
+    TRACEBACKS["notes"] = (
+        "class A:\n    class E(Exception): pass\ne = A.E('no')\n"
+        "e.add_note('a note\\nof two lines')\nraise e\n"
+    )
     TRACEBACKS["group"] = (
         "def f(): 1 / 0\ntry:\n    f()\nexcept Exception as e:\n    z = e\n"
         "raise ExceptionGroup('group', [z, ValueError(2), ExceptionGroup('in', [KeyError(3)])])\n"
