@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import FOREVER, alarm, eventually, finish, has_printed, one_in, run_as_host, within
+from conftest import FOREVER, alarm, eventually, finish, has_printed, one_in, within
 from conftest import swept_manager as manager  # noqa: F401
 from programs import STUBBORN, when_asked
 
@@ -301,17 +301,3 @@ os.wait()
     small, large = finish(manager, "pass"), finish(manager, code)
     assert 0 <= small.cpu_time < 0.2 <= large.cpu_time < large.duration * os.cpu_count()
     assert 1_000_000 < small.peak_memory < 80_000_000 < large.peak_memory < 160_000_000
-
-
-# -- the host
-
-
-def test_the_host_never_imports_the_child():
-    code = """
-import sys, sidexec
-with sidexec.ExecutionManager(preload=["json"]) as manager:
-    manager.wait(manager.start_with_code("1 / 0").id)
-    manager.stop(manager.start_with_code("import time; time.sleep(60)").id)
-print([name for name in sys.modules if name.startswith("sidexec.child")])
-"""
-    assert run_as_host(code) == "[]\n"
