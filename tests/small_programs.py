@@ -1,12 +1,17 @@
 """Small programs that mean the same in a plain interpreter and as a snippet.
 
-By name, for the version that runs the tests. `ALONE` are those that need an interpreter of
-their own to compare with: what they do goes by how it was started, or how it ends.
+By name, for the version that runs the tests. `ENDS` are those of `PROGRAMS` that say how they
+end. `ALONE` need an interpreter of their own to compare with: what they do goes by how it was
+started, or how it ends. `NOT_ASYNC` differ below an event loop, as they should.
 """
 
+import subprocess
 import sys
 
+from conftest import ENVIRONMENT
+
 NEW = sys.version_info
+OURS = ("params", "report_progress", "report_result")
 
 # What a module says of its annotations; on 3.14 by all that can be asked for them.
 SHOW = """
@@ -25,33 +30,19 @@ if sys.version_info >= (3, 14):
     _show(lambda: __annotate__(annotationlib.Format.VALUE))
     _show(lambda: sorted(__conditional_annotations__))
 _show(lambda: _m.__annotations__)
-_ours = "params", "report_progress", "report_result"
-print([each for each in globals() if each not in _ours and each != "__annotations__"])
 """
+SHOW += f"print([each for each in globals() if each not in {(*OURS, '__annotations__')}])\n"
 
 ANNOTATIONS = {
-    "value": "x: int = 1",
-    "no value": "x: int",
     "forward": "x: 'Later'\nclass Later: pass",
     "lazily forward": "try:\n    x: Later\nexcept NameError: print('at once')\nclass Later: pass",
     "undefined": "try:\n    x: nothing = 1\nexcept NameError: print('at once')",
-    "twice": "x: int\nx: str",
     "order": "b: int\na: str\nb: float",
-    "not come to": "if 0:\n    x: int\ny: str",
-    "else": "if params_ := 0:\n    x: int\nelse:\n    y: str",
-    "for": "for i in range(2):\n    x: i\nelse:\n    y: str",
-    "empty for": "for i in ():\n    x: int",
-    "while": "i = 0\nwhile i < 2:\n    i += 1\n    x: int = i",
-    "try": "try:\n    x: int = 1 / 0\nexcept ZeroDivisionError:\n    y: str\nfinally:\n    z: float",
-    "with": "import io\nwith io.StringIO() as f:\n    x: int",
-    "match": "match 1:\n    case 2:\n        x: int\n    case _:\n        y: int",
-    "attribute": "class A: pass\nA.x: print('note') = 1\nprint(A.x)",
     "item": "d = {}\nd['k']: print('note') = 1",
+    "target alone": "def f():\n    print('target')\nf().x: print('note')",
     "parentheses": "(x): print('note') = 1",
     "lambda": "n = 1\nx: (lambda: n)()",
     "comprehension": "n = 2\nx: [n * i for i in range(3)]\ny: {i: n for i in 'ab'}",
-    "string": "x: 'int' = 1\ny: f'{1}{2!r}'",
-    "subscript": "x: dict[str, list[int]]\ny: int | None",
     "private name": "__x: int = 1\n_X__y: str",
     "non-ASCII": "größe: int = 1\nﬁ: str",
     "read at once": "x: int\nprint(_m.__annotations__)\ny: str",
@@ -60,8 +51,6 @@ ANNOTATIONS = {
     "changed": "n = int\nx: n\nn = str",
     "class": "class C:\n    x: int\n    if 0:\n        y: str\nprint(C.__annotations__)",
     "class, forward": "class C:\n    x: 'D'\nclass D: pass\nprint(C.__annotations__)",
-    "function": "def f(a: int, *b: str, c: float = 1) -> None:\n    d: nothing\nprint(f.__annotations__)",
-    "method": "class C:\n    def f(self, a: 'C') -> 'C': pass\nprint(C.f.__annotations__)",
     "dataclass": "import dataclasses\n@dataclasses.dataclass\nclass C:\n    x: int\n    y: str = ''\n"
     "print(C(1), [(f.name, f.type) for f in dataclasses.fields(C)])",
     "typed": "import typing\nclass C(typing.NamedTuple):\n    x: int\nclass D(typing.TypedDict):\n"
@@ -119,12 +108,13 @@ PROGRAMS = {
     "annotated global": "global x\nx: int",
     "annotated tuple": "(x, y): int",
     "undefined annotation": "x: nothing\nprint('later')",
+    "annotations as text": "from __future__ import annotations\ny: dict[str, 'A'] | (int, *z)\n"
+    "w: lambda a, *b, c=1: {**a}\nv: f'{x!r:>{y}}'\nu: x[1:2, ...]\nprint(__annotations__)",
     "match": "match {'a': [1, 2]}:\n    case {'a': [x, *y], **z} if (w := x): print(x, y, z, w)",
-    "match, captured twice": "match 1:\n    case (x, x): pass",
-    "match, unreachable": "match 1:\n    case x: pass\n    case 2: pass",
     "walrus": "print([y := i for i in range(3)], y)\nwhile (n := y) > 1: y -= 1\nprint(n)",
-    "walrus in a class": "class C:\n    x = [y := i for i in range(2)]",
-    "comprehension": "x = 1\nprint([[x, i] for i in range(2) for x in 'ab'], x)\n[nothing for _ in 'a']",
+    "comprehension": "x = 1\nprint([[x, i] for i in range(2) for x in 'ab'], x)\n"
+    "fs = [[lambda: (i, j) for i in range(2)] for j in range(2)]\nprint([[f() for f in g] for g in fs])\n"
+    "[nothing for _ in 'a']",
     "comprehension, locals": "print([sorted(each for each in locals() if each == 'i') for i in 'a'])",
     "comprehension in a class": "class C:\n    a = 1\n    b = [i for i in [a]]\n    try:\n"
     "        c = [a for _ in 'a']\n    except NameError as e: print(e)\n",
@@ -133,59 +123,63 @@ PROGRAMS = {
     "async generator at the end": "import asyncio\nasync def g():\n    try:\n        yield 1\n"
     "        yield 2\n    finally:\n        print('closed')\nasync def main():\n"
     "    async for x in g():\n        print(x)\n        break\nasyncio.run(main())",
-    "async generator left": "async def g(): yield 1\ng()\nkept = g()\nprint('end')",
-    "generator at the end": "def g():\n    try: yield 1\n    finally: print('closed')\n"
-    "i = g()\nprint(next(i))",
     "coroutine left": "async def f(): pass\nf()",
-    "loop by hand": "import asyncio\nasync def f(): return 7\nloop = asyncio.new_event_loop()\n"
-    "print(loop.run_until_complete(f()))\nloop.close()",
-    "no loop": "import asyncio\ntry:\n    asyncio.get_running_loop()\nexcept RuntimeError as e: print(e)",
     "no policy": "import asyncio, warnings\nwarnings.simplefilter('error')\ntry:\n"
     "    print(type(asyncio.get_event_loop_policy()).__name__)\nexcept Warning as e: print(e)\n"
     "try:\n    asyncio.get_event_loop().close()\nexcept Exception as e: print(type(e), e)",
     "star import": "from string import *\nprint(digits)\nfrom nothing_at_all import *",
-    "star import in a block": "for _ in 'ab':\n    from os.path import *\nprint(join('a', 'b'))",
+    "star import in a block": "for _ in 'ab':\n    from os.path import *\nprint(join('a', 'b'), 'genericpath' in globals())",
     "star import binds": "digits = 1\ndef f(): return digits\nfrom string import *\nprint(f())",
+    "star import of what is not there": "import sys, traceback, types\n"
+    "m = sys.modules['m'] = types.ModuleType('m')\nm._a = m.b = 1\n"
+    "from m import *\nprint('_a' in globals(), b)\nfor m.__all__ in ['x'], [1]:\n"
+    "    try: from m import *\n    except (AttributeError, TypeError) as e:\n"
+    "        print(e, m.__all__ == [1] or traceback.format_exc().count('File'))",
+    "relative imports": "try: from . import x\nexcept ImportError as e: print(e)\nfrom .m import *",
     "docstring": "'''A doc.\n\n  More.'''\nprint(repr(__doc__))",
     "docstring, bytes": "b'no doc'\nprint(repr(__doc__))",
-    "global": "def f():\n    global a, b\n    a = b = 1\nf()\nprint(a + b)\nglobal c",
-    "global too late": "x = 1\nglobal x",
+    "docstring, and future": "'''Doc'''\nfrom __future__ import division, generator_stop\nprint(__doc__)",
+    "global": "global x\nx = 1\ndef f():\n    global x, y\n    x = y = 2\nf()\nprint(x, y)\nglobal c",
+    "locals": "x = 1\nprint(globals() is locals() is vars())\nlocals()['y'] = 2\nglobals()['z'] = 3\n"
+    "exec('w = 4\\ndef f(): return w')\nprint(y, z, f(), eval('[x + w for _ in range(2)]'))",
+    "bindings": "import xml.dom as d, os.path as p\nfrom json import (dumps as s,)\ne = 1\ntry: 1 / 0\n"
+    "except Exception as e: pass\nfor i, (j, *k) in [(1, (2, 3, 4))]: pass\nwith open(p.devnull) as f: i += 1\n"
+    "größe = 'ß✓🐍\\x7f'\nﬁ = match = case = 1\n"
+    "print('e' in globals(), i, j, k, fi, größe, match, case, d, s([]))",
+    "class body": "x = __p = 1\nclass C:\n    x = x + 1\n    y = [x for _ in range(1)]\n    z = locals()['x']\n"
+    "    def f(self): return x\n    __p = 3\n    del x\n    print(x, __qualname__, __module__)\n"
+    "print(C.y, C.z, C().f(), C._C__p, __p)",
     "class, global": "x = 1\nclass C:\n    global x\n    x = 2\nprint(x, hasattr(C, 'x'))",
-    "class, nonlocal": "x = 1\nclass C:\n    nonlocal x",
-    "names": "def f():\n    class A:\n        def g(self): return lambda: 0\n    return A\n"
-    "print(f().g.__qualname__, f()().g().__qualname__)\nf()().h()",
-    "exit": "import sys\nsys.exit(3)",
-    "exit by text": "raise SystemExit('no')",
-    "exit by tuple": "raise SystemExit((1, 2))",
-    "exit in finally": "import sys\ntry: 1 / 0\nfinally: sys.exit(4)",
-    "error": "def f(a):\n    return a / 0\nf(\n    1)",
-    "error in a block": "for i in range(3):\n    with open('/dev/null') as f:\n        {}[i]",
-    "error, chained": "try: 1 / 0\nexcept Exception as e: raise KeyError('k') from e",
-    "error, context": "try: 1 / 0\nexcept Exception: nothing",
-    "error in a class": "class C:\n    def __init__(self): self.nothing\nC()",
-    "unbound": "del x",
-    "unbound local": "def f():\n    x += 1\nf()",
+    "no closures": "x = 1\ndef f(a=x): return x, a\nx = 2\nprint(f(), f.__code__.co_freevars, f.__globals__ is globals())",
+    "not there": "def len(x): return 42\nprint(len([]))\ndel len\nprint(len([]))\nx = 1\ndel x\ntry: x\n"
+    "except NameError as e: print(e)\nif 0: nothing = 1\ntry: nothing\nexcept NameError as e: print(e)\ndel x",
+    "qualified names": "def f():\n    def g(): pass\n    class H:\n        def i(self): pass\n"
+    "    return g, H, H.i, lambda: 0\nclass C:\n    def m(self): return lambda: 0\n    n = lambda: 0\n"
+    "    class D:\n        def o(self): pass\nasync def a(): pass\ng = (x for x in ())\n"
+    "for each in (f, *f(), C, C.m, C.n, C.D, C.D.o, C().m(), (lambda: 0), a, g):\n"
+    "    print(each.__qualname__, each.__name__, getattr(each, '__module__', ''))",
+    "names of code": "import sys\nprint(sys._getframe().f_code.co_name)\n"
+    "print(getattr(sys._getframe().f_code, 'co_qualname', '<module>'))\n"
+    "def f(): return sys._getframe()\nprint(f().f_back.f_code.co_name, f().f_code.co_name)\n"
+    "print([c.co_name for c in f().f_back.f_code.co_consts if hasattr(c, 'co_name')])",
+    "frame": "import sys\nf = sys._getframe()\nprint(f.f_locals is f.f_globals is globals(), f.f_lineno)",
+    "flags of code": "def f(): pass\nasync def g(): pass\ndef h(): yield\nprint(f.__code__.co_flags & 0xfef,"
+    " g.__code__.co_flags & 0xfef, h.__code__.co_flags & 0xfef)",
+    "line numbers": "import sys\n\n\nprint(sys._getframe().f_lineno)\ndef f():\n\n    return sys._getframe().f_lineno\n"
+    "print(f(), f.__code__.co_firstlineno,\n      sys._getframe().f_lineno)",
+    "trace": "import sys\nseen = []\ndef tracer(frame, event, arg):\n    seen.append(event)\n"
+    "sys.settrace(tracer)\ndef f(): pass\nf()\nsys.settrace(None)\nprint(seen)",
+    "coding comment": "# -*- coding: latin-1 -*-\nprint('ü')",
     "warning": "import warnings\nwarnings.warn('look out')\nwarnings.warn('old', DeprecationWarning)",
     "syntax warning": "x = 1\nx is 1000\nassert (x, 'text')",
-    "syntax error": "x = (1\ny = 2",
-    "indentation": "if 1:\n    x\n  y",
-    "finally leaves": "for i in range(2):\n    try: 1 / 0\n    finally: break\nprint(i)",
-    "interrupt": "raise KeyboardInterrupt('now')",
-    "at exit": "import atexit\natexit.register(print, 'last')\nprint('first')",
-    "at exit, error": "import atexit\n@atexit.register\ndef f(): 1 / 0",
-    "thread": "import threading\nt = threading.Thread(target=print, args=('in',))\nt.start()\nt.join()",
-    "thread at the end": "import threading, time\ndef f():\n    time.sleep(0.05)\n    print('late')\n"
-    "threading.Thread(target=f).start()\nprint('end')",
-    "traced to the end": "import atexit, sys, threading\ndef trace(*a):\n    print(a[1], a[0].f_code.co_name)\n"
-    "    return trace\natexit.register(lambda: 0)\nsys.settrace(trace)",
-    "weak finalizer": "import weakref\nclass C: pass\nc = C()\nweakref.finalize(c, print, 'gone')",
-    "pickle": "import pickle\nclass C:\n    x = 1\nprint(pickle.loads(pickle.dumps(C)).x)",
+    "pickle": "import pickle, enum, dataclasses, collections\ndef f(): pass\nclass C:\n    class D: pass\n"
+    "    def g(self): pass\nfor each in f, C, C.D, C.g: print(pickle.loads(pickle.dumps(each)) is each)\n"
+    "@dataclasses.dataclass\nclass P: x: int\nclass E(enum.Enum): A = 1\nT = collections.namedtuple('T', 'a')\n"
+    "print(*(pickle.loads(pickle.dumps(each)) for each in (P(1), E.A, T(1))), b'__main__' in pickle.dumps(f))",
     "processes": "import multiprocessing\nprint(multiprocessing.get_start_method())\n"
     "print(multiprocessing.get_context('fork').Pool(1).map(abs, [-1, -2]))",
     "processes, as by default": "import concurrent.futures as c\nwith c.ProcessPoolExecutor(1) as p:\n"
     "    print(list(p.map(abs, [-1, -2])))",
-    "processes, spawned": "import multiprocessing as m\np = m.get_context('spawn').Process(target=print,"
-    " args=('in',))\np.start()\np.join()\nprint(p.exitcode)",
     "flags": "import sys\nprint(sys.flags, sys.warnoptions, sys._xoptions)",
     "frozen": "import sys, os\nprint(os.__spec__.origin, sys.modules['os'].__loader__, __spec__)",
     "stdlib": "import sys\nprint(sys.path, sys.meta_path, sys.path_hooks[0])",
@@ -193,14 +187,99 @@ PROGRAMS = {
     "    sys.monitoring.use_tool_id(3, 'x')\n    sys.monitoring.free_tool_id(3)\n"
     "    print([sys.monitoring.get_tool(n) for n in range(6)])",
     "GIL": "import sys\nprint(getattr(sys, '_is_gil_enabled', bool)())",
+    "main": "import __main__, sys\nx = 1\nprint(__main__.x, sys.modules['__main__'] is __main__, vars(__main__) is globals())\n"
+    f"print(__name__, __package__, __loader__, __builtins__.__name__, *sorted(set(globals()) - {{*{OURS}}}))",
+    "stdin": "import sys\nprint(repr(sys.stdin.read()), sys.stdin.fileno())\ninput()",
+    "environment": "import os, sys\nprint(sys.argv, sorted(os.environ.items()))",
+    "process": "import os, threading\nprint(os.getcwd(), os.umask(0), [t.name for t in threading.enumerate()],"
+    " threading.current_thread() is threading.main_thread(), os.nice(0))",
+    "signals": "import signal\nfor n in sorted(signal.valid_signals() - {signal.SIGTERM, signal.SIGURG}):\n"
+    "    print(n, signal.getsignal(n))\nprint(signal.pthread_sigmask(signal.SIG_BLOCK, ()),"
+    " signal.set_wakeup_fd(-1), signal.getitimer(signal.ITIMER_REAL))",
+    "limits": "import resource\nprint([resource.getrlimit(getattr(resource, n)) for n in sorted(dir(resource))"
+    " if n.startswith('RLIMIT')])",
+    "streams": "import sys\nfor s in (sys.stdin, sys.stdout, sys.stderr):\n"
+    "    print(s.name, s.mode, s.errors, s.fileno(), s.isatty(), type(s).__name__)\n"
+    "print(sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__)\n"
+    "print(sys.stdout.seekable(), sys.stdout.buffer.seekable(), sys.stderr.seekable())",
+    "writes": "import sys\nclass S(str):\n    def encode(self): return b'no'\n    def __str__(self): return 'text'\n"
+    "print(sys.stdout.write('ß\\n'), sys.stdout.write(S('s\\n')), sys.stdout.write(''))\nprint(S('s'))\n"
+    "sys.stdout.writelines(['a', 'b\\n'])\nfor wrong in (b'b', None, 1):\n    try: sys.stdout.write(wrong)\n"
+    "    except TypeError as e: print(e, e.__context__)\ntry: sys.stdout.write('a', 'b')\nexcept TypeError: print('two')",
+    "another encoding": "import sys\nwrite = sys.stdout.write\nprint('é')\n"
+    "sys.stdout.reconfigure(encoding='ascii', errors='backslashreplace')\nprint('é', sys.stdout.encoding)\nwrite('ß\\n')",
+    "detached": "import sys\nprint('before')\nold = sys.stdout\nraw = old.detach()\ntry: old.write('x')\n"
+    "except ValueError as e: print(e, e.__context__, file=sys.stderr)\nraw.write(b'raw\\n')\nsys.stdout = open(1, 'w', closefd=False)",
+    "closed": "import sys\nsys.stderr.close()\ntry: sys.stderr.write('x')\nexcept ValueError as e: print(e)",
+    "hooks": "import sys, gc\nprint(sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__,"
+    " sys.unraisablehook is sys.__unraisablehook__, sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(),"
+    " gc.isenabled(), gc.get_threshold(), gc.callbacks)",
+    "raw files": "import io, sys\nfor s in (sys.stdout, sys.stderr):\n    raw = s.buffer.raw\n"
+    "    print(isinstance(raw, io.RawIOBase), raw.name, raw.fileno(), raw.closefd, raw.write(b'raw\\n'), flush=True)",
+    "library": "import locale, logging, sys, warnings\nprint(locale.getpreferredencoding(False),"
+    " sys.getfilesystemencoding(), [f[0] for f in warnings.filters], logging.getLogger().handlers,"
+    " len(logging.Logger.manager.loggerDict))",
 }
+ENDS = {
+    "exit": "import sys; sys.exit()",
+    "exit 0": "import sys; sys.exit(0)",
+    "exit 3": "import sys; sys.exit(3)",
+    "exit with text": "import sys; sys.exit('text ü')",
+    "exit True": "import sys; sys.exit(True)",
+    "exit -2": "import sys; sys.exit(-2)",
+    "exit 256": "import sys; sys.exit(256)",
+    "exit 2**70": "import sys; sys.exit(2**70)",
+    "exit with a tuple": "raise SystemExit(1, 2)",
+    "exit with an object": "class C:\n    def __str__(self): return 'an object'\nraise SystemExit(C())",
+    "exit by a subclass": "class E(SystemExit): pass\nraise E(5)",
+    "exit of site": "exit(6)",
+    "exit in a function": "def f():\n    import sys\n    sys.exit(7)\ntry:\n    f()\nfinally:\n    print('out')",
+    "exit in finally": "import sys\ntry: 1 / 0\nfinally: sys.exit(4)",
+    "exit in atexit": "import atexit\n@atexit.register\ndef f(): raise SystemExit(9)",
+    "exit in a thread": "import threading, sys\nt = threading.Thread(target=sys.exit, args=(3,))\nt.start()\nt.join()",
+    "exit while printing": "import sys\nprint('a', end='')\nsys.exit()",
+    "_exit": "import os; os._exit(3)",
+    "exception": "class E(Exception): pass\nraise E('no')",
+    "exception in atexit": "import atexit\n@atexit.register\ndef f(): 1 / 0\natexit.register(print, 'other')",
+    "exception in a thread": "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()",
+    "exception in __del__": "class C:\n    def __del__(self): 1 / 0\nc = C()\ndel c\nprint('end')",
+    "SIGSEGV": "import ctypes\nctypes.string_at(0)",
+    "SIGKILL": "import os; os.kill(os.getpid(), 9)",
+    "SIGUSR1": "import os; os.kill(os.getpid(), 10)",
+    "SIGABRT": "import os; os.abort()",
+    "interrupt": "raise KeyboardInterrupt('now')",
+    "interrupt by a signal": "import os, signal; os.kill(os.getpid(), signal.SIGINT)",
+    "interrupt of a subclass": "class Interrupt(KeyboardInterrupt): pass\nraise Interrupt",
+    "interrupt with a daemon thread": "import threading\n"
+    "threading.Thread(target=threading.Event().wait, daemon=True).start()\nraise KeyboardInterrupt",
+    "interrupt while blocked": "import signal\nsignal.pthread_sigmask(0, [signal.SIGINT])\nraise KeyboardInterrupt",
+    "traced to the end": "import atexit, sys, threading\ndef trace(*a):\n    print(a[1], a[0].f_code.co_name)\n"
+    "    return trace\natexit.register(lambda: 0)\nsys.settrace(trace)",
+    "__del__ of globals": "import os\nclass C:\n    def __init__(self, x): self.x = x\n"
+    "    def __del__(self): print(self.x, os.sep)\na = C('a')\nb = C('b')\n_c = C('c')",
+    "__del__ in a cycle": "class C:\n    def __del__(self): print('del')\nc = C()\nc.c = c",
+    "__del__ in a cycle without a name": "class C:\n    def __del__(self): print('del')\nc = C()\nc.c = c\ndel c",
+    "__del__ after atexit": "import atexit\natexit.register(print, 'atexit')\nclass C:\n    def __del__(self): print('del')\nc = C()",
+    "generator": "def g():\n    try:\n        yield\n    finally:\n        print('finally')\ni = g()\nnext(i)",
+    "atexit": "import atexit\natexit.register(print, 1)\natexit.register(print, 2)\n@atexit.register\ndef f():\n"
+    "    print(x)\n    atexit.register(print, 'inner')\nx = 3",
+    "atexit after threads": "import atexit, threading\natexit.register(print, 'atexit')\n"
+    "e = threading.Event()\ndef f():\n    e.wait()\n    print('thread')\nthreading.Thread(target=f).start()\nprint('end')\ne.set()",
+    "finalize": "import weakref\nclass C: pass\nc = C()\nweakref.finalize(c, print, 'finalize')",
+    "executor": "import concurrent.futures\np = concurrent.futures.ThreadPoolExecutor(1)\np.submit(print, 'task')",
+    "binary layer": "import sys\nsys.stdout.buffer.write(b'binary')",
+    "replaced stream": "import sys\nsys.stdout = open(1, 'w', closefd=False)\nprint('replaced')",
+    "wrapped stream": "import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False), 'latin-1')\nprint('wrapped')",
+    "closed stream": "import sys\nprint('a')\nsys.stdout.close()",
+    "no stream": "import sys\nsys.stdout = None\nprint('nothing')",
+    "printf": "import ctypes\nctypes.CDLL(None).printf(b'from C')",
+    "print after end of file": "import os\nprint('x', flush=True)\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint('y')",
+}
+PROGRAMS |= ENDS
 if NEW >= (3, 11):
     PROGRAMS |= {
         "except*": "try: raise ExceptionGroup('g', [ValueError(1), KeyError(2), OSError(3)])\n"
         "except* ValueError as e: print(e.exceptions)\nexcept* KeyError as e: print(e.exceptions)",
-        "except*, nothing raised": "try: pass\nexcept* OSError: pass\nelse: print('else')",
-        "except*, break": "for i in 'a':\n    try: pass\n    except* OSError: break",
-        "except*, raises": "try: raise ExceptionGroup('g', [ValueError(1)])\nexcept* ValueError: 1 / 0",
         "note": "e = ValueError(1)\ne.add_note('a note')\nraise e",
         "star in a subscript": "def f(*a: *tuple[int]): pass\nprint(f.__annotations__, tuple[*(int,)])",
     }
@@ -263,16 +342,15 @@ if NEW >= (3, 15):
 
 
 # What these do goes by how the interpreter was started, or ends.
-ALONE = {name for name in PROGRAMS if name.startswith("processes")} | {
-    "interrupt",
-    "traced to the end",
-}
+ALONE = {name for name in PROGRAMS if name.startswith(("processes", "interrupt"))}
+ALONE |= {"streams", "coding comment", "traced to the end"}
+NOT_ASYNC = {"signals", "library", "async generator at the end", "no policy"}
 
 # What a host hands over is of its own version, what a snippet finds of the other's.
 OTHERS = [
     "import sys, json\nx: 'Later' = [1, 'ß', b'\\xff']\nclass Later: pass\nprint(sys.version, x)\n"
     "print(sys.modules['__main__'].__annotations__, sys.path, sorted(sys.modules['json'].__all__))",
-    "import warnings\nwarnings.warn('no')\ndef f(): 1 / 0\nf()",
+    "import warnings\nwarnings.warn('no')\nexec('def f(): 1 / 0')\nf()",
     "import asyncio, sys\nasync def f(): return 7\nprint(asyncio.run(f()))\nsys.exit(3)",
     "import multiprocessing as m\np = m.get_context('spawn').Process(target=print, args=(1,))\n"
     "p.start()\np.join()\nprint(p.exitcode)",
@@ -315,3 +393,16 @@ VARIABLES = {
     "PYTHONPYCACHEPREFIX": "/nowhere",
     "PYTHONMALLOC": "debug",
 }
+
+
+def run_plain(*arguments, python=sys.executable, env=(), errors="strict"):
+    """Run an interpreter of its own, with these variables more."""
+    return subprocess.run(
+        [python, *arguments],
+        env={**ENVIRONMENT, **dict(env)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors=errors,
+        timeout=60,
+    )

@@ -1,6 +1,7 @@
 """Small programs, run by `python -c` and as a snippet: output, errors and exit code are the same.
 
-With a top-level `return` they are compiled in another way, and mean the same nevertheless.
+With a top-level `return` they are compiled in another way, and with `await` as well they run in
+an event loop: they mean the same nevertheless.
 """
 
 import functools
@@ -8,6 +9,7 @@ import glob
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +19,7 @@ import pytest
 from conftest import (
     ENVIRONMENT,
     HOST_ENVIRONMENT,
+    IS_FREE_THREADED,
     begin,
     finish,
     has_printed,
@@ -24,7 +27,7 @@ from conftest import (
     nothing_left,
     one_in,
 )
-from small_programs import ALONE, FLAGS, OTHERS, PROGRAMS, VARIABLES
+from small_programs import ALONE, ENDS, FLAGS, NOT_ASYNC, OTHERS, PROGRAMS, VARIABLES, run_plain
 
 import sidexec
 
@@ -47,7 +50,11 @@ for code in json.load(sys.stdin):
     texts = [os.pread(file.fileno(), 10**6, 0).decode() for file in files]
     os.write(results, json.dumps([*texts, code]).encode() + b"\\n")
 """
-MODES = {"plain": "{}", "return": "{}\nif 0:\n    return\n"}
+MODES = {
+    "plain": "{}",
+    "return": "{}\nif 0:\n    return\n",
+    "await": "{}\nif 0:\n    return await nothing\n",
+}
 SHOWS_LINES = sys.version_info >= (3, 13)
 
 
@@ -68,6 +75,8 @@ class PlainOnes:
             json.dump([PROGRAMS[name] for name in names], file)
 
     def __getitem__(self, name):
+        if name in ALONE:
+            return plain(PROGRAMS[name], lines=False)
         while name not in self._known:
             line = self._process.stdout.readline()
             self._known[next(self._names)] = outcome(*json.loads(line), lines=False)
@@ -82,22 +91,21 @@ class PlainOnes:
 def plain_ones(request):
     items = [item for item in request.session.items if "plain_ones" in item.fixturenames]
     names = dict.fromkeys(item.callspec.params["name"] for item in items)
-    plain_ones = PlainOnes(list(names))
+    plain_ones = PlainOnes([name for name in names if name not in ALONE])
     yield plain_ones
     plain_ones.close()
 
 
+@pytest.fixture(scope="module")
+def with_asyncio(shared):
+    """Has asyncio loaded already: its import takes longer than all else."""
+    with sidexec.ExecutionManager(preload=["asyncio"], env=ENVIRONMENT) as manager:
+        yield manager
+
+
 @functools.lru_cache(None)
 def plain(code, python=sys.executable, *, lines=SHOWS_LINES, **variables):
-    done = subprocess.run(
-        [python, "-c", code],
-        env={**ENVIRONMENT, **variables},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-    )
+    done = run_plain("-c", code, python=python, env=variables)
     return outcome(done.stdout, done.stderr, done.returncode, lines=lines)
 
 
@@ -105,9 +113,9 @@ def outcome(output, errors, exit_code, *, lines=SHOWS_LINES):
     """What a program did, less addresses, and less the source lines that `-c` does not show."""
     errors = errors.replace('"<string>"', '"<snippet>"').replace("<string>:", "<snippet>:")
     output, errors = (re.sub(r"0x\w+", "0x", text) for text in (output, errors))
-    if lines and "Warning: " not in errors and "SyntaxError: " not in errors:
-        return output, errors, exit_code
-    return output, re.sub(r"^ +(?!File ).*\n", "", errors, flags=re.MULTILINE), exit_code
+    if not lines or "Warning: " in errors or "SyntaxError: " in errors:
+        errors = re.sub(r"^(?! *File ) .*\n", "", errors, flags=re.MULTILINE)
+    return output, errors, exit_code
 
 
 def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
@@ -116,22 +124,51 @@ def snippet(manager, name, mode="plain", *, lines=SHOWS_LINES):
 
 
 NOTES = [name for name in PROGRAMS if "annotations: " in name]
-OTHERS_IN_TURN = [name for name in PROGRAMS if name not in (*NOTES, *ALONE)]
+OTHER_ONES = [name for name in PROGRAMS if name not in (*NOTES, *ENDS)]
+# What the documentation names is always tried.
+PROMISED = ["global", "pickle", "line numbers", "stdin", "environment", "streams"]
+IN_A_LOOP = [
+    name for name in [*OTHER_ONES, *NOTES] if name not in NOT_ASYNC and name not in PROMISED
+]
 
 
-@pytest.mark.parametrize("name", [*one_in(2, OTHERS_IN_TURN), *one_in(15, NOTES)])
-def test_a_program_with_a_return_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
-    assert snippet(shared, name, "return", lines=False) == plain_ones[name]
+@pytest.mark.parametrize("name", ENDS)
+def test_an_end_is_that_of_a_plain_interpreter(shared, plain_ones, name):
+    data = finish(shared, ENDS[name])
+    output, errors, exit_code = plain_ones[name]
+    ours = outcome(data.output, data.error_output, data.exit_code, lines=False)
+    if name == "exit 2**70":
+        errors = ""  # of Python 3.12: an OverflowError
+    if IS_FREE_THREADED and "__del__" in name:  # whose collector goes by addresses
+        output, ours = sorted(output.splitlines()), (sorted(ours[0].splitlines()), *ours[1:])
+    if sys.version_info < (3, 11):  # where the traceback module and the interpreter differ
+        errors = errors.replace("__main__.", "")
+    assert ours == (output, errors, exit_code)
+    assert data.status == ("failed" if exit_code else "completed")
+    told = errors.splitlines()[-1].removeprefix("__main__.") if errors else ""
+    if exit_code < 0 and not told:
+        told = f"killed by {signal.Signals(-exit_code).name}"
+    elif "Traceback" not in errors:
+        told = f"exit code {exit_code}: {told}".removesuffix(": ")
+    assert (data.error or "").partition("\n")[0] == (told if exit_code else "")
 
 
-@pytest.mark.parametrize("name", one_in(30, [*OTHERS_IN_TURN, *NOTES]))
+@pytest.mark.parametrize("name", [*OTHER_ONES, *one_in(15, NOTES)])
 def test_a_program_does_what_it_does_in_a_plain_interpreter(shared, plain_ones, name):
-    assert snippet(shared, name, lines=False) == plain_ones[name]
+    for mode in "plain", "return":
+        assert (mode, snippet(shared, name, mode, lines=False)) == (mode, plain_ones[name])
+
+
+@pytest.mark.parametrize("name", [*PROMISED, *one_in(6, IN_A_LOOP)])
+def test_a_program_in_a_loop_does_what_it_does_in_a_plain_interpreter(
+    with_asyncio, plain_ones, name
+):
+    assert snippet(with_asyncio, name, "await", lines=False) == plain_ones[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("mode", ["plain", "return"])
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ENDS])
 def test_a_program_does_what_it_does_in_an_interpreter_of_its_own(shared, name, mode):
     assert snippet(shared, name, mode) == plain(PROGRAMS[name])
 
@@ -213,7 +250,7 @@ def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
     variables = {name: VARIABLES[name]}
     env = {**ENVIRONMENT, **variables}
     with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
-        for mode in MODES:
+        for mode in "plain", "return":
             assert snippet(manager, FLAGS, mode) == plain(FLAGS, **variables)
 
 
@@ -222,12 +259,6 @@ def test_the_environment_has_imports_timed():
     with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:
         last = finish(manager, "import colorsys").error_output.splitlines()[-1]
     assert re.fullmatch(r"import time: +\d+ \| +\d+ \| colorsys", last)
-
-
-def test_workers_are_started_in_the_default_way(shared):
-    # On 3.14 and later by a server that forks, which is a descendant like any other.
-    name = "processes, as by default"
-    assert snippet(shared, name, "return") == plain(PROGRAMS[name])
 
 
 @pytest.mark.skipif(not hasattr(sys, "remote_exec"), reason="new in Python 3.14")
