@@ -116,7 +116,6 @@ finally: print('out'); loop.close()
 """
 WORKERS = """
 import multiprocessing as mp, time
-def work(): time.sleep(100)
 def ready(): time.sleep(0.05); print("ready")
 try:
     {}
@@ -157,10 +156,14 @@ GRACEFUL = {
         """)
     ),
     "a process that it waits for is ended": (
-        WORKERS.format("p = mp.Process(target=work); p.start(); ready(); p.join()")
+        WORKERS.format(
+            "p = mp.Process(target=time.sleep, args=(99,)); p.start(); ready(); p.join()"
+        )
     ),
     "a pool that it waits for is ended": (
-        WORKERS.format("with mp.Pool(2) as pool: r = pool.apply_async(work); ready(); r.get()")
+        WORKERS.format(
+            "with mp.Pool(2) as p: r = p.apply_async(time.sleep, [99]); ready(); r.get()"
+        )
     ),
 }
 
