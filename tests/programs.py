@@ -278,14 +278,15 @@ def _pids():
 
 
 BYSTANDER = """
-import signal, sys, time
-log = open(sys.argv[1], "a", buffering=1)
+import os, signal, sys, time
+log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def note(text): os.write(log, f"{text}\\n".encode())
 for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     try:
-        signal.signal(signum, lambda signum, frame: print(int(signum), file=log))
+        signal.signal(signum, lambda signum, frame: note(int(signum)))
     except (OSError, ValueError):
         pass
-print("ready", file=log)
+note("ready")
 while True:
     time.sleep(60)
 """

@@ -459,6 +459,23 @@ def test_a_signal_handler_may_report_while_the_code_reports():
         assert (data.status, data.result) == ("completed", "last"), data.error
 
 
+def test_reports_go_on_after_a_handler_that_raises(run):
+    code = """
+    import random, signal
+    class Late(Exception): pass
+    def handler(signum, frame): raise Late
+    signal.signal(signal.SIGALRM, handler)
+    for number in range(2000):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0002))
+            while True: report_result(number)
+        except Late:
+            pass
+    report_result("last")
+    """
+    assert run(code).result == "last"
+
+
 def test_a_handler_that_raises_cuts_no_report_in_two(run):
     code = """
     import random, signal

@@ -68,7 +68,8 @@ class Channel:
         """Send what an ask has kept from being sent."""
         # A signal handler's report is sent by the call that it has interrupted.
         while self._unsent and not self._lock._is_owned():  # type: ignore[attr-defined]
-            with self._lock:
+            # What a signal handler raises would cut a frame in two, or leave the lock taken.
+            with Masked(), self._lock:
                 self._send_all()
 
     def _send_all(self) -> None:
@@ -76,12 +77,10 @@ class Channel:
             frame = self._unsent[0]
             # Checked with the lock, as another thread may have sent a progress.
             if frame != self._progress:
-                # What a signal handler raises would cut it in two.
-                with Masked():
-                    self._write(frame)
+                self._write(frame)
             if frame[:1] == PROGRESS:
                 self._progress = frame
-            del self._unsent[0]  # last: what a handler keeps from being sent, the next call sends
+            del self._unsent[0]
 
     def _write(self, frame: bytes) -> None:
         view = memoryview(frame)
