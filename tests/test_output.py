@@ -428,7 +428,8 @@ def test_on_output_may_start_and_close(make_manager):
     eventually(lambda: said == [5, "closed"])
 
 
-def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
+def blocked():
+    """An `on_output` that waits for an event, the event, and what it then gets."""
     release = threading.Event()
     got = []
 
@@ -436,6 +437,11 @@ def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
         release.wait(60)
         got.append(chunk)
 
+    return on_output, release, got
+
+
+def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
+    on_output, release, got = blocked()
     # Less than reading pauses at. The pipe holds more, but how much goes by its size, and it
     # is only made larger for a snippet that writes fast.
     code = "for n in range(33000): print('%030d' % n)"
@@ -448,13 +454,7 @@ def test_an_on_output_that_blocks_does_not_block_the_snippet(manager):
 
 
 def test_a_snippet_waits_while_on_output_is_far_behind_and_no_other_does(manager):
-    release = threading.Event()
-    got = []
-
-    def on_output(chunk):
-        release.wait(60)
-        got.append(chunk)
-
+    on_output, release, got = blocked()
     id = manager.start_with_code("print('x' * 6_000_000)", on_output=on_output).id
     try:
         eventually(lambda: len(manager.get_status(id).data.output) > 1024 * 1024)

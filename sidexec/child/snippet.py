@@ -55,7 +55,6 @@ class Snippet:
         self.returned: dict[int, object] = {}
         self.clean_up: Callable[[], object] = bool  # which does nothing
         self.failure: BaseException | None = None
-        self.trace: Any = None  # the function that the user's code has set
         self._channel = Channel(channel)
         self._failures = Failures()
         self._path = path
@@ -119,8 +118,8 @@ class Snippet:
         self.returned = _collections.defaultdict(call)
         self.ask.phase = RUNNING
 
-    def end(self) -> NoReturn:
-        """Send the result or the error, and exit."""
+    def end(self, trace: Any) -> NoReturn:
+        """Send the result or the error, and exit; `trace` is what the user's code has set."""
         failure, self.failure = self.failure, None
         exit_code = 0
         if self._coroutine is not None:
@@ -145,9 +144,7 @@ class Snippet:
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             failure = None  # its traceback holds the globals
         is_snippet = os.getpid() == self._pid
-        leaving.leave(
-            self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, self.trace
-        )
+        leaving.leave(self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, trace)
 
     def _take_globals(self) -> dict[str, Any]:
         namespace, self._namespace = self._namespace, {}

@@ -104,7 +104,7 @@ if t:
    finally:t.clean_up()
   finally:t.ask.phase=3
  except b["BaseException"]as e:t.failure=e
- t.trace=g();u(None);t.end()
+ x=g();u(None);t.end(x)
 """
     % MARK
 )
