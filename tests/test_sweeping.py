@@ -191,6 +191,20 @@ def test_a_chain_of_2000_processes_below_a_launcher_is_killed(monkeypatch):
     assert process._popen.wait(10) == -signal.SIGKILL
 
 
+def test_time_that_a_search_takes_does_not_make_what_is_found_stuck(monkeypatch):
+    """Without /proc it takes seconds once the numbers of processes have gone round."""
+    now, rounds = [0.0], iter([{1}, {1}, None])
+
+    def find():
+        now[0] += 10
+        return next(rounds)
+
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(kernel, "signal_process", lambda *args: None)
+    monkeypatch.setattr(procfs, "signal_below", lambda *args: None)
+    assert sweeping.kill_all(find, lambda: None, lambda: None) == set()
+
+
 @contextlib.contextmanager
 def a_child(script):
     """A shell, and the process whose pid it says."""

@@ -35,17 +35,17 @@ def kill_all(
     until = sign_at = 0.0
     searched: set[int] = set()
     while True:
+        now = time.monotonic()  # before: without /proc, to find them takes up to 10 s
         found = find()
         if found is None:
             return set()
-        now = time.monotonic()
         # Not in the first round: most often there is nothing below what is left.
         if last is not None:
             for pid in found - searched:
                 procfs.signal_below(pid, _signal.SIGKILL)
             searched |= found
         if found != last:
-            last, until = found, now + STUCK_AFTER
+            last, until = found, time.monotonic() + STUCK_AFTER
         elif found and now >= until:
             return found
         for pid in found:
