@@ -264,7 +264,7 @@ def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_
     monkeypatch.setattr(
         kernel, "signal_process", lambda pid, signum: (signalled.add(pid), os.kill(pid, signum))
     )
-    monkeypatch.setattr(kernel, "children", lambda fd: next(lists, set()))
+    monkeypatch.setattr(kernel, "children", lambda *args: next(lists, set()))
     launcher = Launcher.__new__(Launcher)
     launcher._children, launcher._keepers, launcher._bystanders = -1, set(), set()
     launcher._quiet_rounds = 0
@@ -275,6 +275,31 @@ def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_
     finally:
         orphan.kill()
         orphan.wait(), zombie.wait()
+
+
+@pytest.mark.parametrize(
+    "own, youngest, living, known, found",
+    (
+        (400, 420, {410, 415}, {410, 415}, {410, 415}),
+        (32760, 310, {32767, 305}, set(), {32767}),
+        (32760, 310, {305, 32765}, {32765}, {305, 32765}),
+        (4194300, 310, {305}, set(), {305}),
+    ),
+    ids=("younger", "at the end", "gone round", "gone round late"),
+)
+def test_a_search_for_children_without_proc_is_short(
+    monkeypatch, own, youngest, living, known, found
+):
+    tried = []
+    monkeypatch.setattr(kernel, "_is_child", lambda pid: tried.append(pid) or pid in living)
+    assert kernel._search(own, youngest, known) == found
+    assert len(tried) < 40000
+
+
+def test_a_search_for_children_without_proc_misses_none(monkeypatch):
+    living = {200_000, 300_000}
+    monkeypatch.setattr(kernel, "_is_child", living.__contains__)
+    assert kernel._search(32760, 310, {200_000}) == living
 
 
 PIDFD_GETFD = 438
@@ -289,23 +314,35 @@ def pids(start, trace):
     return id, launcher, keeper.pid, snippet.pid
 
 
+def descriptors_of(pid):
+    for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has closed this one meanwhile
+            yield path, os.readlink(path)
+
+
+def send_to_own_sockets(pid):
+    """Send a byte through each socket that a process has made."""
+    with open(os.pidfd_open(pid), "rb", buffering=0) as pidfd:
+        for path, name in descriptors_of(pid):
+            if name.startswith("socket:"):
+                fd = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd.fileno(), int(path.name), 0)
+                if fd < 0:
+                    continue
+                with socket.socket(fileno=fd) as end:
+                    maker = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4)
+                    if int.from_bytes(maker, sys.byteorder) == pid:
+                        end.send(b"x")
+
+
 def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, pids):
     id, launcher, keeper, snippet = pids
     other = start("import time" + WAIT)
     outputs = [os.readlink(f"/proc/{snippet}/fd/{fd}") for fd in (1, 2)]
-    pidfd = os.pidfd_open(launcher)
-    for pid in (keeper, launcher):
-        for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-            name = os.readlink(path)
-            if name.startswith("pipe:") and name not in outputs:
+    for path, name in [*descriptors_of(keeper), *descriptors_of(launcher)]:
+        if name.startswith("pipe:") and name not in outputs:
+            with contextlib.suppress(FileNotFoundError):
                 path.write_bytes(b"x")
-            elif name.startswith("socket:") and pid == launcher:
-                fd = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd, int(path.name), 0)
-                with socket.socket(fileno=fd) as end:
-                    maker = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4)
-                    if int.from_bytes(maker, sys.byteorder) == launcher:  # not the host
-                        end.send(b"x")
-    os.close(pidfd)
+    send_to_own_sockets(launcher)
     assert manager.wait(id, 0.3).data.status == "running"
     assert manager.wait(other, 0).data.status == "running"
     # It does not spin.

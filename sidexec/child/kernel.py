@@ -12,10 +12,15 @@ import sys
 
 from .. import procfs
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PTRACE_DETACH = 17
 _PID_LIMIT = 2**22  # Linux gives no higher ones
+_PIDS_AT_FIRST = 2**15  # on small machines it gives no higher ones
 
 
 try:
@@ -86,8 +91,8 @@ def open_children() -> int:
         return -1
 
 
-def children(fd: int) -> set[int]:
-    """The pids of this process's children, zombies too.
+def children(fd: int, known: Collection[int] = ()) -> set[int]:
+    """The pids of this process's children, zombies too; at least one that is not known.
 
     /proc may miss a child while another one ends: that nothing is left, only `waitpid`
     knows.
@@ -98,10 +103,10 @@ def children(fd: int) -> set[int]:
             data += part
         return set(map(int, data.split()))
     except OSError:
-        return _find_children()
+        return _find_children(known)
 
 
-def _find_children() -> set[int]:
+def _find_children(known: Collection[int]) -> set[int]:
     """The same without /proc: `waitid` says of any number whether it is a child's."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -114,9 +119,26 @@ def _find_children() -> set[int]:
         return set()
     except OSError:
         youngest = _PID_LIMIT
-    # Children are younger than their parent, unless the numbers have gone round meanwhile.
-    found = set(filter(_is_child, range(os.getpid() + 1, youngest)))
-    return found or set(filter(_is_child, range(1, _PID_LIMIT)))
+    return _search(os.getpid(), youngest, known)
+
+
+def _search(own: int, youngest: int, known: Collection[int]) -> set[int]:
+    """Find the children of the process `own`: they are younger than it.
+
+    Once the numbers have gone round, they may be anywhere, and to try each takes 10 seconds.
+    """
+    if own < youngest and (found := set(filter(_is_child, range(own + 1, youngest)))):
+        return found
+    found = set()
+    for numbers in (
+        range(own + 1, own + _PIDS_AT_FIRST),
+        range(1, min(youngest, own)),
+        range(1, _PID_LIMIT),
+    ):
+        found |= set(filter(_is_child, numbers))
+        if not found <= set(known):
+            break
+    return found
 
 
 def _is_child(pid: int) -> bool:

@@ -282,7 +282,8 @@ class Launcher:
 
     def _find_orphans(self) -> set[int] | None:
         """The orphans of keepers that were killed."""
-        found = kernel.children(self._children) - self._keepers - self._bystanders
+        known = self._keepers | self._bystanders
+        found = kernel.children(self._children, known) - known
         found = {pid for pid in found if os.waitpid(pid, os.WNOHANG)[0] == 0}  # not reaped now
         # Twice nothing: the list may miss a child while another one ends.
         self._quiet_rounds = 0 if found else self._quiet_rounds + 1
