@@ -360,7 +360,8 @@ def test_a_worker_that_lives_on_holds_nothing_up_when_it_was_forked_at(host, pla
     manager.close()
     took = time.monotonic() - at
     assert len(workers) == 1
-    assert children() == workers
+    # The thread that has forked it may be ending: then another one has it.
+    eventually(lambda: children() == workers)
     end_workers()
     assert_nothing_left()
     report(took)

@@ -192,12 +192,14 @@ ASKED = {
         """
         import atexit, time
         class Loud:
-            def __enter__(self): print("ready")
+            def __enter__(self): pass
             def __exit__(self, *error): print("exit")
             def __del__(self): print("del")
         atexit.register(print, "atexit")
         loud = Loud()
-        with loud: time.sleep(60)
+        with loud:
+            print("ready")
+            time.sleep(60)
         """,
         "exit\natexit\ndel\n",
         143,
@@ -281,7 +283,8 @@ ASKED = {
         143,
     ),
     "a task that is cancelled sees that": (
-        "import asyncio\ntry:\n    print('ready')\n    await asyncio.sleep(60)\n"
+        "import asyncio\ntry:\n    asyncio.get_running_loop().call_soon(print, 'ready')\n"
+        "    await asyncio.sleep(60)\n"
         "except asyncio.CancelledError:\n    print('cancelled')\n    raise",
         "cancelled\n",
         143,
