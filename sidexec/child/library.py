@@ -30,20 +30,28 @@ def _own_path(path: list[str]) -> list[str]:
         return [each for each in path if each]
     at = path.index(_HOME)
     # Just before it stands where it would be if it were in a zip file.
-    name = os.path.basename(path[at - 1]) if at else ""
-    return path[at - 1 if name.startswith("python") and name.endswith(".zip") else at :]
+    return path[at - 1 if at and _is_zip(path[at - 1]) else at :]
+
+
+def _is_zip(place: str) -> bool:
+    name = os.path.basename(place)
+    return name.startswith("python") and name.endswith(".zip")
 
 
 def _is_own(name: str) -> bool:
     file = getattr(sys.modules[name], "__file__", None)
     if not isinstance(file, str):
         return name in sys.builtin_module_names or _imp.is_frozen(name)
-    inner = file[len(_HOME) + 1 :].partition(os.sep)[0]
-    return file.startswith(_HOME + os.sep) and "-packages" not in inner
+    for home in _HOMES:
+        if file.startswith(home + os.sep):
+            return "-packages" not in file[len(home) + 1 :].partition(os.sep)[0]
+    return False
 
 
 # As the launcher starts: no code of the user's has run.
 PATH = _own_path(sys.path)
+# Frozen modules say that they are in the directory, also where the others are in the zip file.
+_HOMES = {_HOME, *filter(_is_zip, PATH[:1])}
 loaded: dict[str, Any] = {each: sys.modules[each] for each in list(sys.modules) if _is_own(each)}
 
 
