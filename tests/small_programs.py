@@ -164,7 +164,8 @@ PROGRAMS = {
     "print([c.co_name for c in f().f_back.f_code.co_consts if hasattr(c, 'co_name')])",
     "frame": "import sys\nf = sys._getframe()\nprint(f.f_locals is f.f_globals is globals(), f.f_lineno)",
     "flags of code": "def f(): pass\nasync def g(): pass\ndef h(): yield\nprint(f.__code__.co_flags & 0xfef,"
-    " g.__code__.co_flags & 0xfef, h.__code__.co_flags & 0xfef)",
+    " g.__code__.co_flags & 0xfef, h.__code__.co_flags & 0xfef)\n"
+    "import sys\nprint(sys._getframe().f_code.co_flags & 3)",
     "line numbers": "import sys\n\n\nprint(sys._getframe().f_lineno)\ndef f():\n\n    return sys._getframe().f_lineno\n"
     "print(f(), f.__code__.co_firstlineno,\n      sys._getframe().f_lineno)",
     "trace": "import sys\nseen = []\ndef tracer(frame, event, arg):\n    seen.append(event)\n"
@@ -271,6 +272,9 @@ ENDS = {
     "replaced stream": "import sys\nsys.stdout = open(1, 'w', closefd=False)\nprint('replaced')",
     "wrapped stream": "import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False), 'latin-1')\nprint('wrapped')",
     "closed stream": "import sys\nprint('a')\nsys.stdout.close()",
+    "stream of its own": "import os, sys\nclass Late:\n    text = ''\n    closed = False\n"
+    "    def write(self, text): self.text += text\n    def flush(self, write=os.write):\n"
+    "        write(1, self.text.encode())\n        self.text = ''\nsys.stdout = Late()\nprint('late')",
     "no stream": "import sys\nsys.stdout = None\nprint('nothing')",
     "printf": "import ctypes\nctypes.CDLL(None).printf(b'from C')",
     "print after end of file": "import os\nprint('x', flush=True)\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint('y')",

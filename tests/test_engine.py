@@ -27,6 +27,7 @@ from sidexec import protocol
 from sidexec.engine import engine, thread
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
+from sidexec.engine.process import Process
 from sidexec.engine.requests import Requests
 from sidexec.engine.waiting import Bell
 
@@ -74,6 +75,17 @@ def with_spare(launcher_of):
     """A manager, and the pair that its launcher has forked ahead of need."""
     manager, _ = launcher_of
     return manager, spare_of(manager)
+
+
+def test_a_launcher_whose_host_has_ended_does_not_take_another_process_for_it(manager, monkeypatch):
+    """The host's number may be somebody else's when the launcher comes up."""
+
+    def make(self, python, environment, config, make=Process.__init__):
+        make(self, python, environment, {**config, "host": os.getppid()})
+
+    monkeypatch.setattr(Process, "__init__", make)
+    started = manager.start_with_code("pass")
+    assert not started.success and "did not start (exit code 0)" in started.error
 
 
 @pytest.mark.parametrize("runs", [False, True])

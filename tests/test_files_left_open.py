@@ -25,6 +25,10 @@ CLOSING_WRITER = (
     "import io\nclass Writer(io.BufferedWriter):\n    def close(self):\n"
     "        if not self.closed:\n            self.write(b'the end')\n        super().close()\n"
 )
+CLOSING_TEXT = (
+    "import gzip, io\nclass Text(io.TextIOWrapper):\n    def close(self):\n"
+    "        if not self.closed:\n            self.write('the end')\n        super().close()\n"
+)
 RAW = (
     "import io\nclass Raw(io.RawIOBase):\n    os, path = os, path\n    def writable(self): return True\n"
     "    def __init__(self): self.parts = []\n    def write(self, data):\n"
@@ -62,6 +66,9 @@ OTHERS = {
     "gzip binary": "import gzip\nf = gzip.open(path, 'wb')\nf.write(DATA.encode())",
     "bz2 text": "import bz2\nf = bz2.open(path, 'wt')\nf.write(DATA)",
     "gzip of an own file": "import gzip\nraw = open(path, 'wb')\nf = gzip.GzipFile(fileobj=raw, mode='wb')\nf.write(DATA.encode())",
+    "gzip of an own file in a module": "import gzip, json\n"
+    "json.f = gzip.GzipFile(fileobj=open(path, 'wb'), mode='wb')\njson.f.write(DATA.encode())",
+    "text with its own close, of a gzip": f"{CLOSING_TEXT}f = Text(gzip.open(path, 'wb'))\nf.write(DATA)",
     "text of an own gzip": "import gzip, io\ng = gzip.open(path, 'wb')\nf = io.TextIOWrapper(g)\nf.write(DATA)",
     "after an exit": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\nsys.exit(0)",
     "after a failure": "import gzip\nf = gzip.open(path, 'wt')\nf.write(DATA)\n1 / 0",
@@ -191,6 +198,8 @@ def test_a_graceful_stop_and_a_first_execution_write_it_too(tmp_path, manager, s
 PRELOADED = {
     "text": "file = open({!r}, 'w')",
     "gzip": "import gzip\nfile = gzip.open({!r}, 'wt')",
+    "text of a gzip of a file": "import gzip, io\nraw = open({!r}, 'wb')\n"
+    "file = io.TextIOWrapper(gzip.GzipFile(fileobj=raw, mode='wb'))",
     "text in a list": "files = [open({!r}, 'w')]\ndef __getattr__(name): return files[0]",
     "line of the module's own": "file = open({!r}, 'w')\nfile.write('the module\\n')",
 }
@@ -213,11 +222,34 @@ def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(tmp_path):
     (tmp_path / "holder.py").write_text(
         "import tempfile\nfile = tempfile.NamedTemporaryFile('w')\n"
     )
-    code = "import gzip, holder, json, os\njson.f = gzip.open(os.devnull, 'wt')\nreturn os.path.exists(holder.file.name)"
+    code = (
+        "import holder, json, os\nclass C:\n    def __del__(self): pass\njson.c = C()\n"
+        "return os.path.exists(holder.file.name)"
+    )
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
     with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
         for _ in range(2):
             assert finish(manager, code).result is True
+
+
+# Says so where the process ends at once, without the interpreter's own end.
+TELL_QUICK = (
+    "import os\nos._exit = eval('lambda code: (write(1, b\"quick\"), leave(code))',"
+    " {'write': os.write, 'leave': os._exit})\n"
+)
+
+
+@pytest.mark.parametrize(
+    "code, output",
+    (
+        ("import socket\na, b = socket.socketpair()\ndef f(): pass", "quick"),
+        ("class C:\n    def __del__(self): print('del')\nc = C()", "del\nquick"),
+        ("import json\nclass C:\n    def __del__(self): pass\njson.c = C()", ""),
+    ),
+    ids=("sockets and a function", "a finalizer of a global", "a finalizer of a module's"),
+)
+def test_only_what_finalizers_need_an_interpreter_s_own_end_for_waits_for_it(run, code, output):
+    assert run(TELL_QUICK + code).output == output
 
 
 def test_what_is_let_go_of_in_the_end_may_still_print(run):

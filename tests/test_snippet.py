@@ -201,6 +201,13 @@ def test_a_forked_child_ends_by_its_own_exit_code(run, end):
     assert ("ZeroDivisionError" in data.error_output) == (end == "1 / 0")
 
 
+def test_an_error_of_a_forked_child_is_not_the_snippet_s(run):
+    code = "import os, sys\nif os.fork() == 0: 1 / 0\nos.wait()\nsys.exit(3)"
+    data = run(code)
+    assert (data.exit_code, data.error) == (3, run("import sys; sys.exit(3)").error)
+    assert "ZeroDivisionError" in data.error_output
+
+
 def test_a_forked_child_ends_as_in_a_plain_interpreter(run):
     code = """
 import atexit, os

@@ -93,7 +93,7 @@ class Launcher:
             timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
         if self._warm_up_at is not None:
             timeout = min(timeout, max(0.0, self._warm_up_at - time.monotonic()))
-        for fd, _ in self._poll.poll(int(timeout * 1000) + 1):
+        for fd, _ in self._poll.poll(1000 * timeout):
             if fd == self._wake:
                 os.read(fd, 65536)
                 self._reap()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _settrace = sys.settrace  # the user's code may put anything in its place
 INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
 
-# An interpreter's end only flushes these, text first. Not their subclasses, which may have
+# An interpreter's end only flushes these. Not their subclasses, which may have
 # a `close` of their own.
 _BUFFERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 # With these it does nothing.
@@ -66,8 +66,8 @@ def leave(
     _settrace(None)
     ask.phase = SETTLING
     # Not while threads run, which would lose their globals: the interpreter's own end waits
-    # for them. Nor in a child that the snippet forked.
-    is_quick = is_snippet and not _thread._count()
+    # for them.
+    is_quick = not _thread._count()
     if is_quick:
         let_go(take_globals)
     else:
@@ -143,8 +143,7 @@ def _from_inside_out(objects: list[Any]) -> list[Any]:
 
 
 def flush_buffers(files: list[Any]) -> None:
-    for kind in _BUFFERS:
-        flush([each for each in files if type(each) is kind])
+    flush([each for each in files if type(each) in _BUFFERS])
 
 
 def find_open() -> list[Any]:

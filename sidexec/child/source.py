@@ -97,9 +97,8 @@ def _with_top_level_return(
     shell = ast.parse(f"{header} f(): pass")
     function = shell.body[0]
     assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-    names = [name for name in plain.co_names if name.isidentifier()]
     function.name = _MODULE
-    function.body = [ast.Global(names), *body] if names else body
+    function.body = [ast.Global([*plain.co_names]), *body] if plain.co_names else body
     shell.body = [*prelude, function]
     exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
     code = statements.put_objects(_as_module(namespace.pop(_MODULE).__code__))
@@ -185,7 +184,6 @@ class _Statements:
             from types import FunctionType
 
             numbers = _numbers_of_annotations(plain)
-            self._annotated.sort(key=lambda pair: (pair[0].lineno, pair[0].col_offset))
             for node, key in self._annotated:
                 if node.lineno in numbers:  # else it is never reached
                     key.value = next(numbers[node.lineno], 0)

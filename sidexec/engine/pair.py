@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import marshal
-import math
 import os
 import queue
 import select
@@ -212,8 +211,7 @@ class Pair:
             seconds = min(seconds, BUSY_PAUSE)
             only_urgent = True
         poll = self._urgent if only_urgent else self._everything
-        # Rounded up: to wake a moment before would be to spin until then.
-        ready = poll.poll(math.ceil(1000 * min(max(0.0, seconds), MAX_WAIT)))
+        ready = poll.poll(1000 * min(max(0.0, seconds), MAX_WAIT))
         for fd, event in ready:
             if event & select.POLLNVAL:  # the host has closed all its descriptors
                 _unregister(fd, self._everything, self._urgent)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import _socket
 import array
 import contextlib
-import math
 import os
 import select
 import signal
@@ -122,7 +121,7 @@ class Process:
         """Wait for frames, at most `timeout` seconds; None once there will be no more."""
         if self._is_over:
             return None
-        limit = None if seconds is None else math.ceil(1000 * max(0.0, seconds))
+        limit = None if seconds is None else 1000 * max(0.0, seconds)
         ready = {fd for fd, _ in self._poll.poll(limit)}
         if self._errors in ready and not self._read_errors():
             self._poll.unregister(self._errors)
