@@ -19,6 +19,7 @@ from programs import CLEAN_UP, WAIT, program, with_descendant
 
 from sidexec import procfs
 from sidexec.child import kernel, sweeping
+from sidexec.child.keeper import Keeper
 from sidexec.child.launcher import Launcher
 from sidexec.engine.process import Process
 from sidexec.running import Run
@@ -203,6 +204,15 @@ def test_time_that_a_search_takes_does_not_make_what_is_found_stuck(monkeypatch)
     monkeypatch.setattr(kernel, "signal_process", lambda *args: None)
     monkeypatch.setattr(procfs, "signal_below", lambda *args: None)
     assert sweeping.kill_all(find, lambda: None, lambda: None) == set()
+
+
+@pytest.mark.parametrize("is_reaped, found", ((False, {7, -7, 9}), (True, {9})))
+def test_a_group_is_killed_as_one_while_its_number_is_the_snippet_s(is_reaped, found):
+    """One by one, 300 processes that fork on and on outrun the sweep."""
+    keeper = Keeper.__new__(Keeper)
+    keeper._leader, keeper._leader_reaped = 7, is_reaped
+    keeper._reap, keeper._strays = bool, lambda: {9}
+    assert keeper._find_left() == found
 
 
 @contextlib.contextmanager

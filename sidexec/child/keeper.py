@@ -307,7 +307,8 @@ class Keeper:
     def _find_left(self) -> set[int] | None:
         if self._reap():
             return None
-        # At first with the whole group, whose number is the snippet's as yet.
+        # At first with the whole group, whose number is the snippet's as yet: one by one, its
+        # members could fork faster than they are killed.
         leader = set() if self._leader_reaped else {self._leader, -self._leader}
         return self._strays() | leader
 
