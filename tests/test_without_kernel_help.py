@@ -42,7 +42,7 @@ WITHOUT = {
 def become_subreaper():
     return False
 
-def children(fd):
+def children(fd, known=()):
     return set()
 """,
     "procfs": """
