@@ -6,17 +6,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
-
-_Kind = TypeVar("_Kind")
+from typing import Any
 
 MOST = 2**63 - 1  # the largest number that the system takes
 
 
-def instance_or_none(name: str, value: object, kind: type[_Kind]) -> _Kind | None:
-    if value is not None and not isinstance(value, kind):
+def instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
-    return value
 
 
 def text(name: str, value: object) -> str:
@@ -114,9 +111,7 @@ def arguments(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def environment(name: str, value: object) -> dict[str, str] | None:
-    if value is None:
-        return None
+def environment(name: str, value: object) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping of str to str, not {type(value).__name__}")
     checked = {text(f"each key of {name}", k): text(f"{name}[{k!r}]", v) for k, v in value.items()}
@@ -132,8 +127,6 @@ def environment(name: str, value: object) -> dict[str, str] | None:
 
 def params(name: str, value: object) -> dict[str, Any]:
     """A copy of `value`, converted to JSON and back."""
-    if value is None:
-        return {}
     if not isinstance(value, dict):
         raise TypeError(f"{name} must be a dict, not {type(value).__name__}")
     try:

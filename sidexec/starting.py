@@ -66,9 +66,12 @@ class Request:
         """Take what is not given from what the manager was made with."""
         if self.timeout is DEFAULT:
             self.timeout = default.timeout
-        for name in ("cwd", "limits", "confinement"):
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(default, name))
+        if self.cwd is None:
+            self.cwd = default.cwd
+        if self.limits is None:
+            self.limits = default.limits
+        if self.confinement is None:
+            self.confinement = default.confinement
 
     def environment(self, default: Request) -> Environment:
         env = default.env if self.env is None else self.env
@@ -78,16 +81,21 @@ class Request:
         """Invalid arguments raise `TypeError` or `ValueError`, which name the argument."""
         if self.code is not None:
             self.code = checks.utf8("code", self.code)
-        self.args = checks.arguments("args", self.args)
-        self.params = checks.params("params", self.params)
-        self.timeout = checks.seconds_or_none("timeout", self.timeout)
+        if self.args != ():
+            self.args = checks.arguments("args", self.args)
+        self.params = {} if self.params is None else checks.params("params", self.params)
+        if self.timeout is not None:
+            self.timeout = checks.seconds_or_none("timeout", self.timeout)
         if self.thread_id is not None:
             checks.text("thread_id", self.thread_id)
         if self.cwd is not None:
             self.cwd = checks.absolute(checks.path("cwd", self.cwd))
-        self.env = checks.environment("env", self.env)
-        self.limits = checks.instance_or_none("limits", self.limits, Limits)
-        self.confinement = checks.instance_or_none("confinement", self.confinement, Confinement)
+        if self.env is not None:
+            self.env = checks.environment("env", self.env)
+        if self.limits is not None:
+            checks.instance("limits", self.limits, Limits)
+        if self.confinement is not None:
+            checks.instance("confinement", self.confinement, Confinement)
         if self.on_output is not None and not callable(self.on_output):
             kind = type(self.on_output).__name__
             raise TypeError(f"on_output must be callable, not {kind}")

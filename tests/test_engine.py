@@ -3,7 +3,6 @@
 import _imp
 import collections
 import copy
-import dataclasses
 import gc
 import logging
 import os
@@ -277,7 +276,7 @@ def test_a_request_that_no_thread_is_left_to_place_anew_fails(with_lost_spare, m
 def test_a_stop_is_not_held_up_by_a_request_that_is_placed_anew(with_lost_spare, tmp_path):
     manager, start = with_lost_spare
     engine = manager._engine
-    settings = dataclasses.replace(engine._settings, python=never_up(tmp_path))
+    settings = engine._settings._replace(python=never_up(tmp_path))
     id = start("return 1", lambda: setattr(engine, "_settings", settings))
     with within(20):
         assert manager.stop(id, force=True).data.status == "stopped"

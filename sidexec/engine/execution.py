@@ -15,9 +15,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from ..protocol import is_too_deep
 from ..responses import Status, StopReason
@@ -40,8 +39,7 @@ class State(enum.Enum):
     REFUSED = "it could not be started"
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """How an execution ended; set once, after which nothing of it changes."""
 
     status: FinalStatus
@@ -56,16 +54,14 @@ class End:
     peak_memory: int | None
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(NamedTuple):
     """Why an execution is stopped, and by which call."""
 
     reason: StopReason
     caller: object
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """The last figures of what the tree uses."""
 
     at: float

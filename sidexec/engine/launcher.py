@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .. import procfs, protocol
 from . import thread
@@ -28,8 +28,7 @@ FDS_PER_PAIR = 4
 BOOT_LIMIT = 60.0
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What all launchers of a manager have in common."""
 
     python: str
