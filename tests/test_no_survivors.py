@@ -111,7 +111,7 @@ def test_nothing_is_left_of_all_kinds_at_once(shared, tmp_path, bystander):
         assert bystander.is_untouched
 
 
-def test_children_forked_while_the_sweep_runs_are_gone(shared, trace):
+def test_children_forked_while_the_sweep_runs_are_gone(trace):
     # Asked, each goes on in one more process, in a session of its own.
     code = program(
         spawned(
@@ -124,13 +124,17 @@ def test_children_forked_while_the_sweep_runs_are_gone(shared, trace):
         ),
         "wait_for_note('descendant')\nreturn 1",
     )
-    assert finish(shared, code, trace.params).result == 1
-    assert trace.left() == set()
-    assert trace.noted("child")
+    for grace in (GRACE, 10 * GRACE, 50 * GRACE):  # a busy machine may need longer to get there
+        with sidexec.ExecutionManager(grace_period=grace) as manager:
+            assert finish(manager, code, trace.params).result == 1
+        assert trace.left() == set()
+        if trace.noted("child"):
+            return
+    raise AssertionError("nothing was forked")
 
 
 @pytest.mark.parametrize("how", ["daemon", "stopped_child"])
-def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace, how):
+def test_what_the_snippet_leaves_is_asked_before_it_is_killed(make_manager, trace, how):
     """And hears of it where it has been stopped."""
     stop = "os.kill(os.getpid(), signal.SIGSTOP)" if how == "stopped_child" else "pass"
     code = program(
@@ -143,7 +147,8 @@ def test_what_the_snippet_leaves_is_asked_before_it_is_killed(shared, trace, how
         ),
         "wait_for_note('descendant')",
     )
-    assert finish(shared, code, trace.params).status == "completed"
+    manager = make_manager(grace_period=60.0)
+    assert finish(manager, code, trace.params).status == "completed"
     assert trace.left() == set()
     assert len(trace.noted("asked")) == 1
 
