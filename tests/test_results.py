@@ -301,7 +301,7 @@ def test_stopped_while_the_loop_is_closed_what_was_returned_counts(stopped):
     await generator.__anext__()
     return dict(n=1)
     """
-    assert stopped(code, grace=0.3).result == {"n": 1}
+    assert stopped(code, grace=1.0).result == {"n": 1}
 
 
 def test_stopped_while_it_returns_a_large_result(manager, start):
