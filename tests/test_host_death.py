@@ -22,7 +22,7 @@ from programs import CLEAN_UP, Process, program, when_asked, with_descendant
 
 GRACE = 4.0  # in which a busy machine comes to the end of a cleanup
 DEAF_GRACE = 0.4
-MOMENT = 2.0
+MOMENT = 10.0  # that only a hang uses up
 HANG = 30.0
 
 BEGIN = """

@@ -487,7 +487,7 @@ report({"known": len(known), "took": took, "raised": raised, "stopped": len(wins
 def test_handlers_deadlock_nothing_and_lose_nothing_that(host, cores, rounds, mode):
     seed = random.randrange(2**32)
     print("seed", seed)
-    found = host(STORM, seed, rounds, mode, limit=200)
+    found = host(STORM, seed, rounds, mode, limit=1000)
     print(found)
     assert found["known"] > rounds / 50
     assert found["stopped"] > 0

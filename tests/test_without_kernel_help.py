@@ -32,7 +32,7 @@ import sidexec
 from sidexec.engine import payload
 
 GRACE = 0.5
-MOMENT = 2.0
+MOMENT = 10.0  # that only a hang uses up
 PR_SET_CHILD_SUBREAPER = 36
 
 # What a platform without them would answer, put after the real functions.
