@@ -3,6 +3,7 @@
 import _signal
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import pathlib
@@ -192,18 +193,15 @@ def test_a_chain_of_2000_processes_below_a_launcher_is_killed(monkeypatch):
     assert process._popen.wait(10) == -signal.SIGKILL
 
 
-def test_time_that_a_search_takes_does_not_make_what_is_found_stuck(monkeypatch):
-    """Without /proc it takes seconds once the numbers of processes have gone round."""
-    now, rounds = [0.0], iter([{1}, {1}, None])
-
-    def find():
-        now[0] += 10
-        return next(rounds)
-
-    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: now[0]))
+@pytest.mark.parametrize("rounds, stuck", ((900, set()), (1100, {1})), ids=("busy", "held"))
+def test_what_is_stuck_is_told_by_rounds_and_not_by_the_clock(monkeypatch, rounds, stuck):
+    """On a busy machine a killed process may take seconds until it gets a processor to end."""
+    found = iter([{1}] * rounds)
+    clock = SimpleNamespace(monotonic=itertools.count(step=1.0).__next__)
+    monkeypatch.setattr(sweeping, "time", clock)
     monkeypatch.setattr(kernel, "signal_process", lambda *args: None)
     monkeypatch.setattr(procfs, "signal_below", lambda *args: None)
-    assert sweeping.kill_all(find, lambda: None, lambda: None) == set()
+    assert sweeping.kill_all(lambda: next(found, None), lambda: None, lambda: None) == stuck
 
 
 @pytest.mark.parametrize("is_reaped, found", ((False, {7, -7, 9}), (True, {9})))

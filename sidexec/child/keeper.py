@@ -313,7 +313,7 @@ class Keeper:
         return self._strays() | leader
 
     def _wait_for_an_end(self) -> None:
-        if self._wake_poll.poll(5):
+        if self._wake_poll.poll(1000 * sweeping.ROUND):
             _read(self._wake)
 
     def _send(self, kind: bytes, text: str) -> None:

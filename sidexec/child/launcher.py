@@ -275,7 +275,7 @@ class Launcher:
         if lost:
             self._quiet_rounds = 0
             stuck = sweeping.kill_all(
-                self._find_orphans, lambda: time.sleep(0.001), lambda: self.send(SWEEPING)
+                self._find_orphans, lambda: time.sleep(sweeping.ROUND), lambda: self.send(SWEEPING)
             )
             for pid, code in lost.items():
                 self.send(LOST, " ".join(map(str, (pid, code, *sorted(stuck)))).encode())

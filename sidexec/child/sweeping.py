@@ -16,8 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# How long a process may take to end after SIGKILL before it counts as stuck.
-STUCK_AFTER = 2.0
+# How many rounds a process may take to end after SIGKILL before it counts as stuck: five
+# seconds, or as much longer as a busy machine takes for the rounds, and for its end.
+STUCK_AFTER = 1000
+ROUND = 0.005
 # How often to tell the host of a sweep, in seconds.
 SIGN_INTERVAL = 1.0
 
@@ -27,15 +29,15 @@ def kill_all(
 ) -> set[int]:
     """Kill what `find` names until it says None; returns the pids that can't be killed.
 
-    `find` names unreaped children, or a group by its negative number. However long the
-    sweep takes, it goes on for as long as anything ends or turns up, and `sign` tells the
-    host of it.
+    `find` names unreaped children, or a group by its negative number; `wait` waits for one
+    to end, at most `ROUND` seconds. However long the sweep takes, it goes on for as long as
+    anything ends or turns up, and `sign` tells the host of it.
     """
     last: set[int] | None = None
-    until = sign_at = 0.0
+    rounds = 0
+    sign_at = 0.0
     searched: set[int] = set()
     while True:
-        now = time.monotonic()  # before: without /proc, to find them takes up to 10 s
         found = find()
         if found is None:
             return set()
@@ -44,12 +46,13 @@ def kill_all(
             for pid in found - searched:
                 procfs.signal_below(pid, _signal.SIGKILL)
             searched |= found
-        if found != last:
-            last, until = found, time.monotonic() + STUCK_AFTER
-        elif found and now >= until:
+        rounds = rounds + 1 if found == last else 0
+        last = found
+        if found and rounds >= STUCK_AFTER:
             return found
         for pid in found:
             kernel.signal_process(pid, _signal.SIGKILL)
+        now = time.monotonic()
         if now >= sign_at:
             sign_at = now + SIGN_INTERVAL
             sign()
