@@ -305,7 +305,11 @@ def _with_imports_of(plain: CodeType, code: CodeType) -> CodeType:
 
     In a function, all are eager. The two low bits of the operand say which.
     """
+    was_loaded = "opcode" in sys.modules
     from opcode import opmap
+
+    if not was_loaded:
+        del sys.modules["opcode"]  # for a module of the user's with this name
 
     def imports(code: Any) -> Iterator[tuple[int, object]]:
         for number, position in enumerate(code.co_positions()):
