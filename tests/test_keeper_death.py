@@ -352,12 +352,12 @@ def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, vict
 @pytest.mark.parametrize("who", ["keeper", "launcher"])
 def test_a_sweep_takes_as_long_as_it_takes(manager, trace, monkeypatch, who):
     """Who sweeps says so, and is not taken for one that does not answer."""
-    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 1.0)
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 2.0)
     killed = []
     monkeypatch.setattr(Launcher, "kill_keeper", lambda launcher, pid: killed.append(pid))
     slow = """
 SIGN_INTERVAL = 0.1
-def kill_slowly(find, *arguments, rounds=[True] * 30, kill_all=kill_all):
+def kill_slowly(find, *arguments, rounds=[True] * 60, kill_all=kill_all):
     def find_slowly():
         time.sleep(0.1)
         return set() if rounds and rounds.pop() else find()
