@@ -81,8 +81,7 @@ class Request:
         """Invalid arguments raise `TypeError` or `ValueError`, which name the argument."""
         if self.code is not None:
             self.code = checks.utf8("code", self.code)
-        if self.args != ():
-            self.args = checks.arguments("args", self.args)
+        self.args = checks.arguments("args", self.args)
         self.params = {} if self.params is None else checks.params("params", self.params)
         if self.timeout is not None:
             self.timeout = checks.seconds_or_none("timeout", self.timeout)

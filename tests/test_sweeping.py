@@ -292,8 +292,9 @@ def test_a_launcher_finds_what_the_list_misses_once_and_signals_nothing_that_it_
         (32760, 310, {32767, 305}, set(), {32767}),
         (32760, 310, {305, 32765}, {32765}, {305, 32765}),
         (4194300, 310, {305}, set(), {305}),
+        (400, 0, {410}, set(), {410}),
     ),
-    ids=("younger", "at the end", "gone round", "gone round late"),
+    ids=("younger", "at the end", "gone round", "gone round late", "none can be forked"),
 )
 def test_a_search_for_children_without_proc_is_short(
     monkeypatch, own, youngest, living, known, found

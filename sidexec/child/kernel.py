@@ -118,7 +118,7 @@ def _find_children(known: Collection[int]) -> set[int]:
     except ChildProcessError:
         return set()
     except OSError:
-        youngest = _PID_LIMIT
+        youngest = 0  # nobody knows
     return _search(os.getpid(), youngest, known)
 
 
