@@ -546,6 +546,16 @@ def test_what_on_output_never_got_is_logged(make_manager, caplog, end):
     assert 0 < int(record.message.split()[-2]) < 20_000
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="which has no such fault")
+def test_no_thread_is_left_to_end_when_a_manager_is_closed(make_manager):
+    """Python 3.10 may crash if the interpreter ends while a thread does."""
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(50):
+        with make_manager() as manager:
+            assert result_of(manager, "return 1") == 1
+        assert len(os.listdir("/proc/self/task")) <= before
+
+
 # -- threads that are none
 
 

@@ -183,6 +183,8 @@ class Engine:
             launcher.retire()
         for launcher in launchers:
             launcher.changed.wait_for(lambda: launcher.is_gone or os.getpid() != process)
+        for launcher in launchers:
+            launcher.join()
         self._wait_for_callbacks(list(self.executions.values()), grace)
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:

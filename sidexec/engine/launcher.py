@@ -6,9 +6,12 @@ The thread starts the interpreter, passes what it says to pairs and requests, an
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
+import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +27,10 @@ from .waiting import Bell, block_signals, native
 logger = logging.getLogger(__name__)
 
 FDS_PER_PAIR = 4
+# Python 3.10 may crash if the interpreter ends while a thread does.
+MUST_JOIN = sys.version_info < (3, 11) and hasattr(_thread, "get_native_id")
+# How long to wait for threads that have nothing left to do, in seconds.
+JOIN_LIMIT = 1.0
 # How long an interpreter may take to come up and to load what it is to preload, in seconds.
 BOOT_LIMIT = 60.0
 
@@ -60,6 +67,7 @@ class Launcher:
         self._is_loaded = False
         self._running: dict[str, Execution] = {}
         self._pairs: dict[int, Pair] = {}
+        self._ending: deque[int] = deque(maxlen=64)  # threads, by what the system calls them
         self._process: Process | None = None
         self._failure: str | None = None
 
@@ -137,6 +145,15 @@ class Launcher:
         if process is not None:
             process.quit(at_once=not self._is_loaded)
 
+    def join(self) -> None:
+        """Wait until its threads have ended, and not only told so."""
+        until = time.monotonic() + JOIN_LIMIT
+        while MUST_JOIN and (self._pairs or self._ending) and time.monotonic() < until:
+            if self._pairs or os.path.exists(f"/proc/self/task/{self._ending[0]}"):
+                native("time", "sleep")(0.0002)
+            else:
+                self._ending.popleft()
+
     # -- from the thread of a pair
 
     def next_request(self, pair: Pair) -> Execution | None:
@@ -159,6 +176,7 @@ class Launcher:
 
     def release(self, pair: Pair) -> None:
         """The thread of `pair` has ended."""
+        self._note_end()
         self._pairs.pop(pair.keeper_pid, None)
         self.changed.ring()
 
@@ -274,8 +292,13 @@ class Launcher:
         finally:
             self._let_go_of_spares()
             self._on_gone(self)
+            self._note_end()
             self.is_gone = True
             self.changed.ring()
+
+    def _note_end(self) -> None:
+        if MUST_JOIN:
+            self._ending.append(_thread.get_native_id())
 
     def _let_go_of_spares(self) -> None:
         self._requests.close()
