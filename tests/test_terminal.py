@@ -145,7 +145,8 @@ while True: pass
 """
     terminal = Terminal(cli, "run", "-c", code, starter=IN_SHELL)
     bar = f"[{'#' * 20}{'.' * 20}]  50%"
-    terminal.until(lambda: terminal.lines()[-1] == bar)
+    # The line may come after the bar.
+    terminal.until(lambda: terminal.lines()[-1] == bar and len(terminal.lines()) == 2)
     pids = terminal.lines()[0].split()
     for _ in range(2):
         terminal.press(b"\x1a")
