@@ -83,8 +83,7 @@ class Request:
             self.code = checks.utf8("code", self.code)
         self.args = checks.arguments("args", self.args)
         self.params = {} if self.params is None else checks.params("params", self.params)
-        if self.timeout is not None:
-            self.timeout = checks.seconds_or_none("timeout", self.timeout)
+        self.timeout = checks.seconds_or_none("timeout", self.timeout)
         if self.thread_id is not None:
             checks.text("thread_id", self.thread_id)
         if self.cwd is not None:

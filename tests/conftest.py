@@ -115,12 +115,12 @@ def is_alive(pid):
         return False
 
 
-def descriptors():
-    """The descriptors of this process, less the one that the listing itself opens."""
+def descriptors(pid="self"):
+    """The descriptors of a process, less those that it closes, or the listing itself opens."""
     found = {}
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+            found[int(fd)] = os.readlink(f"/proc/{pid}/fd/{fd}")
     return {fd: name for fd, name in found.items() if not name.startswith("/proc/")}
 
 

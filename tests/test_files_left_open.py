@@ -21,14 +21,12 @@ import sidexec
 PATH = (
     "import os, sys\npath = os.environ.get('LEFT_OPEN') or params['path']\nDATA = 'kept ' * 600\n"
 )
-CLOSING_WRITER = (
-    "import io\nclass Writer(io.BufferedWriter):\n    def close(self):\n"
-    "        if not self.closed:\n            self.write(b'the end')\n        super().close()\n"
+CLOSING = (
+    "import gzip, io\nclass {}(io.{}):\n    def close(self):\n"
+    "        if not self.closed:\n            self.write({})\n        super().close()\n"
 )
-CLOSING_TEXT = (
-    "import gzip, io\nclass Text(io.TextIOWrapper):\n    def close(self):\n"
-    "        if not self.closed:\n            self.write('the end')\n        super().close()\n"
-)
+CLOSING_WRITER = CLOSING.format("Writer", "BufferedWriter", "b'the end'")
+CLOSING_TEXT = CLOSING.format("Text", "TextIOWrapper", "'the end'")
 RAW = (
     "import io\nclass Raw(io.RawIOBase):\n    os, path = os, path\n    def writable(self): return True\n"
     "    def __init__(self): self.parts = []\n    def write(self, data):\n"

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from commands import state_of
-from conftest import HOST_ENVIRONMENT, children, eventually, is_alive
+from conftest import HOST_ENVIRONMENT, children, descriptors, eventually, is_alive
 from programs import CLEAN_UP, WAIT, program, with_descendant
 
 from sidexec import procfs
@@ -323,19 +323,13 @@ def pids(start, trace):
     return id, launcher, keeper.pid, snippet.pid
 
 
-def descriptors_of(pid):
-    for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it has closed this one meanwhile
-            yield path, os.readlink(path)
-
-
 def send_to_own_sockets(pid):
     """Send a byte through each socket that a process has made."""
     with open(os.pidfd_open(pid), "rb", buffering=0) as pidfd:
-        for path, name in descriptors_of(pid):
+        for number, name in descriptors(pid).items():
             if name.startswith("socket:"):
-                fd = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd.fileno(), int(path.name), 0)
-                if fd < 0:
+                fd = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd.fileno(), number, 0)
+                if fd < 0:  # it has closed this one meanwhile
                     continue
                 with socket.socket(fileno=fd) as end:
                     maker = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4)
@@ -347,10 +341,11 @@ def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, pids):
     id, launcher, keeper, snippet = pids
     other = start("import time" + WAIT)
     outputs = [os.readlink(f"/proc/{snippet}/fd/{fd}") for fd in (1, 2)]
-    for path, name in [*descriptors_of(keeper), *descriptors_of(launcher)]:
-        if name.startswith("pipe:") and name not in outputs:
-            with contextlib.suppress(FileNotFoundError):
-                path.write_bytes(b"x")
+    for pid in (keeper, launcher):
+        for fd, name in descriptors(pid).items():
+            if name.startswith("pipe:") and name not in outputs:
+                with contextlib.suppress(FileNotFoundError):
+                    pathlib.Path(f"/proc/{pid}/fd/{fd}").write_bytes(b"x")
     send_to_own_sockets(launcher)
     assert manager.wait(id, 0.3).data.status == "running"
     assert manager.wait(other, 0).data.status == "running"

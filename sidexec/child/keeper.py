@@ -224,7 +224,7 @@ class Keeper:
                 if now >= self._nudge_at:
                     self._nudge(now, now - self._asked_at)
                 timeout = min(timeout, self._nudge_at - now)
-        for fd, _ in self._poll.poll(None if timeout is None else 1000 * max(0.0, timeout)):
+        for fd, _ in self._poll.poll(None if timeout is None else 1000 * timeout):
             if fd == self._wake:
                 _read(fd)
             elif fd == self._control:

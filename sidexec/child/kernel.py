@@ -14,7 +14,7 @@ from .. import procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Set
 
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
@@ -91,7 +91,7 @@ def open_children() -> int:
         return -1
 
 
-def children(fd: int, known: Collection[int] = ()) -> set[int]:
+def children(fd: int, known: Set[int] = frozenset()) -> set[int]:
     """The pids of this process's children, zombies too; at least one that is not known.
 
     /proc may miss a child while another one ends: that nothing is left, only `waitpid`
@@ -106,7 +106,7 @@ def children(fd: int, known: Collection[int] = ()) -> set[int]:
         return _find_children(known)
 
 
-def _find_children(known: Collection[int]) -> set[int]:
+def _find_children(known: Set[int]) -> set[int]:
     """The same without /proc: `waitid` says of any number whether it is a child's."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -122,7 +122,7 @@ def _find_children(known: Collection[int]) -> set[int]:
     return _search(os.getpid(), youngest, known)
 
 
-def _search(own: int, youngest: int, known: Collection[int]) -> set[int]:
+def _search(own: int, youngest: int, known: Set[int]) -> set[int]:
     """Find the children of the process `own`: they are younger than it.
 
     Once the numbers have gone round, they may be anywhere, and to try each takes 10 seconds.
@@ -136,7 +136,7 @@ def _search(own: int, youngest: int, known: Collection[int]) -> set[int]:
         range(1, _PID_LIMIT),
     ):
         found |= set(filter(_is_child, numbers))
-        if not found <= set(known):
+        if not found <= known:
             break
     return found
 

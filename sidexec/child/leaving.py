@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _settrace = sys.settrace  # the user's code may put anything in its place
 INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
 
-# An interpreter's end only flushes these. Not their subclasses, which may have
-# a `close` of their own.
+# An interpreter's end only flushes these. Not their subclasses, which may have a `close` of
+# their own.
 _BUFFERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 # With these it does nothing.
 _HARMLESS = {io.FileIO, io.BufferedReader, io.BufferedRWPair, io.BytesIO, io.StringIO, Whole}
@@ -65,8 +65,7 @@ def leave(
         sys.excepthook(type(error), error, error.__traceback__)
     _settrace(None)
     ask.phase = SETTLING
-    # Not while threads run, which would lose their globals: the interpreter's own end waits
-    # for them.
+    # Not while threads run, which would lose their globals: the interpreter's end waits for them.
     is_quick = not _thread._count()
     if is_quick:
         let_go(take_globals)
