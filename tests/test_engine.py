@@ -24,6 +24,7 @@ from test_without_kernel_help import taken_away
 import sidexec
 from sidexec import protocol
 from sidexec.engine import engine, thread
+from sidexec.engine.delivery import Delivery
 from sidexec.engine.launcher import Launcher
 from sidexec.engine.pair import Pair
 from sidexec.engine.process import Process
@@ -547,13 +548,24 @@ def test_what_on_output_never_got_is_logged(make_manager, caplog, end):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 11), reason="which has no such fault")
-def test_no_thread_is_left_to_end_when_a_manager_is_closed(make_manager):
+def test_no_thread_is_left_to_end_when_a_manager_is_closed(make_manager, monkeypatch):
     """Python 3.10 may crash if the interpreter ends while a thread does."""
+    monkeypatch.setattr(Delivery, "_log_loss", lambda self, size: time.sleep(0.02))  # the last
     before = len(os.listdir("/proc/self/task"))
     for _ in range(50):
         with make_manager() as manager:
-            assert result_of(manager, "return 1") == 1
+            id = begin(manager, "print('ready')", on_output=lambda chunk: None)
+            assert manager.wait(id).data.status == "completed"
         assert len(os.listdir("/proc/self/task")) <= before
+
+
+def test_managers_are_closed_side_by_side_and_each_three_times_at_once(make_manager):
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(30):
+            managers = [make_manager() for _ in range(2)]
+            for manager in managers:
+                assert result_of(manager, "return 1") == 1
+            list(pool.map(lambda manager: manager.close(), managers * 3))
 
 
 # -- threads that are none

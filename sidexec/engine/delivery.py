@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .output import STREAMS, Decoder, OutputChunk, Stream
-from .waiting import Bell, block_signals, native
+from .waiting import Bell, block_signals, native, note_end
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class Delivery:
         if not self._is_abandoned:
             for decoder in decoders.values():
                 self._hand_over(decoder.feed(b"", final=True))
+            note_end()
             self._finish()
             self._log_loss(self._dropped)
 

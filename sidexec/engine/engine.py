@@ -17,7 +17,7 @@ from .execution import NOBODY, Execution, State
 from .launcher import Launcher, Settings
 from .pair import LOOK_INTERVAL
 from .process import Environment
-from .waiting import native
+from .waiting import join_ending, native
 
 logger = logging.getLogger(__name__)
 
@@ -182,10 +182,9 @@ class Engine:
         for launcher in launchers:
             launcher.retire()
         for launcher in launchers:
-            launcher.changed.wait_for(lambda: launcher.is_gone or os.getpid() != process)
-        for launcher in launchers:
-            launcher.join()
+            launcher.changed.wait_for(lambda: launcher.is_through() or os.getpid() != process)
         self._wait_for_callbacks(list(self.executions.values()), grace)
+        join_ending()
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
         """Wait for `on_output` to get the rest, at most `grace` seconds; the rest is lost."""

@@ -6,12 +6,9 @@ The thread starts the interpreter, passes what it says to pairs and requests, an
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
-import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,15 +19,11 @@ from .execution import Execution
 from .pair import LOOK_INTERVAL, NO_DESCRIPTORS, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
-from .waiting import Bell, block_signals, native
+from .waiting import Bell, block_signals, native, note_end
 
 logger = logging.getLogger(__name__)
 
 FDS_PER_PAIR = 4
-# Python 3.10 may crash if the interpreter ends while a thread does.
-MUST_JOIN = sys.version_info < (3, 11) and hasattr(_thread, "get_native_id")
-# How long to wait for threads that have nothing left to do, in seconds.
-JOIN_LIMIT = 1.0
 # How long an interpreter may take to come up and to load what it is to preload, in seconds.
 BOOT_LIMIT = 60.0
 
@@ -67,7 +60,6 @@ class Launcher:
         self._is_loaded = False
         self._running: dict[str, Execution] = {}
         self._pairs: dict[int, Pair] = {}
-        self._ending: deque[int] = deque(maxlen=64)  # threads, by what the system calls them
         self._process: Process | None = None
         self._failure: str | None = None
 
@@ -110,6 +102,10 @@ class Launcher:
         if not self._running and not self.is_gone:
             self.retire()
 
+    def is_through(self) -> bool:
+        """Whether it is gone, and so are its pairs: no thread of it has anything left to do."""
+        return self.is_gone and not self._pairs
+
     def is_stopped(self) -> bool:
         process = self._process
         return process is not None and procfs.is_stopped(process.pid)
@@ -122,7 +118,7 @@ class Launcher:
         self.abandon("can't be reached: this process has closed its descriptors")
         process.kill()
         # All that is left of it is closed by number, which may be the next one's by then.
-        self.changed.wait_for(lambda: self.is_gone and not self._pairs, EXIT_LIMIT)
+        self.changed.wait_for(self.is_through, EXIT_LIMIT)
         return True
 
     def abandon(self, reason: str) -> None:
@@ -144,15 +140,6 @@ class Launcher:
         process = self._process
         if process is not None:
             process.quit(at_once=not self._is_loaded)
-
-    def join(self) -> None:
-        """Wait until its threads have ended, and not only told so."""
-        until = time.monotonic() + JOIN_LIMIT
-        while MUST_JOIN and (self._pairs or self._ending) and time.monotonic() < until:
-            if self._pairs or os.path.exists(f"/proc/self/task/{self._ending[0]}"):
-                native("time", "sleep")(0.0002)
-            else:
-                self._ending.popleft()
 
     # -- from the thread of a pair
 
@@ -176,7 +163,7 @@ class Launcher:
 
     def release(self, pair: Pair) -> None:
         """The thread of `pair` has ended."""
-        self._note_end()
+        note_end()
         self._pairs.pop(pair.keeper_pid, None)
         self.changed.ring()
 
@@ -292,13 +279,9 @@ class Launcher:
         finally:
             self._let_go_of_spares()
             self._on_gone(self)
-            self._note_end()
+            note_end()
             self.is_gone = True
             self.changed.ring()
-
-    def _note_end(self) -> None:
-        if MUST_JOIN:
-            self._ending.append(_thread.get_native_id())
 
     def _let_go_of_spares(self) -> None:
         self._requests.close()

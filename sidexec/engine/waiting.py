@@ -9,12 +9,22 @@ lock among their callers, and a handler that comes back in finds it taken.)
 from __future__ import annotations
 
 import _thread
+import contextlib
 import importlib.util
+import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+# Python 3.10 may crash if the interpreter ends while a thread does.
+MUST_JOIN = sys.version_info < (3, 11) and hasattr(_thread, "get_native_id")
+# How long to wait for threads that have nothing left to do, in seconds.
+JOIN_LIMIT = 1.0
+
+_ending: deque[int] = deque(maxlen=64)  # threads of ours, by what the system calls them
 
 
 def native(module: str, name: str) -> Any:
@@ -50,6 +60,22 @@ def block_signals() -> None:
     """
     faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
+
+
+def note_end() -> None:
+    """The calling thread is one of ours, and is about to say that it ends."""
+    if MUST_JOIN:
+        _ending.append(_thread.get_native_id())
+
+
+def join_ending() -> None:
+    """Wait until threads that have said so have ended, where that makes a difference."""
+    until = time.monotonic() + JOIN_LIMIT
+    for id in list(_ending):
+        while os.path.exists(f"/proc/self/task/{id}") and time.monotonic() < until:
+            native("time", "sleep")(0.0002)
+        with contextlib.suppress(ValueError):  # another thread that closes was first
+            _ending.remove(id)
 
 
 class Bell:
