@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import state_of
-from conftest import begin, children, descriptors, eventually, finish, is_alive, within
+from conftest import FOREVER, begin, children, descriptors, eventually, finish, is_alive, within
 from test_misbehaving_hosts import run_host
 from test_untrusted import CHANNEL
 from test_without_kernel_help import taken_away
@@ -557,6 +557,25 @@ def test_no_thread_is_left_to_end_when_a_manager_is_closed(make_manager, monkeyp
             id = begin(manager, "print('ready')", on_output=lambda chunk: None)
             assert manager.wait(id).data.status == "completed"
         assert len(os.listdir("/proc/self/task")) <= before
+
+
+def test_what_a_keeper_has_said_is_heard_before_it_is_judged(make_manager, monkeypatch):
+    """On a busy machine a thread may lose seconds between its wait and its look at the clock."""
+    wait, killed = Pair.wait, []
+
+    def starve(self, until, *, only_urgent):
+        found = wait(self, until, only_urgent=only_urgent)
+        if self.deadline is not None:
+            time.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.1)
+    monkeypatch.setattr(Pair, "wait", starve)
+    monkeypatch.setattr(Launcher, "kill_keeper", lambda self, pid: killed.append(pid))
+    manager = make_manager()
+    id = begin(manager, FOREVER)
+    assert manager.stop(id, force=True).data.status == "stopped"
+    assert killed == []
 
 
 def test_managers_are_closed_side_by_side_and_each_three_times_at_once(make_manager):

@@ -109,15 +109,18 @@ class _Run:
             is_asked = pair.deadline is not None
             waits = delivery is not None and not is_asked and delivery.is_full(pair.wake)
             until = times_out if not is_asked and self._patience is None else self._patience
+            # Before the wait: this thread may lose seconds after it, on a busy machine, and
+            # what has come meanwhile is heard before anybody is judged.
+            now = time.monotonic()
             for fd in pair.wait(until, only_urgent=waits):
                 if fd == pair.control_fd:
                     self._hear_keeper()
                 elif pair.reads(fd):  # or it was closed by an earlier event of this round
                     self._hear_snippet(fd)
-            if times_out is not None and time.monotonic() >= times_out:
+            if times_out is not None and now >= times_out:
                 times_out = None
                 execution.stop("timeout", self._launcher.grace)
-            self._look_after_keeper()
+            self._look_after_keeper(now)
         # Not all: the snippet may have handed a descriptor to a process that is none of its
         # descendants, and that goes on writing.
         for fd, size in pair.there_now(*pair.streams, pair.channel):
@@ -182,7 +185,7 @@ class _Run:
 
     # -- keepers and launchers that end, or do not answer
 
-    def _look_after_keeper(self) -> None:
+    def _look_after_keeper(self, now: float) -> None:
         """End it if the keeper does not."""
         pair = self._pair
         if self._keeper is Keeper.DONE:
@@ -207,7 +210,7 @@ class _Run:
         if self._patience is None:
             return
         self._patience = max(self._patience, pair.swept_at + SWEEP_ALLOWANCE)
-        if time.monotonic() < self._patience:
+        if now < self._patience:
             return
         if self._keeper is Keeper.AT_WORK:
             self._launcher.kill_keeper(pair.keeper_pid)
