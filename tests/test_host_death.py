@@ -170,13 +170,34 @@ def test_who_is_stopped_hears_of_the_hosts_death(trace, who):
             stopped.kill(signal.SIGCONT)
 
 
+def test_a_launcher_that_is_stopped_hears_of_it_without_a_keeper(trace):
+    with running_host(trace, DEAF) as (host, others, _):
+        (keeper,) = trace.noted("keeper")
+        (launcher,) = [each for each in others if keeper.pid in children(each.pid)]
+        launcher.kill(signal.SIGSTOP)
+        try:
+            keeper.kill()
+            die(host)
+            check_that_nothing_is_left(trace, others)
+        finally:
+            launcher.kill(signal.SIGCONT)
+
+
+WHO_IS_STOPPED = {
+    "keeper": "os.getppid()",
+    "launcher": "int(open(f'/proc/{os.getppid()}/stat').read().rpartition(')')[2].split()[1])",
+}
+
+
 @pytest.mark.slow
-def test_a_keeper_that_is_stopped_again_and_again_is_ended(trace):
-    keep_it_stopped = """
+@pytest.mark.parametrize("who", WHO_IS_STOPPED)
+def test_who_is_stopped_again_and_again_is_ended(trace, who):
+    keep_it_stopped = f"""
 deaf()
 print("ready", flush=True)
+pid = {WHO_IS_STOPPED[who]}
 while True:
-    os.kill(os.getppid(), signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)
     time.sleep(0.01)
 """
     code = with_descendant("daemon", keep_it_stopped)

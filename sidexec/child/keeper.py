@@ -4,8 +4,8 @@ It asks the snippet to stop, kills it after the grace period, and sweeps after e
 when a keeper says END, no process of its execution is left, or END says which are. It never
 runs user code, never trusts what a snippet sends, and signals no process but its own
 unreaped children and the group of one, so that no pid can have been reused; `sweeping`
-reaches further. When the host is gone, it sends SIGCONT to its launcher, which may be
-stopped.
+reaches further. At its end it sends SIGCONT to its launcher if the host is gone: the snippet
+may have stopped it.
 
 As a child subreaper the keeper becomes the parent of every descendant whose own
 parent ends, in whichever session it is: the tree is empty exactly when `waitpid` says
@@ -55,6 +55,7 @@ class Keeper:
         self._host = host  # a pidfd
         self._outputs = outputs  # the read ends, see _drain_for_host
         self._grace = grace
+        self._launcher = os.getppid()
         self._poll = select.poll()
         self._wake_poll = select.poll()
         self._inbox = Inbox(FROM_HOST)
@@ -126,6 +127,9 @@ class Keeper:
         while stuck:  # until then the launcher must not take them for its own
             time.sleep(1)
             stuck = self._kill_all()
+        if self._is_orphaned and os.getppid() == self._launcher:
+            # The snippet may have stopped it again since the kernel has continued it.
+            kernel.signal_process(self._launcher, _signal.SIGCONT)
         lifeline = select.poll()
         lifeline.register(self._lifeline, select.POLLIN)
         lifeline.poll(LINGER)
@@ -235,9 +239,6 @@ class Keeper:
             elif fd == self._host or _read(fd) == b"":  # of a lifeline only the end counts
                 self._poll.unregister(fd)
                 self._is_orphaned = True
-                if fd == self._host:
-                    # The launcher: a stopped one would never hear of this.
-                    kernel.signal_process(os.getppid(), _signal.SIGCONT)
                 if fd == self._host or _signal.SIGHUP in _signal.sigpending():
                     self._drain_for_host()
                 self._stop(self._grace)

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Set
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PTRACE_DETACH = 17
@@ -48,6 +49,12 @@ _capset = _find("capset")
 def become_subreaper() -> bool:
     """Adopt the orphans among this process's descendants, instead of init."""
     return _prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
+
+
+def be_continued_when_parent_ends() -> None:
+    """Have the kernel continue this process when its parent ends: it may be stopped then."""
+    if _prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, _signal.SIGCONT)
 
 
 def set_name(name: bytes) -> None:

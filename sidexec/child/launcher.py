@@ -77,6 +77,7 @@ class Launcher:
         kernel.set_name(b"sidexec-launcher")
         self._set_signals()
         kernel.become_subreaper()
+        kernel.be_continued_when_parent_ends()
         self._children = kernel.open_children()
         self._host = procfs.open_pidfd(self._config["host"])
         if os.getppid() != self._config["host"] or not self._preload():
