@@ -24,6 +24,7 @@ from .responses import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
 # How old a figure of memory or processor use may be, in seconds, before it is read again.
@@ -93,13 +94,15 @@ def not_sent(response: GetSideExecutionStatusResponse) -> GetSideExecutionStatus
     return dataclasses.replace(response, success=False, error=response.error or problem)
 
 
-def future_of(execution: Execution, grace: float) -> Future[GetSideExecutionStatusResponse]:
-    """A future of its status at its end, whose `cancel` asks it to stop."""
+def future_of(
+    execution: Execution, stop: Callable[[], object]
+) -> Future[GetSideExecutionStatusResponse]:
+    """A future of its status at its end, whose `cancel` calls `stop`."""
     from concurrent.futures import Future
 
     class StatusFuture(Future[GetSideExecutionStatusResponse]):
         def cancel(self) -> bool:
-            execution.stop("requested", grace)
+            stop()
             return False
 
     future = StatusFuture()

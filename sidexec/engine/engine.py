@@ -58,14 +58,11 @@ class Engine:
         """
         self.process = self.process or os.getpid()
         try:
-            if execution.delivery is not None:
-                execution.delivery.start()
             execution.place = lambda: self._place(execution, environment, is_default)
-            execution.place()
+            if execution.delivery is None or self._begins(execution, execution.delivery.start):
+                execution.place()
             if not execution.promise():
                 execution.changed.wait_for(execution.is_decided)
-        except RuntimeError as problem:
-            self._refuse(execution, f"could not start a thread: {problem}")
         except BaseException:
             if execution.is_queued:
                 self.know(execution)  # or nobody could stop it
@@ -79,17 +76,25 @@ class Engine:
         """Hand it to a pair that is ready, or wait until one has begun it."""
         until = time.monotonic() + START_LIMIT
         is_placed = False
+        while not is_placed and not execution.is_decided():
+            if self.is_closing and self._refuse(execution, CLOSED):
+                return
+            is_placed = self._begin(execution, self._launcher(environment, is_default), until)
+
+    def _begins(self, execution: Execution, start_thread: Callable[[], object]) -> bool:
+        """Start a thread that `execution` needs; where that fails, it is refused."""
+        # Around this alone: what a signal handler raises during a wait is the caller's.
         try:
-            while not is_placed and not execution.is_decided():
-                if self.is_closing and self._refuse(execution, CLOSED):
-                    return
-                is_placed = self._begin(execution, self._launcher(environment, is_default), until)
-        except (RuntimeError, OSError) as problem:
+            start_thread()
+        except RuntimeError as problem:
             self._refuse(execution, f"could not start a thread: {problem}")
+            return False
+        return True
 
     def _begin(self, execution: Execution, launcher: Launcher, until: float) -> bool:
         """Have it begin on `launcher`, unless that is not up any more; whether a pair has it."""
-        launcher.boot()
+        if not self._begins(execution, launcher.boot):
+            return False
         is_placed = launcher.submit(execution)
         # Not earlier: a signal handler that waited for it would wait for the very call that
         # it has interrupted.
@@ -135,15 +140,16 @@ class Engine:
         """Wait until it has ended and `on_output` has had everything, at most so long."""
         until = None if limit is None else time.monotonic() + limit
         if execution.changed.wait_for(self.is_over(execution), limit):
-            if execution.delivery is not None:
+            if execution.delivery is not None and self.foreign is None:
                 left = None if until is None else max(0.0, until - time.monotonic())
                 execution.delivery.wait(left)
 
     def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
         """Returns whether its standard input is open; waits while too much is unread."""
-        input, owner = execution.input, execution.owner
+        input = execution.input
         if input is None or self.foreign is not None or not input.add(data, close=close):
             return False
+        owner = execution.owner  # afterwards: a pair that takes it only now finds the data
         if owner is not None:
             owner.wake()
         is_over = self.is_over(execution)
@@ -152,11 +158,12 @@ class Engine:
 
     def stop(self, executions: list[Execution], grace: float, caller: object) -> None:
         """Stop them side by side, and wait until they have ended."""
-        if self.foreign is None:
-            for execution in executions:
-                execution.stop("requested", grace, caller)
-                logger.debug("stopping %s", execution.id)
-            self._give_up_what_is_cut_off()
+        if self.foreign is not None:
+            return
+        for execution in executions:
+            execution.stop("requested", grace, caller)
+            logger.debug("stopping %s", execution.id)
+        self._give_up_what_is_cut_off()
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
         self._wait_for_callbacks(executions, grace)

@@ -138,7 +138,8 @@ class Launcher:
             return
         self._let_go_of_spares()
         process = self._process
-        if process is not None:
+        # Else a start has come in between: `withdraw` sees to it once that has ended.
+        if process is not None and not self._running:
             process.quit(at_once=not self._is_loaded)
 
     # -- from the thread of a pair
@@ -162,9 +163,10 @@ class Launcher:
         self._send(protocol.pack(protocol.KILL, str(pid).encode()))
 
     def release(self, pair: Pair) -> None:
-        """The thread of `pair` has ended."""
+        """The thread of `pair` needs nothing any more; a second call does nothing."""
         note_end()
-        self._pairs.pop(pair.keeper_pid, None)
+        if self._pairs.get(pair.keeper_pid) is pair:  # its number may be another one's by now
+            del self._pairs[pair.keeper_pid]
         self.changed.ring()
 
     # -- asking the process

@@ -194,9 +194,10 @@ class Pair:
         input.write()
         if input.wants_to_write():
             self._input_fd = fd
-            self._everything.register(fd, select.POLLOUT)
+            for poll in (self._everything, self._urgent):  # `on_output` may wait for room
+                poll.register(fd, select.POLLOUT)
         elif self._input_fd >= 0:
-            _unregister(self._input_fd, self._everything)
+            _unregister(self._input_fd, self._everything, self._urgent)
             self._input_fd = -1
 
     def wait(self, until: float | None, *, only_urgent: bool) -> list[int]:

@@ -117,15 +117,17 @@ class _Run:
                     self._hear_keeper()
                 elif pair.reads(fd):  # or it was closed by an earlier event of this round
                     self._hear_snippet(fd)
-            if times_out is not None and now >= times_out:
-                times_out = None
-                execution.stop("timeout", self._launcher.grace)
+            if not is_asked and times_out is not None and now >= times_out:
+                self._time_out()
             self._look_after_keeper(now)
         # Not all: the snippet may have handed a descriptor to a process that is none of its
         # descendants, and that goes on writing.
         for fd, size in pair.there_now(*pair.streams, pair.channel):
             self._hear_snippet(fd, size)
-        pair.close()  # before anybody is told: all descriptors are closed then
+        # Before anybody is told: all descriptors are closed then, and a callback may close the
+        # manager, which waits for the pairs.
+        pair.close()
+        self._launcher.release(pair)
         self._finish()
 
     # -- what the other side says
@@ -182,6 +184,11 @@ class _Run:
             self._execution.reported = payload
         else:
             self._error = payload.decode("utf-8", "replace")
+
+    def _time_out(self) -> None:
+        """Stop it, unless it has ended in time, and only this thread is late."""
+        if self._keeper is not Keeper.DONE:
+            self._execution.stop("timeout", self._launcher.grace)
 
     # -- keepers and launchers that end, or do not answer
 

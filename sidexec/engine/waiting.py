@@ -71,7 +71,7 @@ def note_end() -> None:
 def join_ending() -> None:
     """Wait until threads that have said so have ended, where that makes a difference."""
     until = time.monotonic() + JOIN_LIMIT
-    for id in list(_ending):
+    for id in set(_ending) - {_thread.get_native_id()}:
         while os.path.exists(f"/proc/self/task/{id}") and time.monotonic() < until:
             native("time", "sleep")(0.0002)
         with contextlib.suppress(ValueError):  # another thread that closes was first

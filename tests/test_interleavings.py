@@ -1,0 +1,201 @@
+"""One thread loses the processor between two steps, and another one, or a callback, goes on."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import begin, eventually, finish, within
+from programs import when_asked
+from test_misbehaving_hosts import host  # noqa: F401
+
+from sidexec.engine.execution import State
+from sidexec.engine.input import Input
+from sidexec.engine.launcher import Launcher
+from sidexec.engine.pair import Pair
+
+READ = "return input()"
+HANG = 30.0
+
+
+def test_input_that_comes_while_a_pair_takes_its_request_is_sent(make_manager, monkeypatch):
+    may_take, has_fed = threading.Event(), threading.Event()
+    take, feed, add = Pair.wait_for_request, Pair.feed, Input.add
+
+    def take_later(self):
+        execution = take(self)
+        may_take.wait(HANG)
+        return execution
+
+    def feed_and_tell(self, input):
+        feed(self, input)
+        has_fed.set()
+
+    def add_later(self, data, *, close):
+        may_take.set()
+        assert has_fed.wait(HANG)
+        return add(self, data, close=close)
+
+    manager = make_manager()
+    finish(manager, "pass")
+    eventually(lambda: any(each._requests._spares for each in manager._engine._launchers))
+    monkeypatch.setattr(Pair, "wait_for_request", take_later)
+    monkeypatch.setattr(Pair, "feed", feed_and_tell)
+    monkeypatch.setattr(Input, "add", add_later)
+    id = manager.start_with_code(READ, stdin=subprocess.PIPE).id
+    assert manager.send_input(id, "hello\n").success
+    assert manager.wait(id, HANG).data.result == "hello"
+
+
+def test_input_is_sent_while_on_output_waits_for_room_for_it(make_manager):
+    manager, ids = make_manager(), []
+
+    def answer(chunk):
+        if len(ids) == 1:
+            # Nothing is read any more, as the callback is too far behind.
+            delivery = manager._engine.executions[ids[0]].delivery
+            eventually(lambda: delivery._wake is not None, HANG)
+            manager.send_input(ids[0], b"x" * 3_000_000, close=True)
+            ids.append("answered")
+
+    code = """
+import os, sys, threading, time
+def shout():
+    for _ in range(40): os.write(1, b"y" * 65536)
+thread = threading.Thread(target=shout)
+thread.start()
+time.sleep(0.3)  # its pipe is full by then
+size = len(sys.stdin.buffer.read())
+thread.join()
+return size
+"""
+    go = threading.Event()
+    started = manager.start_with_code(
+        code, stdin=subprocess.PIPE, on_output=lambda chunk: (go.wait(HANG), answer(chunk))
+    )
+    ids.append(started.id)
+    go.set()
+    assert manager.wait(started.id, HANG).data.result == 3_000_000
+
+
+def test_what_has_ended_in_time_has_not_timed_out(make_manager, monkeypatch):
+    look, has_slept = Pair.deadline, []
+
+    def look_late(self):
+        if not has_slept:
+            has_slept.append(True)
+            time.sleep(1.0)
+        return look.fget(self)
+
+    manager = make_manager()
+    finish(manager, "pass")
+    monkeypatch.setattr(Pair, "deadline", property(look_late))
+    data = manager.run("return 5", timeout=0.5).data
+    assert has_slept
+    assert (data.status, data.result, data.stop_reason) == ("completed", 5, None)
+
+
+def test_a_timeout_does_not_shorten_the_grace_of_a_stop(make_manager):
+    manager = make_manager(grace_period=0.1)
+    code = when_asked("""
+        while time.monotonic() < params["until"]:
+            print("busy")
+            time.sleep(0.02)
+    """)
+    until = time.monotonic() + 2.5
+    id = manager.start_with_code(code, {"until": until}, timeout=2.0).id
+    eventually(lambda: "ready\n" in manager.get_status(id).data.output)
+    stopped = manager.stop(id, grace=60)
+    assert (stopped.data.forced, stopped.data.exit_code) == (False, 143)
+    assert stopped.data.stop_reason == "requested"
+
+
+def test_what_a_signal_handler_raises_during_a_start_is_raised(make_manager, tmp_path):
+    (tmp_path / "slow_to_load.py").write_text("import time\ntime.sleep(60)\n")
+    manager = make_manager(
+        preload=["slow_to_load"], env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+
+    def raise_timeout(signum, frame):
+        raise TimeoutError("of the caller's own")
+
+    before = signal.signal(signal.SIGALRM, raise_timeout)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with within(HANG), pytest.raises(TimeoutError, match="of the caller's own"):
+            manager.start_with_code("pass")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert manager.list_executions("running").data.count == 1  # it may still be stopped
+
+
+def test_callbacks_of_futures_can_close_the_manager(make_manager):
+    manager = make_manager()
+    with ThreadPoolExecutor(2) as pool:
+        ids = list(pool.map(lambda _: begin(manager, when_asked("pass")), range(2)))
+    closed = []
+    for id in ids:
+        manager.future(id).add_done_callback(lambda _: (manager.close(), closed.append(True)))
+    manager.stop(ids[0])
+    eventually(lambda: len(closed) == 2, HANG)
+    with within(HANG):
+        manager.close()
+
+
+def test_a_start_that_comes_while_a_launcher_is_let_go_of_is_not_stopped(make_manager, monkeypatch):
+    retire, is_late, has_begun = Launcher.retire, threading.Event(), threading.Event()
+
+    def retire_late(self):
+        is_late.set()
+        assert has_begun.wait(HANG)
+        retire(self)
+
+    manager = make_manager()
+    own = {**os.environ, "OWN": "1"}
+    monkeypatch.setattr(Launcher, "retire", retire_late)
+    manager.start_with_code("pass", env=own)
+    assert is_late.wait(HANG)
+    id = manager.start_with_code("import time; time.sleep(1); return 5", env=own).id
+    eventually(lambda: manager._engine.executions[id].state is State.RUNNING, HANG)
+    has_begun.set()
+    data = manager.wait(id).data
+    assert (data.status, data.result) == ("completed", 5), data
+    eventually(lambda: not manager._engine._launchers, HANG)
+
+
+def test_a_pair_that_ends_leaves_one_with_the_same_number_alone(make_manager):
+    manager = make_manager()
+    finish(manager, "pass")
+    (launcher,) = manager._engine._launchers
+    eventually(lambda: launcher._pairs)
+    ((number, pair),) = launcher._pairs.items()
+
+    class Another:
+        keeper_pid = number
+
+    launcher.release(Another())
+    assert launcher._pairs == {number: pair}
+
+
+def test_a_forked_worker_waits_for_no_callback_and_stops_nothing(host):  # noqa: F811
+    answers = host("""
+        manager = sidexec.ExecutionManager(grace_period=30)
+        code = "import time\\nprint('ready')\\ntime.sleep(60)"
+        id = manager.start_with_code(code, on_output=lambda chunk: None).id
+        next(manager.follow(id))
+        future = manager.future(id)
+        pid = os.fork()
+        if pid == 0:
+            future.cancel()
+            report(["forked" in manager.stop(id).error, "forked" in manager.wait(id).error])
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert manager.wait(id, timeout=0.2).data.status == "running"
+        assert manager.stop(id).data.status == "stopped"
+        manager.close()
+    """)
+    assert answers == [True, True]
