@@ -241,6 +241,8 @@ ENDS = {
     "exit while printing": "import sys\nprint('a', end='')\nsys.exit()",
     "_exit": "import os; os._exit(3)",
     "exception": "class E(Exception): pass\nraise E('no')",
+    "exception that is a frozen dataclass": "from dataclasses import dataclass\n"
+    "@dataclass(frozen=True)\nclass E(Exception):\n    code: int\nraise E(3)",
     "exception in atexit": "import atexit\n@atexit.register\ndef f(): 1 / 0\natexit.register(print, 'other')",
     "exception in a thread": "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()",
     "exception in __del__": "class C:\n    def __del__(self): 1 / 0\nc = C()\ndel c\nprint('end')",

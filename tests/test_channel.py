@@ -153,3 +153,20 @@ Channel._send_all = interrupted
     with taken_away({"channel": interrupt}):
         data = make_manager().run("report_progress(40)\nimport time; time.sleep(60)").data
     assert (data.status, data.exit_code, data.progress) == ("failed", 143, 40)
+
+
+def test_a_child_s_progress_does_not_land_within_a_result(run):
+    code = """
+import os, time
+if os.fork() == 0:
+    until = time.monotonic() + 0.4
+    while time.monotonic() < until:
+        report_progress(time.monotonic() % 100)
+    os._exit(0)
+for n in range(12):
+    report_result([n, "x" * 4_000_000])
+os.wait()
+return 7
+"""
+    data = run(code)
+    assert (data.status, data.result, data.error) == ("completed", 7, None)

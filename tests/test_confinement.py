@@ -808,6 +808,11 @@ def test_what_it_does_not_stop(manager, places, code):
     run(manager, code, {"o": places[0]}, limits=sidexec.Limits(open_files=100))
 
 
+def test_code_may_lower_its_own_limits_for_good(manager):
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))\nreturn 7"
+    assert run(manager, code, limits=sidexec.Limits(open_files=100)) == 7
+
+
 def test_what_a_preloaded_module_has_opened_stays_open(preloading, tmp_path):
     manager = preloading(f"file = open({str(tmp_path / 'file')!r}, 'w')")
     run(manager, "import preloaded; preloaded.file.write('written')")

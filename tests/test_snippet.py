@@ -492,3 +492,33 @@ def test_a_preloaded_module_may_write_much_to_its_standard_error(tmp_path, prelo
         assert finish(manager, "return 1").result == 1
     with preloading("broken") as manager:
         assert "broken on purpose" in manager.start_with_code("return 1").error
+
+
+@pytest.mark.parametrize("argument", ["work", "future"])
+def test_a_function_that_is_named_like_one_of_asyncio_fails_like_any_other(manager, argument):
+    code = f"""
+import asyncio
+def run_until_complete({argument}):
+    raise ValueError("its own")
+await asyncio.sleep(0)
+run_until_complete(1)
+"""
+    data = manager.wait(manager.start_with_code(code).id).data
+    assert data.error.startswith("ValueError: its own\n")
+    assert data.error_output.startswith("Traceback")
+
+
+def test_exit_handlers_run_although_the_wait_for_threads_is_interrupted(manager):
+    code = """
+import _thread, atexit, threading, time
+atexit.register(print, "exit handler")
+def interrupt():
+    while main.is_alive(): time.sleep(0.01)  # until it waits for threads
+    time.sleep(0.1)
+    _thread.interrupt_main()
+main = threading.main_thread()
+threading.Thread(target=interrupt).start()
+"""
+    data = manager.wait(manager.start_with_code(code).id).data
+    assert data.output == "exit handler\n"
+    assert "KeyboardInterrupt" in data.error_output

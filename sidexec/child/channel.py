@@ -13,17 +13,21 @@ import os
 import sys
 
 from ..protocol import PROGRESS, pack
+from . import kernel
 from .masking import Masked
 
 # Above the descriptors that daemons close when they begin, most often 3 to 256.
 OUT_OF_REACH = 1000
+# A longer frame may be sent in parts, between which another process could send.
+ATOMIC_SIZE = 4096
 MOST_DESCRIPTORS = 253  # that the kernel passes at once
 
 
 class Channel:
     def __init__(self, fd: int) -> None:
         self._fd = _move(fd)
-        self._file = _identity(self._fd)
+        self._file = kernel.identity(self._fd)
+        self._is_shared = False  # this is a process that the snippet has forked
         self._lock = _thread.RLock()
         self._unsent: list[bytes] = []
         self._progress = b""  # the one that was sent last
@@ -32,6 +36,7 @@ class Channel:
     def _after_fork_in_child(self) -> None:
         self._lock = _thread.RLock()
         self._unsent = []
+        self._is_shared = True
 
     def read(self, size: int) -> bytes:
         """Read `size` bytes; if the host is gone, the process exits."""
@@ -83,20 +88,31 @@ class Channel:
             del self._unsent[0]
 
     def _write(self, frame: bytes) -> None:
-        view = memoryview(frame)
-        while view:
-            if _identity(self._fd) != self._file:
-                raise OSError(
-                    errno.EBADF,
-                    f"nothing can be reported any more, since descriptor {self._fd} has been"
-                    " closed: leave it open, as the manager reads from it",
-                )
-            view = view[os.write(self._fd, view) :]
+        self._check()
+        must_lock = self._is_shared or len(frame) > ATOMIC_SIZE
+        if must_lock:
+            os.lockf(self._fd, os.F_LOCK, 0)
+        try:
+            view = memoryview(frame)
+            while view:
+                view = view[os.write(self._fd, view) :]
+                self._check()
+        finally:
+            if must_lock:
+                os.lockf(self._fd, os.F_ULOCK, 0)
+
+    def _check(self) -> None:
+        if kernel.identity(self._fd) != self._file:
+            raise OSError(
+                errno.EBADF,
+                f"nothing can be reported any more, since descriptor {self._fd} has been"
+                " closed: leave it open, as the manager reads from it",
+            )
 
 
 def _move(fd: int) -> int:
     """Move a descriptor to a number that programs rarely close, if there is room."""
-    if _identity(OUT_OF_REACH) is None:
+    if kernel.identity(OUT_OF_REACH) is None:
         try:
             os.dup2(fd, OUT_OF_REACH, inheritable=False)
         except OSError:
@@ -104,12 +120,3 @@ def _move(fd: int) -> int:
         os.close(fd)
         return OUT_OF_REACH
     return fd
-
-
-def _identity(fd: int) -> tuple[int, int] | None:
-    """What identifies the open file, if its number is reused; None if it is closed."""
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

@@ -84,9 +84,9 @@ def _confine_files(write: list[int], read: list[int], read_all: bool) -> None:
     if ruleset < 0:
         raise OSError("could not be confined: no Landlock ruleset could be made")
     for fd in write:
-        _allow(ruleset, fd, _WRITE, os.fstat(fd))
+        _allow(ruleset, fd, _WRITE)
     for fd in read:
-        _allow(ruleset, fd, _READ, os.fstat(fd))
+        _allow(ruleset, fd, _READ)
     _allow_paths(ruleset, ["/dev/null"], _READ_FILE | _WRITE_FILE | _TRUNCATE)
     _allow_paths(ruleset, [f"/proc/{name}" for name in _PROC] + _DEVICE_FILES, _READ)
     if read_all:
@@ -117,32 +117,20 @@ def _home() -> list[str]:
 
 def _allow_paths(ruleset: int, paths: Iterable[str], access: int, but: Iterable[str] = ()) -> None:
     """Allow it for `paths` that are there, and that do not lead to the root or to one of `but`."""
-    forbidden = {_identity_at(each) for each in ("/", *but)}
+    forbidden = {kernel.identity(each) for each in ("/", *but)}
     for path in paths:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue  # it is not there, or not to be read anyway
-        status = os.fstat(fd)
-        identity = _identity(status)
+        identity = kernel.identity(fd)
         if identity not in forbidden and identity == _AT_FIRST.get(path, identity):
-            _allow(ruleset, fd, access, status)
+            _allow(ruleset, fd, access)
         os.close(fd)
 
 
-def _identity_at(path: str) -> tuple[int, int] | None:
-    try:
-        return _identity(os.stat(path))
-    except OSError:
-        return None
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _allow(ruleset: int, fd: int, access: int, status: os.stat_result) -> None:
-    if status.st_mode & 0o170000 != 0o040000:
+def _allow(ruleset: int, fd: int, access: int) -> None:
+    if os.fstat(fd).st_mode & 0o170000 != 0o040000:
         access &= _ON_FILES
     rule = access.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
     if kernel.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0:
@@ -151,7 +139,7 @@ def _allow(ruleset: int, fd: int, access: int, status: os.stat_result) -> None:
 
 # What they were before the first snippet ran: one that may write where such a directory is
 # could replace it by a link, for the next ones to read what that leads to.
-_AT_FIRST = {each: _identity_at(each) for each in _interpreter()}  # None: nothing
+_AT_FIRST = {each: kernel.identity(each) for each in _interpreter()}  # None: nothing
 
 
 def read_in(place: str, name: str) -> bytes:
@@ -160,7 +148,7 @@ def read_in(place: str, name: str) -> bytes:
     try:
         # So that the two are one directory, even if another snippet replaces it meanwhile.
         with open(name, "rb", opener=lambda *given: os.open(*given, dir_fd=directory)) as stream:
-            _AT_FIRST[place] = _identity(os.fstat(directory))
+            _AT_FIRST[place] = kernel.identity(directory)
             return stream.read()
     except OSError as error:
         error.filename = os.path.join(place, name)

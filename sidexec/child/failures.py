@@ -34,7 +34,7 @@ class Failures:
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
             trace = trace.tb_next
-        error.__traceback__ = trace
+        BaseException.with_traceback(error, trace)  # its class may let nobody set an attribute
         text = type(error).__name__
         try:
             self.show_source()

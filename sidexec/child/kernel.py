@@ -227,6 +227,15 @@ def close_all(fds: list[int]) -> None:
             pass
 
 
+def identity(file: int | str) -> tuple[int, int] | None:
+    """What identifies an open file, or the one at a path; None where there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def signal_process(pid: int, signum: int) -> None:
     """Signal a child, or with a negative pid its group; one that is gone is fine."""
     try:

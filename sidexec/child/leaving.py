@@ -63,6 +63,7 @@ def leave(
     except BaseException as error:
         ask.phase = SETTLING
         sys.excepthook(type(error), error, error.__traceback__)
+        atexit._run_exitfuncs()  # those that are left, if the wait for threads has raised
     _settrace(None)
     ask.phase = SETTLING
     # Not while threads run, which would lose their globals: the interpreter's end waits for them.

@@ -123,7 +123,7 @@ class Snippet:
         failure, self.failure = self.failure, None
         exit_code = 0
         if self._coroutine is not None:
-            if failure is not None and not self.returned:
+            if isinstance(failure, StopRequested) and not self.returned:
                 self.returned.update(_returned_in_spite_of(failure))
             try:
                 self._coroutine.close()  # if it has not begun
@@ -134,7 +134,10 @@ class Snippet:
         elif isinstance(failure, SystemExit):
             exit_code, failure = self._take_exit_code(failure), None
         for kind, limits in self._lifted:
-            resource.setrlimit(kind, limits)
+            try:
+                resource.setrlimit(kind, limits)
+            except (ValueError, OSError):
+                pass  # the code has lowered it for good
         # Before threads are waited for: one that is no daemon may take for ever.
         if os.getpid() == self._pid:
             self._flush()
@@ -295,8 +298,9 @@ def _returned_in_spite_of(error: BaseException) -> dict[int, object]:
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "run_until_complete":
-            task = trace.tb_frame.f_locals["future"]
-            if task.done() and not task.cancelled() and task.exception() is None:
+            task: Any = trace.tb_frame.f_locals.get("future")
+            # It may also be a function of the user's own, and anything its `future`.
+            if getattr(task, "done", bool)() and not task.cancelled() and task.exception() is None:
                 return {0: task.result()}
         trace = trace.tb_next
     return {}
