@@ -67,7 +67,7 @@ def launcher_of(make_manager, looks_often):
 
 def spare_of(manager):
     (launcher,) = manager._engine._launchers
-    return eventually(lambda: [*launcher._requests._spares])[0]
+    return eventually(lambda: [*launcher.requests._spares])[0]
 
 
 @pytest.fixture

@@ -460,7 +460,7 @@ wait = pair.Pair.wait
 pair.Pair.wait = lambda *args, **options: waits.append(1) or wait(*args, **options)
 manager = sidexec.ExecutionManager(grace_period=0.2)
 def wait_for_spare():
-    while not manager._engine._launchers[-1]._requests._spares: time.sleep(0.005)
+    while not manager._engine._launchers[-1].requests._spares: time.sleep(0.005)
 for is_idle in (False, True):  # at once, and when all threads wait
     id = manager.start_with_code("import time; time.sleep(60)").id
     if is_idle: wait_for_spare()

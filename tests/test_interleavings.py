@@ -41,7 +41,7 @@ def test_input_that_comes_while_a_pair_takes_its_request_is_sent(make_manager, m
 
     manager = make_manager()
     finish(manager, "pass")
-    eventually(lambda: any(each._requests._spares for each in manager._engine._launchers))
+    eventually(lambda: any(each.requests._spares for each in manager._engine._launchers))
     monkeypatch.setattr(Pair, "wait_for_request", take_later)
     monkeypatch.setattr(Pair, "feed", feed_and_tell)
     monkeypatch.setattr(Input, "add", add_later)

@@ -9,9 +9,9 @@ snippet's process returns from the launcher's frames to these lines, which call 
     interpreter <-- host  these modules
     launcher --> host     LOADED                           it is up, or why it is not
     launcher <-- host     FORK, FORK_AHEAD, KILL
-    launcher --> host     PAIR, REFUSED, LOST, FAULT
+    launcher --> host     PAIR, REFUSED, SWEEPING, LOST, FAULT
     keeper <-- host       STOP                             over the control socket
-    keeper --> host       READY, REFUSED, END, FAULT
+    keeper --> host       READY, REFUSED, SWEEPING, END, FAULT
     snippet <-- host      RUN                              over the channel, a socket
     snippet --> host      PROGRESS, RESULT, ERROR
     snippet --> host      what it prints                   over two pipes

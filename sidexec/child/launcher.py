@@ -36,7 +36,7 @@ from ..protocol import (
     pack,
 )
 from . import kernel, leaving, library, streams, sweeping
-from .keeper import Keeper
+from .keeper import MAX_TIMEOUT, Keeper
 from .snippet import Forked, Snippet
 
 TYPE_CHECKING = False
@@ -50,7 +50,6 @@ WARM = ("json", "traceback", "linecache", "ast", "warnings", "opcode")
 WARM_UP_AFTER = 0.005
 # How long past its grace period a keeper may take when the host is gone.
 SWEEP_ALLOWANCE = 4.0
-MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 
 
 class Launcher:

@@ -40,11 +40,11 @@ class Delivery:
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._wake: Callable[[], object] | None = None
 
-    # -- from the execution's thread
-
     def start(self) -> None:
         """Raises `RuntimeError` where there are no threads left."""
         native("_thread", "start_new_thread")(self._run, ())
+
+    # -- from the execution's thread
 
     def put(self, stream: Stream, data: bytes) -> None:
         self._put += len(data)

@@ -174,7 +174,6 @@ class Engine:
     def close(self, grace: float, *, wait: bool) -> None:
         """Stop everything, then end the launchers; a second call hurries the first."""
         self.is_closing = True
-        process = os.getpid()
         running = self.running()
         for execution in running:
             execution.stop("closed", grace)
@@ -184,12 +183,12 @@ class Engine:
                 launcher.let_go()
             return
         for execution in running:
-            execution.changed.wait_for(lambda: execution.is_through() or os.getpid() != process)
+            execution.changed.wait_for(self.is_over(execution))
         launchers = list(self._launchers)
         for launcher in launchers:
             launcher.retire()
         for launcher in launchers:
-            launcher.changed.wait_for(lambda: launcher.is_through() or os.getpid() != process)
+            launcher.changed.wait_for(lambda: launcher.is_through() or self.foreign is not None)
         self._wait_for_callbacks(list(self.executions.values()), grace)
         join_ending()
 

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from ..protocol import is_too_deep
-from ..responses import Status, StopReason
+from ..responses import StopReason
 from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
@@ -153,13 +153,9 @@ class Execution:
         return None if self.stopping is None else self.stopping.reason
 
     @property
-    def status(self) -> Status:
-        return "running" if self.end is None else self.end.status
-
-    @property
     def bytes_held(self) -> int:
-        """The bytes of output and result that are kept of it."""
-        result = self.reported if self.end is None else self.end.result
+        """The bytes of output and result that are kept of it, once it has ended."""
+        result = None if self.end is None else self.end.result
         return self.output.size + len(result or b"")
 
     @property

@@ -55,8 +55,7 @@ class Launcher:
         self._settings = settings
         self._on_gone = on_gone
         self._unstarted = [None]
-        self._requests = Requests(self._ask)
-        self._is_open = False  # it takes requests to fork
+        self.requests = Requests(self._ask)
         self._is_loaded = False
         self._running: dict[str, Execution] = {}
         self._pairs: dict[int, Pair] = {}
@@ -68,11 +67,11 @@ class Launcher:
     @property
     def is_kept(self) -> bool:
         """Whether it stays when nothing runs on it, with a pair forked ahead of need."""
-        return self._requests.keeps_spare
+        return self.requests.keeps_spare
 
     @is_kept.setter
     def is_kept(self, value: bool) -> None:
-        self._requests.keeps_spare = value
+        self.requests.keeps_spare = value
 
     def boot(self) -> None:
         """Start the thread that starts the interpreter; only the first call does anything."""
@@ -85,9 +84,10 @@ class Launcher:
         It is begun or refused, or nobody's if this launcher is not up.
         """
         self._running[execution.id] = execution
-        if execution.umask is None:
-            execution.umask = self.umask()
-        is_placed = self._requests.put(execution)
+        process = self._process
+        if execution.umask is None and process is not None:
+            execution.umask = process.umask()
+        is_placed = self.requests.put(execution)
         execution.is_queued = True
         return is_placed
 
@@ -126,7 +126,7 @@ class Launcher:
         pid = None if self._process is None else self._process.pid
         self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
         self.is_up = self.is_kept = False
-        self._requests.refuse_all(self._failure)
+        self.requests.refuse_all(self._failure)
 
     def retire(self) -> None:
         """End it once its keepers have ended; the bell rings when it has."""
@@ -143,15 +143,6 @@ class Launcher:
             process.quit(at_once=not self._is_loaded)
 
     # -- from the thread of a pair
-
-    def next_request(self, pair: Pair) -> Execution | None:
-        return self._requests.take(pair)
-
-    def fork_ahead(self) -> None:
-        self._requests.fork_ahead()
-
-    def miss_pair(self, is_ahead: bool, reason: str) -> None:
-        self._requests.miss(is_ahead, reason)
 
     def why_ended(self) -> str | None:
         """Why the process has ended, which it is known to have, or to do just now."""
@@ -170,9 +161,6 @@ class Launcher:
         self.changed.ring()
 
     # -- asking the process
-
-    def umask(self) -> int | None:
-        return None if self._process is None else self._process.umask()
 
     def _ask(self, kind: bytes) -> None:
         self._send(protocol.pack(kind))
@@ -217,9 +205,8 @@ class Launcher:
             frames = process.hear(limit)
             if frames is None:
                 return
-            if process.is_greeted and not self._is_open:
-                self._is_open = True
-                self._requests.open()
+            if process.is_greeted:
+                self.requests.open()
             for kind, text in frames:
                 if kind == protocol.LOADED:
                     self._failure = text or None
@@ -228,7 +215,7 @@ class Launcher:
                     self._add_pair(process, text)
                 elif kind == protocol.REFUSED:
                     is_ahead, _, reason = text.partition(" ")
-                    self.miss_pair(is_ahead == "1", reason)
+                    self.requests.miss(is_ahead == "1", reason)
                 elif kind == protocol.FAULT:
                     self._failure = f"the launcher (pid {process.pid}) has failed: {text}"
                     logger.error("%s", self._failure)
@@ -253,14 +240,16 @@ class Launcher:
         del process.fds[:FDS_PER_PAIR]
         if len(fds) < FDS_PER_PAIR:  # the kernel leaves out those that find no place
             close_all(fds)
-            self.miss_pair(is_ahead == 1, NO_DESCRIPTORS)
+            self.requests.miss(is_ahead == 1, NO_DESCRIPTORS)
             return
         pair = self._pairs[keeper_pid] = Pair(keeper_pid, fds, is_ahead == 1)
         try:
             native("_thread", "start_new_thread")(thread.main, (pair, self))
         except RuntimeError as problem:
             self._pairs.pop(keeper_pid).close()
-            self.miss_pair(is_ahead == 1, f"could not start a thread for the execution: {problem}")
+            self.requests.miss(
+                is_ahead == 1, f"could not start a thread for the execution: {problem}"
+            )
 
     def _end(self) -> None:
         """The process has ended, or has to: release everything."""
@@ -274,7 +263,7 @@ class Launcher:
                 if self._failure is None:
                     self._failure = self._process.failure or self._describe_exit(how)
             if not was_expected:
-                self._requests.refuse_all(self._failure or "")
+                self.requests.refuse_all(self._failure or "")
                 for pair in list(self._pairs.values()):
                     pair.launcher_fault = self._failure
                     pair.wake()
@@ -286,7 +275,7 @@ class Launcher:
             self.changed.ring()
 
     def _let_go_of_spares(self) -> None:
-        self._requests.close()
+        self.requests.close()
         # All that wait: one that a start took, and was interrupted, is among no spares.
         for pair in list(self._pairs.values()):
             pair.release()

@@ -1,8 +1,8 @@
 """A keeper and its snippet, as the host holds them: a control socket, a channel, two pipes.
 
 The pair's thread waits for these here, reads and writes them without ever blocking, and
-closes them. Other threads only call `ask`, and pass on what the launcher says about the
-keeper's end. Nothing here sends signals.
+closes them. Other threads ask, hand over a request, release it or wake it, and pass on what
+the launcher says about the keeper's end. Nothing here sends signals.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Process:
             sender.shut()
 
     def hear(self, seconds: float | None) -> list[tuple[bytes, str]] | None:
-        """Wait for frames, at most `timeout` seconds; None once there will be no more."""
+        """Wait for frames, at most `seconds`; None once there will be no more."""
         if self._is_over:
             return None
         limit = None if seconds is None else 1000 * max(0.0, seconds)

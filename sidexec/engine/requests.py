@@ -59,10 +59,10 @@ class Requests:
         self._is_closed = True
         self._spares.clear()
 
-    # -- from the launcher's thread
+    # -- from the launcher's thread, and `miss` from that of a pair, too
 
     def open(self) -> None:
-        """The launcher can be asked from now on."""
+        """The launcher can be asked from now on; a further call does nothing."""
         self._is_open = True
         self._ask_for_pairs()
 

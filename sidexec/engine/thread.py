@@ -21,6 +21,7 @@ from .. import procfs, protocol
 from .descriptors import READ_SIZE
 from .execution import Execution, FinalStatus, describe_exit, parse_result
 from .pair import Pair, Pids
+from .requests import Requests
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,8 @@ class Launcher(Protocol):
     """What a pair's thread asks of the launcher that has forked the pair."""
 
     grace: float
+    requests: Requests
 
-    def next_request(self, pair: Pair) -> Execution | None: ...
-    def fork_ahead(self) -> None: ...
-    def miss_pair(self, is_ahead: bool, reason: str) -> None: ...
     def kill_keeper(self, pid: int) -> None: ...
     def release(self, pair: Pair) -> None: ...
     def why_ended(self) -> str | None: ...
@@ -46,7 +45,7 @@ class Keeper(enum.Enum):
     """What this side waits for, of a keeper."""
 
     AT_WORK = "its END"
-    KILLED = "the launcher's LOST, as it did not answer"
+    KILLED = "END or the launcher's LOST, as it did not answer, or the launcher has ended"
     GONE = "the launcher's LOST, as its socket has ended"
     DONE = "nothing any more"
 
@@ -58,9 +57,9 @@ def main(pair: Pair, launcher: Launcher) -> None:
         problem = pair.wait_until_ready()
         if problem is not None:
             launcher.kill_keeper(pair.keeper_pid)
-            launcher.miss_pair(pair.is_ahead, problem)
+            launcher.requests.miss(pair.is_ahead, problem)
             return
-        execution = launcher.next_request(pair)
+        execution = launcher.requests.take(pair)
         if execution is not None:
             _Run(execution, pair, launcher).run()
     except Exception:
@@ -100,7 +99,7 @@ class _Run:
         for deadline in list(execution.deadlines):
             pair.ask(max(0.0, deadline - time.monotonic()))
         pair.watch()
-        self._launcher.fork_ahead()
+        self._launcher.requests.fork_ahead()
         began = time.monotonic()
         times_out = None if execution.timeout is None else began + execution.timeout
         while self._keeper is not Keeper.DONE:
