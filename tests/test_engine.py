@@ -497,6 +497,23 @@ def test_who_has_dropped_its_privileges_runs_no_snippet_with_them(host, tmp_path
     assert third == [first[0], first[1], [12345], 0o027]
 
 
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="takes root")
+def test_a_manager_is_closed_although_its_launcher_is_another_user_s_by_now(host, tmp_path):
+    (tmp_path / "slow_to_load.py").write_text("import time\ntime.sleep(2)\n")
+    script = """
+    import os, sys, threading, time
+    manager = sidexec.ExecutionManager(
+        preload=["slow_to_load"], env={**os.environ, "PYTHONPATH": sys.argv[2]}
+    )
+    threading.Thread(target=manager.start_with_code, args=("pass",)).start()
+    while not any(each._process for each in manager._engine._launchers): time.sleep(0.01)
+    report("before")  # afterwards it could write no file here
+    os.setresuid(1234, 1234, 1234)
+    manager.close()
+    """
+    assert host(script, tmp_path) == "before"
+
+
 def test_who_has_changed_its_limits_runs_snippets_with_those(host):
     script = """
     import resource

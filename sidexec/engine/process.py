@@ -88,8 +88,9 @@ class Process:
         )
 
     def kill(self) -> None:
-        """From any thread."""
-        self._popen.kill()
+        """From any thread; not where the host has become another user."""
+        with contextlib.suppress(PermissionError):
+            self._popen.kill()
 
     def is_cut_off(self) -> bool:
         """From any thread: whether the host has closed the socket, as daemons close all."""
@@ -112,7 +113,7 @@ class Process:
     def quit(self, *, at_once: bool) -> None:
         """From any thread: tell it to end once its keepers have."""
         if at_once:
-            self._popen.kill()
+            self.kill()
         sender = self._sender
         if sender is not None:
             sender.shut()
@@ -135,7 +136,7 @@ class Process:
     def kill_tree(self) -> None:
         """Kill it and what it has started, as `python` may be a script."""
         procfs.signal_below(self.pid, signal.SIGKILL)
-        self._popen.kill()
+        self.kill()
 
     def end(self) -> str:
         """Reap it, and kill it if it does not end by itself; returns how it has ended."""
@@ -145,7 +146,7 @@ class Process:
                 code = self._popen.wait(0 if procfs.is_stopped(self.pid) else EXIT_LIMIT)
                 break
             except self._subprocess.TimeoutExpired:
-                self._popen.kill()
+                self.kill()
         if code is None:
             self._popen.returncode = -signal.SIGKILL  # or it would warn that it still runs
         while self._read_errors():
@@ -204,7 +205,7 @@ class Process:
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
-        self._popen.kill()
+        self.kill()
         self._is_over = True
 
     def _read_errors(self) -> bool:
