@@ -245,13 +245,8 @@ class ExecutionManager(Lifetime):
         and returns false: the result still comes. Every call has a future of its own.
         Raises `SideExecutionError` at the call for an unknown id.
         """
-        execution, engine = self._known(side_execution_id), self._engine
-
-        def stop() -> None:
-            if engine.foreign is None:
-                execution.stop("requested", self._grace)
-
-        return answering.future_of(execution, stop)
+        execution, engine, grace = self._known(side_execution_id), self._engine, self._grace
+        return answering.future_of(execution, lambda: engine.ask(execution, grace))
 
     def follow(
         self, side_execution_id: str, *, lines: bool = False, timeout: float | None = None

@@ -156,13 +156,18 @@ class Engine:
         input.changed.wait_for(lambda: input.has_room() or is_over())
         return True
 
+    def ask(self, execution: Execution, grace: float, caller: object = None) -> None:
+        """Ask it to stop; never blocks."""
+        if self.foreign is None:
+            execution.stop("requested", grace, caller)
+            logger.debug("stopping %s", execution.id)
+
     def stop(self, executions: list[Execution], grace: float, caller: object) -> None:
         """Stop them side by side, and wait until they have ended."""
         if self.foreign is not None:
             return
         for execution in executions:
-            execution.stop("requested", grace, caller)
-            logger.debug("stopping %s", execution.id)
+            self.ask(execution, grace, caller)
         self._give_up_what_is_cut_off()
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
