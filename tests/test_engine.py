@@ -402,19 +402,22 @@ def test_a_first_start_within_another_shares_its_launcher(make_manager, monkeypa
     assert len(manager._engine._launchers) == 1
 
 
-def test_a_run_that_is_interrupted_once_its_request_is_handed_over_is_stopped(
-    with_spare, monkeypatch
-):
+@pytest.mark.parametrize("step", ["know", "wait"])
+def test_a_run_that_is_interrupted_is_stopped(with_spare, monkeypatch, step):
+    """As its request has just been handed over, and while its end is waited for."""
     manager, _ = with_spare
-    know = manager._engine.know
+    call, caller = getattr(manager._engine, step), threading.get_ident()
 
-    def interrupt(execution):
-        monkeypatch.setattr(manager._engine, "know", know)
+    def interrupt(*args):
+        if threading.get_ident() != caller:
+            return call(*args)  # the thread that begins it knows it, too
+        monkeypatch.setattr(manager._engine, step, call)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manager._engine, "know", interrupt)
+    monkeypatch.setattr(manager._engine, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         manager.run(SLEEP)
+    assert manager.list_executions().data.executions[-1].status == "stopped"
     assert manager.list_executions("running").data.count == 0
 
 
