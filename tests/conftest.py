@@ -206,6 +206,17 @@ def has_printed(manager, id, text):
     eventually(lambda: text in manager.get_status(id).data.output)
 
 
+def time_out(manager, code, params=None):
+    """Start code with a timeout that it meets once it has written a line `ready`: its id."""
+    for timeout in (0.2, 2.0, 20.0):  # a busy machine may need longer to get there
+        id = manager.start_with_code(code, params, timeout).id
+        eventually(lambda id=id: manager.get_status(id).data.stop_reason, timeout + 20)
+        if "ready\n" in manager.get_status(id).data.output:
+            return id
+        manager.wait(id)
+    raise AssertionError("the snippet did not get ready")
+
+
 @pytest.fixture
 def make_manager():
     """Make managers that are closed, and looked after, when the test is over."""

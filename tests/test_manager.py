@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import FOREVER, alarm, eventually, finish, has_printed, one_in, within
+from conftest import FOREVER, alarm, eventually, finish, has_printed, one_in, time_out, within
 from conftest import swept_manager as manager  # noqa: F401
 from programs import STUBBORN, when_asked
 
@@ -134,7 +134,7 @@ def test_an_unknown_id_is_not_found(manager, id):
 def test_stop_during_a_timeout_finds_it_already_stopped(manager, tmp_path, options):
     go_on = tmp_path / "go_on"
     code = when_asked("print('asked')\nwhile not os.path.exists(params['go']): time.sleep(0.005)")
-    id = manager.start_with_code(code, {"go": str(go_on)}, 0.2).id
+    id = time_out(manager, code, {"go": str(go_on)})
     has_printed(manager, id, "asked\n")
     assert manager.get_status(id).data.status == "running"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -4,7 +4,7 @@ import textwrap
 import time
 
 import pytest
-from conftest import crossed, eventually, finish, one_in
+from conftest import crossed, eventually, finish, one_in, time_out
 from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
@@ -269,7 +269,8 @@ def test_the_return_expression_does_not_count_without_a_stop(run):
 
 
 def test_a_timeout_keeps_partial_results_too(manager):
-    data = finish(manager, f"results = [1]\n{WAIT}\nreturn {{'results': results}}", timeout=0.3)
+    id = time_out(manager, f"results = [1]\n{WAIT}\nreturn {{'results': results}}")
+    data = manager.wait(id).data
     assert (data.status, data.stop_reason, data.result) == ("stopped", "timeout", {"results": [1]})
 
 

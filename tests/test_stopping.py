@@ -10,7 +10,7 @@ import time
 from datetime import datetime, timezone
 
 import pytest
-from conftest import ENVIRONMENT, crossed, eventually, finish, has_printed, one_in
+from conftest import ENVIRONMENT, crossed, eventually, has_printed, one_in, time_out
 from conftest import shared_manager as manager  # noqa: F401
 from programs import DEAF as IGNORES_SIGTERM
 from programs import POLITE, Process, when_asked
@@ -787,11 +787,11 @@ def test_stopped_at_is_after_the_last_process_has_gone(manager, start):
 
 
 def test_a_timeout_takes_the_same_road(manager):
-    id = manager.start_with_code(POLITE + "\nreturn 1", timeout=0.2).id
+    id = time_out(manager, POLITE + "\nreturn 1")
     data = manager.wait(id).raise_for_error().data
     assert (data.status, data.stop_reason, data.exit_code) == ("stopped", "timeout", 143)
     assert (data.output, data.error) == ("ready\nout\n", None)
-    assert 0.2 <= data.duration < 15
+    assert 0.2 <= data.duration < 60
     response = manager.stop(id)
     assert (response.success, response.data.status) == (True, "already_stopped")
     assert (response.data.stop_reason, response.data.forced) == ("timeout", False)
@@ -799,7 +799,7 @@ def test_a_timeout_takes_the_same_road(manager):
 
 def test_a_timeout_that_meets_a_deaf_one_kills_it_when_the_grace_is_over():
     with sidexec.ExecutionManager(grace_period=0.1, env=ENVIRONMENT) as manager:
-        data = finish(manager, IGNORES_SIGTERM, timeout=0.3)
+        data = manager.wait(time_out(manager, IGNORES_SIGTERM)).data
         assert (data.status, data.stop_reason, data.exit_code) == ("stopped", "timeout", -9)
         assert data.error is None
         assert manager.stop(data.side_execution_id).data.forced
