@@ -738,8 +738,15 @@ def test_it_stops_as_gracefully(manager):
     """
     id = begin(manager, code, confinement=Confinement())
     pid = eventually(lambda: manager.get_status(id).data.error_output)
-    data = manager.stop(id, grace=0.5).data
-    assert (data.status, data.output, data.result) == ("stopped", "ready\ncleaned up\n", "partial")
+    manager.future(id).cancel()  # asks, and does not wait
+    eventually(lambda: manager.get_status(id).data.result)
+    assert is_alive(int(pid))
+    data = manager.stop(id, grace=0.1).data
+    assert (data.stop_reason, data.output, data.result) == (
+        "requested",
+        "ready\ncleaned up\n",
+        "partial",
+    )
     assert not is_alive(int(pid))
 
 

@@ -150,10 +150,16 @@ print([int(line.split()[1], 16) & {bits} for line in lines])
 # -- sweeping
 
 
-def test_a_member_that_ignores_sigterm_is_killed_although_the_leader_left_politely(manager, trace):
+def test_a_member_that_ignores_sigterm_is_killed_although_the_leader_left_politely(
+    make_manager, trace, monkeypatch
+):
+    monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 600.0)  # not by the watchdog, but the keeper
+    manager = make_manager(grace_period=60.0)
     id = begin(manager, with_descendant("deaf", CLEAN_UP), trace.params)
-    with within(5.0):  # less than it takes until a keeper counts as one that does not answer
-        stopped = manager.stop(id, grace=1.0)
+    manager.future(id).cancel()  # asks, and does not wait
+    eventually(lambda: not trace.noted("snippet")[0].is_alive)
+    assert trace.noted("descendant")[0].is_alive
+    stopped = manager.stop(id, grace=0.1)
     assert trace.left() == set()
     assert (stopped.data.exit_code, stopped.data.forced) == (ASKED, True)
     assert len(trace.noted("cleaned")) == 1

@@ -14,6 +14,7 @@ from programs import (
     DESCENDANTS,
     PRELUDE,
     STARTED,
+    STUBBORN,
     WAIT,
     Process,
     Trace,
@@ -98,15 +99,14 @@ def test_a_killed_keeper_harms_no_other_execution(manager, tmp_path, monkeypatch
         check_that_it_goes_on(manager)
 
 
+@pytest.mark.parametrize("manager", [60.0], indirect=True)
 def test_a_keeper_killed_during_a_stop(manager, trace):
-    id = begin(manager, with_descendant("deaf", "deaf()" + WAIT), trace.params)
-    # In the midst of the grace period, as the snippet is deaf.
-    killer = threading.Timer(0.1, trace.noted("keeper")[0].kill)
-    killer.start()
-    stopped = manager.stop(id)
-    killer.join()
+    id = begin(manager, with_descendant("deaf", STUBBORN), trace.params)
+    manager.future(id).cancel()  # asks, and does not wait
+    has_printed(manager, id, "asked\n")
+    trace.noted("keeper")[0].kill()
+    assert manager.wait(id, 30).data.status == "stopped"
     assert trace.left() == set()
-    assert stopped.data.status == "stopped"
     check_that_it_goes_on(manager)
 
 

@@ -474,7 +474,9 @@ def test_asked_while_threads_are_waited_for_exit_handlers_run(manager):
     """
     id = manager.start_with_code(code).id
     eventually(lambda: manager.get_status(id).data.result == "result")
-    data = manager.stop(id, grace=1.0).data
+    manager.future(id).cancel()  # asks, and does not wait
+    has_printed(manager, id, "atexit\n")
+    data = manager.stop(id, force=True).data
     assert (data.output, data.error_output, data.result) == ("atexit\n", "", "result")
 
 
