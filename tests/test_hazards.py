@@ -370,18 +370,6 @@ def test_a_handler_that_raises_inside_a_start_loses_no_execution(make_manager, t
     assert trace.left() == set()
 
 
-def test_an_execution_whose_start_was_interrupted_while_it_waited_is_listed(tmp_path, make_manager):
-    manager = preloading(make_manager, tmp_path, slow_load="import time\ntime.sleep(0.5)\n")
-
-    def handler(signum, frame):
-        raise Interrupted
-
-    with alarm(handler, 0.2), pytest.raises(Interrupted):
-        manager.start_with_code(FOREVER)
-    (stopped,) = manager.stop_all()
-    assert stopped.data.status == "stopped"
-
-
 def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):
     answers, ids = queue.SimpleQueue(), queue.SimpleQueue()
 

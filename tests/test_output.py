@@ -585,12 +585,14 @@ def test_on_output_is_called_also_where_a_handler_has_interrupted_the_start(make
             raise Interrupt
 
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho > {tmp_path}/up\nsleep 0.2\nexec {sys.executable} "$@"\n')
+    waits = f"echo > {tmp_path}/up\nuntil [ -e {tmp_path}/go ]; do sleep 0.01; done"
+    python.write_text(f'#!/bin/sh\n{waits}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     got = []
     manager = make_manager(grace_period=1, python=python)
     with alarm(interrupt, 0.01, 0.01), pytest.raises(Interrupt):
         manager.start_with_code("print('x' * 3_000_000)", on_output=got.append)
+    (tmp_path / "go").touch()
     (summary,) = manager.list_executions().data.executions
     assert manager.wait(summary.side_execution_id).data.status == "completed"
     assert texts(got)[0] == "x" * 3_000_000 + "\n"

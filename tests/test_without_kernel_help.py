@@ -31,7 +31,7 @@ from programs import Process, Trace
 import sidexec
 from sidexec.engine import payload
 
-GRACE = 0.5
+GRACE = 4.0  # that only what is deaf waits out
 MOMENT = 10.0  # that only a hang uses up
 PR_SET_CHILD_SUBREAPER = 36
 
