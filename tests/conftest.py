@@ -145,7 +145,7 @@ def nothing_left():
 
     yield
     # The thread that closed everything ends a moment after it has said so.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not is_clean() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert set(children()) <= before[0]

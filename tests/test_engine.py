@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -585,8 +586,9 @@ def test_what_a_keeper_has_said_is_heard_before_it_is_judged(make_manager, monke
 
     def starve(self, until, *, only_urgent):
         found = wait(self, until, only_urgent=only_urgent)
-        if self.deadline is not None:
-            time.sleep(0.5)
+        if self.deadline is not None:  # late just when the keeper's words are there
+            eventually(lambda: select.select([self.control_fd], [], [], 0)[0])
+            time.sleep(0.2)
         return found
 
     monkeypatch.setattr(thread, "SWEEP_ALLOWANCE", 0.1)

@@ -373,4 +373,4 @@ def test_a_result_as_large_as_may_be_costs_a_bounded_memory_and_holds_nobody_up(
     # Three bytes of JSON make an object of 88, and two at a time may be parsed: by the
     # manager, which judges the result, and by the caller, who asks for it meanwhile.
     assert found["growth"] < 2 * 88 / 3 * MAX_RESULT + 100 * MIB
-    assert found["slowest"] < 5
+    assert found["slowest"] < 20

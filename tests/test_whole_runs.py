@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from conftest import FOREVER, eventually, finish, nothing_left
+from conftest import FOREVER, eventually, finish, has_printed, nothing_left
 from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
@@ -145,6 +145,7 @@ def test_following_by_lines(manager):
 
 def test_following_for_a_time(manager):
     id = manager.start_with_code(FOREVER).id
+    has_printed(manager, id, "ready\n")
     lines = manager.follow(id, lines=True, timeout=0.5)
     assert next(lines).text == "ready\n"
     with pytest.raises(TimeoutError):
