@@ -21,12 +21,13 @@ from conftest import eventually, one_in
 
 
 @pytest.mark.slow
-def test_a_bar_never_tears_the_snippets_lines(cli):
-    code = """
+def test_a_bar_never_tears_the_snippets_lines(cli, tmp_path):
+    code = f"""{UNTIL_FILE}
 import sys, time
 stream = getattr(sys, params["stream"])
 for number in range(8):
     report_progress(number)
+    until_file("go")
     print("partial", number, end="", file=stream)
     if number % 7 == 0: time.sleep(0.15)
     print(" whole", file=stream)
@@ -34,10 +35,13 @@ for number in range(8):
 """
     params = ({"stream": "stdout"}, {"stream": "stderr"})
     arguments = [["run", "--params", json.dumps(each), "-c", code] for each in params]
-    for terminal in [Terminal(cli, *each) for each in arguments]:
+    terminals = [Terminal(cli, *each) for each in arguments]
+    for terminal in terminals:
+        terminal.until(lambda terminal=terminal: b"%" in terminal.data)
+    (tmp_path / "go").touch()
+    for terminal in terminals:
         lines = [f"partial {number} whole" for number in range(8)]
         assert terminal.finish() == (0, [*lines, ""])
-        assert b"%" in terminal.data
 
 
 def test_a_prompt_is_answered_at_the_terminal(cli):
@@ -60,11 +64,15 @@ def test_a_bar_leaves_nothing_behind_when_the_window_is_resized(cli, tmp_path, c
     assert terminal.finish() == (0, ["one", "two", ""])
 
 
-def test_a_bar_fits_into_a_narrow_terminal(cli):
-    code = "import time\nfor n in range(2):\n    report_progress(n * 100)\n    time.sleep(0.15)"
+def test_a_bar_fits_into_a_narrow_terminal(cli, tmp_path):
+    code = (
+        f"{UNTIL_FILE}\nfor n in (0, 100):\n    report_progress(n)\n    until_file(f'{{n}} seen')"
+    )
     terminal = Terminal(cli, "run", "-c", code, columns=4)
+    for percent in ("0%", "100%"):
+        terminal.until(lambda percent=percent: percent in terminal.lines()[0])
+        (tmp_path / f"{percent[:-1]} seen").touch()
     assert terminal.finish() == (0, [""])
-    assert b"%" in terminal.data
 
 
 def test_a_bar_is_on_standard_error_while_standard_output_is_a_pipe(cli, tmp_path):
