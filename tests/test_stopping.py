@@ -1,9 +1,9 @@
 """A stop: asked once, cleaned up, and by force only what is deaf when the grace is over."""
 
+import _signal
 import os
 import random
 import re
-import signal
 import sys
 import textwrap
 import time
@@ -698,7 +698,7 @@ def test_asked_at_a_random_moment_all_tasks_clean_up(manager, work, rounds):
 
 def test_the_host_signals_nobody(manager, monkeypatch):
     signalled = []
-    for module, name in ((os, "kill"), (os, "killpg"), (signal, "pidfd_send_signal")):
+    for module, name in ((os, "kill"), (os, "killpg"), (_signal, "pidfd_send_signal")):
         monkeypatch.setattr(module, name, lambda *args: signalled.append(args), raising=False)
     for _ in range(3):
         data = manager.stop(manager.start_with_code("import time\ntime.sleep(60)").id).data
