@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -228,6 +229,23 @@ def make_manager():
 @pytest.fixture
 def manager(make_manager):
     return make_manager(grace_period=5.0, default_timeout=60.0)
+
+
+@pytest.fixture
+def preloading(make_manager, tmp_path):
+    """Make a manager that preloads modules, which are written for it, and others.
+
+    `env` is what is more in its environment.
+    """
+
+    def preloading(modules, *others, env=None, **options):
+        for name, source in modules.items():
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        env = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), **(env or {})}
+        names = iter([*others, *modules])  # any iterable will do
+        return make_manager(env=env, preload=names, **options)
+
+    return preloading
 
 
 @pytest.fixture(scope="module")

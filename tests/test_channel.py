@@ -1,6 +1,5 @@
 """The channel: what a snippet reports goes to the manager, and into no other file."""
 
-import os
 import time
 
 import pytest
@@ -59,13 +58,9 @@ def test_where_few_files_may_be_open_the_channel_stays_where_it_is(run):
     assert run("return 1", limits=sidexec.Limits(open_files=32)).result == 1
 
 
-def test_a_snippet_waits_whatever_timeout_a_preloaded_module_has_set_for_sockets(
-    make_manager, tmp_path
-):
-    (tmp_path / "sets_a_timeout.py").write_text("import socket; socket.setdefaulttimeout(1e-3)")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+def test_a_snippet_waits_whatever_timeout_a_preloaded_module_has_set_for_sockets(preloading):
     others = set(children())
-    manager = make_manager(env=environment, preload=["sets_a_timeout"])
+    manager = preloading({"sets_a_timeout": "import socket; socket.setdefaulttimeout(1e-3)"})
     assert manager.run("return input()", input="x").check().data.result == "x"
     (launcher,) = set(children()) - others
 

@@ -382,25 +382,14 @@ def test_no_core_is_dumped_outside(manager, places):
     assert sorted(os.listdir(places[0])) == ["empty", "f", "g"]
 
 
-@pytest.fixture
-def preloading(make_manager, tmp_path):
-    """Make a manager that has a module of this source preloaded."""
-
-    def make(source, **environment):
-        (tmp_path / "preloaded.py").write_text(textwrap.dedent(source))
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
-        return make_manager(env=environment, preload=["preloaded"])
-
-    return make
-
-
 def test_a_thread_that_runs_already_refuses(preloading):
     """It would be confined by nothing, and could be given the code to run."""
-    manager = preloading("""
-        import os, threading, time
-        start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        os.register_at_fork(after_in_child=start)
-        """)
+    source = """
+    import os, threading, time
+    start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    os.register_at_fork(after_in_child=start)
+    """
+    manager = preloading({"preloaded": source})
     data = manager.run("print('it runs')", confinement=Confinement()).data
     assert (data.status, data.output) == ("failed", "")
     assert "a preloaded module has started a thread" in data.error
@@ -588,7 +577,7 @@ def test_a_block_that_is_replaced_once_it_is_read_widens_nothing(preloading, tmp
         os.stat = replace
         """
     # A home directory is not read, even on the path of modules.
-    manager = preloading(source, HOME=str(tmp_path))
+    manager = preloading({"preloaded": source}, env={"HOME": str(tmp_path)})
     started = manager.start_with_action_block(block, confinement=Confinement(read=[]))
     data = manager.wait(started.id).data
     assert block.is_symlink()
@@ -821,7 +810,7 @@ def test_code_may_lower_its_own_limits_for_good(manager):
 
 
 def test_what_a_preloaded_module_has_opened_stays_open(preloading, tmp_path):
-    manager = preloading(f"file = open({str(tmp_path / 'file')!r}, 'w')")
+    manager = preloading({"preloaded": f"file = open({str(tmp_path / 'file')!r}, 'w')"})
     run(manager, "import preloaded; preloaded.file.write('written')")
     assert (tmp_path / "file").read_text() == "written"
 

@@ -204,30 +204,25 @@ PRELOADED = {
 
 
 @pytest.mark.parametrize("name", PRELOADED)
-def test_a_file_that_a_preloaded_module_opened_is_written(tmp_path, name):
+def test_a_file_that_a_preloaded_module_opened_is_written(preloading, tmp_path, name):
     path = tmp_path / "file"
-    (tmp_path / "holder.py").write_text(PRELOADED[name].format(str(path)))
     code = "import holder\nfor n in range(params['lines']): holder.file.write(f'line {n}\\n')"
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
-    with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
-        for lines in (5, 0, 0) if "own" in name else (5,):
-            assert finish(manager, code, {"lines": lines}).status == "completed"
-        first = ["the module"] if "own" in name else []
-        assert content(path).decode().splitlines() == first + [f"line {n}" for n in range(5)]
+    manager = preloading({"holder": PRELOADED[name].format(str(path))})
+    for lines in (5, 0, 0) if "own" in name else (5,):
+        assert finish(manager, code, {"lines": lines}).status == "completed"
+    first = ["the module"] if "own" in name else []
+    assert content(path).decode().splitlines() == first + [f"line {n}" for n in range(5)]
 
 
-def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(tmp_path):
-    (tmp_path / "holder.py").write_text(
-        "import tempfile\nfile = tempfile.NamedTemporaryFile('w')\n"
-    )
+def test_a_temporary_file_of_a_preloaded_module_outlives_a_snippet(preloading, tmp_path):
     code = (
         "import holder, json, os\nclass C:\n    def __del__(self): pass\njson.c = C()\n"
         "return os.path.exists(holder.file.name)"
     )
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
-    with sidexec.ExecutionManager(env=environment, preload=["holder"]) as manager:
-        for _ in range(2):
-            assert finish(manager, code).result is True
+    holder = "import tempfile\nfile = tempfile.NamedTemporaryFile('w')\n"
+    manager = preloading({"holder": holder}, env={"TMPDIR": str(tmp_path)})
+    for _ in range(2):
+        assert finish(manager, code).result is True
 
 
 # Says so where the process ends at once, without the interpreter's own end.

@@ -31,7 +31,6 @@ import types
 
 import pytest
 from conftest import (
-    ENVIRONMENT,
     FOREVER,
     HOST_ENVIRONMENT,
     alarm,
@@ -63,14 +62,6 @@ HANG = 30.0
 ASKED = 128 + signal.SIGTERM
 
 
-def preloading(make_manager, directory, **modules):
-    """A manager that preloads modules, which are written for it."""
-    for name, text in modules.items():
-        (directory / f"{name}.py").write_text(text)
-    env = {**ENVIRONMENT, "PYTHONPATH": str(directory)}
-    return make_manager(env=env, preload=list(modules), grace_period=10.0)
-
-
 # -- asking
 
 
@@ -95,10 +86,10 @@ def test_concurrent_stops_ask_once(manager, start):
     assert [each.result().data.output for each in found] == ["ready\n1\n"] * 5
 
 
-def test_a_sigterm_before_the_handler_stands_does_not_kill(tmp_path, make_manager):
+def test_a_sigterm_before_the_handler_stands_does_not_kill(preloading):
     # Every fork takes a while, so that the ask finds a snippet that has just come up.
     slow = "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.1))\n"
-    manager = preloading(make_manager, tmp_path, slow_fork=slow)
+    manager = preloading({"slow_fork": slow}, grace_period=10.0)
     data = manager.stop(manager.start_with_code("while True: pass").id).data
     assert (data.status, data.forced, data.exit_code) == ("stopped", False, ASKED)
 
@@ -413,8 +404,8 @@ directory = tempfile.TemporaryDirectory()
 """
 
 
-def test_nothing_of_the_launcher_survives_the_fork(tmp_path, make_manager):
-    manager = preloading(make_manager, tmp_path, preloaded=PRELOADED)
+def test_nothing_of_the_launcher_survives_the_fork(tmp_path, preloading):
+    manager = preloading({"preloaded": PRELOADED})
     code = """
 import logging, multiprocessing, os, preloaded, random, tempfile, threading, uuid
 return {

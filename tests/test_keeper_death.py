@@ -110,19 +110,15 @@ def test_a_keeper_killed_during_a_stop(manager, trace):
     check_that_it_goes_on(manager)
 
 
-def test_processes_of_preloaded_modules_survive_the_sweep(tmp_path, trace):
-    (tmp_path / "starts_a_helper.py").write_text(
-        "import subprocess\nhelper = subprocess.Popen(['/bin/sleep', '60'])\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    manager = sidexec.ExecutionManager(env=env, preload=["starts_a_helper"], grace_period=GRACE)
-    with nothing_left(), manager:
-        code = TREE + "import starts_a_helper\nnote('helper', starts_a_helper.helper.pid)\n"
-        finish(manager, code + KILL_KEEPER, trace.params)
-        (helper,) = trace.noted("helper")
-        assert helper.is_alive
-        assert all(not each.exists for each in trace.noted("descendant"))
-        helper.kill()
+def test_processes_of_preloaded_modules_survive_the_sweep(preloading, trace):
+    source = "import subprocess\nhelper = subprocess.Popen(['/bin/sleep', '60'])\n"
+    manager = preloading({"starts_a_helper": source}, grace_period=GRACE)
+    code = TREE + "import starts_a_helper\nnote('helper', starts_a_helper.helper.pid)\n"
+    finish(manager, code + KILL_KEEPER, trace.params)
+    (helper,) = trace.noted("helper")
+    assert helper.is_alive
+    assert all(not each.exists for each in trace.noted("descendant"))
+    helper.kill()
 
 
 # -- the launcher is killed

@@ -361,18 +361,10 @@ def test_python_may_be_of_another_version(make_manager, python, tmp_path, monkey
     assert finish(manager, "1 / 0").error.startswith("ZeroDivisionError: division by zero\n")
 
 
-def with_modules(make_manager, directory, preload, **modules):
-    """A manager that preloads modules, some of which are written for it."""
-    for name, text in modules.items():
-        (directory / f"{name}.py").write_text(text)
-    return make_manager(preload=preload, env={"PYTHONPATH": str(directory)})
-
-
-def test_preloaded_modules_are_there_before_the_snippet(make_manager, tmp_path):
+def test_preloaded_modules_are_there_before_the_snippet(preloading, make_manager, tmp_path):
     log = tmp_path / "log"
-    names = ["fractions", "once", "xml.dom"]  # any iterable of names will do
-    once = f"open({str(log)!r}, 'a').write('x')"
-    manager = with_modules(make_manager, tmp_path, iter(names), once=once)
+    names = ["fractions", "xml.dom", "once"]
+    manager = preloading({"once": f"open({str(log)!r}, 'a').write('x')"}, *names[:2])
     code = "import sys\nreturn [name in sys.modules for name in params['names']]"
     for _ in range(3):
         assert finish(manager, code, {"names": names}).result == [True] * 3
@@ -392,7 +384,7 @@ FAILING = {
 
 @pytest.mark.parametrize("error", one_in(2, FAILING))
 @pytest.mark.parametrize("is_late", [False, True])
-def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, error, is_late):
+def test_a_preload_that_fails_is_named(preloading, monkeypatch, error, is_late):
     def hear_late(process, seconds):
         """What it has said is read when it has ended."""
         if process.is_greeted:
@@ -402,9 +394,11 @@ def test_a_preload_that_fails_is_named(make_manager, tmp_path, monkeypatch, erro
     hear = Process.hear
     if is_late:
         monkeypatch.setattr(Process, "hear", hear_late)
-    modules = {"no_such_module": FAILING[error]} if FAILING[error] else {}
     before = tree("self")
-    manager = with_modules(make_manager, tmp_path, ["json", "no_such_module"], **modules)
+    if FAILING[error] is None:
+        manager = preloading({}, "json", "no_such_module")
+    else:
+        manager = preloading({"no_such_module": FAILING[error]}, "json")
     for _ in range(2):
         response = manager.start_with_code("pass")
         assert not response.success

@@ -17,17 +17,6 @@ def completed(data):
     return data
 
 
-@pytest.fixture
-def preloading(tmp_path):
-    """Make a manager that has preloaded modules, some of which stand in the test's directory."""
-
-    def make(*preload, **variables):
-        environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), **variables}
-        return sidexec.ExecutionManager(preload=preload, env=environment)
-
-    return make
-
-
 # -- surroundings
 
 
@@ -38,19 +27,19 @@ def test_no_module_of_the_library_is_there(preloading, preload):
     files = [str(getattr(module, "__file__", "")) for module in sys.modules.values()]
     return [[*sys.modules], files, [*__import__("linecache").cache]]
     """
-    with preloading(*preload) as manager:
-        for _ in range(3):  # the first one, and such as are forked ahead
-            names, files, cached = completed(finish(manager, code)).result
-            assert not [name for name in names if "side" in name.lower() or name == "pytest"]
-            assert not [file for file in files if "sidexec" in file]
-            assert set(cached) <= {"<snippet>"}
+    manager = preloading({}, *preload)
+    for _ in range(3):  # the first one, and such as are forked ahead
+        names, files, cached = completed(finish(manager, code)).result
+        assert not [name for name in names if "side" in name.lower() or name == "pytest"]
+        assert not [file for file in files if "sidexec" in file]
+        assert set(cached) <= {"<snippet>"}
 
 
 def test_what_launcher_and_keeper_write_to_standard_error_can_be_had(tmp_path, preloading):
     code = "import os\nos.register_at_fork(before=lambda: os.write(2, b'%d\\n' % os.getpid()))"
-    (tmp_path / "says_who_forks.py").write_text(code)
     log = tmp_path / "log"
-    with preloading("says_who_forks", EXECUTION_MANAGER_STDERR=str(log)) as manager:
+    env = {"EXECUTION_MANAGER_STDERR": str(log)}
+    with preloading({"says_who_forks": code}, env=env) as manager:
         data = finish(manager, "import os\nprint(os.getppid())\nos.write(2, b'mine')")
     assert (data.status, data.error_output) == ("completed", "mine")
     assert "mine" not in log.read_text()
@@ -80,9 +69,8 @@ ENDINGS = [
 def test_exit_handlers_of_preloaded_modules_run_in_the_launcher_and_in_no_snippet(
     tmp_path, preloading
 ):
-    (tmp_path / "mine.py").write_text(PRELOADED)
     log = tmp_path / "log"
-    with preloading("mine", LOG=str(log)) as manager:
+    with preloading({"mine": PRELOADED}, env={"LOG": str(log)}) as manager:
         for code in ENDINGS:
             assert finish(manager, "import mine\n" + code).output.strip() == "", code
             assert not log.exists(), code
@@ -100,11 +88,10 @@ logging.warning("logged")
 
 
 def test_a_snippet_s_own_exit_handlers_run_with_the_preloaded_modules(preloading):
-    with preloading(
-        "weakref", "concurrent.futures.thread", "atexit", "logging", "asyncio"
-    ) as manager:
-        for code in (LOGGED, *map(ENDS.get, ("finalize", "executor", "atexit"))):
-            assert completed(finish(manager, code)).output == run_plain("-c", code).stdout
+    names = "weakref", "concurrent.futures.thread", "atexit", "logging", "asyncio"
+    manager = preloading({}, *names)
+    for code in (LOGGED, *map(ENDS.get, ("finalize", "executor", "atexit"))):
+        assert completed(finish(manager, code)).output == run_plain("-c", code).stdout
 
 
 def test_an_execution_starts_clean(run):
@@ -483,15 +470,11 @@ finally:
     assert data.output == "clean\n"
 
 
-def test_a_preloaded_module_may_write_much_to_its_standard_error(tmp_path, preloading):
-    (tmp_path / "chatty.py").write_text(
-        "import sys\nfor n in range(10_000): print('deprecated, line', n, file=sys.stderr)\n"
-    )
-    (tmp_path / "broken.py").write_text("import chatty\nraise ImportError('broken on purpose')")
-    with preloading("chatty") as manager:
-        assert finish(manager, "return 1").result == 1
-    with preloading("broken") as manager:
-        assert "broken on purpose" in manager.start_with_code("return 1").error
+def test_a_preloaded_module_may_write_much_to_its_standard_error(preloading):
+    chatty = "import sys\nfor n in range(10_000): print('deprecated, line', n, file=sys.stderr)\n"
+    assert finish(preloading({"chatty": chatty}), "return 1").result == 1
+    manager = preloading({"broken": "import chatty\nraise ImportError('broken on purpose')"})
+    assert "broken on purpose" in manager.start_with_code("return 1").error
 
 
 @pytest.mark.parametrize("argument", ["work", "future"])
