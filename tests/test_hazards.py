@@ -12,7 +12,7 @@ What stands elsewhere:
 - a worker that the host forks keeps the sockets open: test_host_death (with_worker)
 - `Thread.start()` at interpreter exit raises: test_host_death (exit handlers)
 - a process outside of the tree holds the pipe: test_output (a_stranger_holds)
-- a host that ignores SIGCHLD or reaps everything: test_misbehaving_hosts (SETUPS)
+- a host that ignores or blocks signals, or reaps everything: test_misbehaving_hosts (SETUPS)
 - `killpg(pid, 0)` succeeds on a group of zombies, without /proc: test_without_kernel_help
 - `Popen.send_signal` reaps and so frees the pid: here, and test_no_survivors (the_pid_of)
 """
@@ -45,7 +45,6 @@ from conftest import (
 from conftest import swept_manager as manager  # noqa: F401
 from programs import (
     CLEAN_UP,
-    POLITE,
     Bystander,
     attempts,
     needs_pids,
@@ -109,32 +108,6 @@ def test_an_ask_that_a_finalizer_swallows_is_not_lost(manager, start):
     """)
     stopped = manager.stop(id)
     assert stopped.data.output == "ready\ncleaned up\n"
-    assert (stopped.data.forced, stopped.data.exit_code) == (False, ASKED)
-
-
-@pytest.mark.parametrize("how", ("ignored", "blocked"))
-def test_a_host_that_ignores_or_blocks_signals_does_not_hand_that_down(make_manager, how):
-    signums = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD]
-    bits = sum(1 << (signum - 1) for signum in signums)
-    code = f"""
-import subprocess
-show = ["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]
-lines = subprocess.run(show, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-print([int(line.split()[1], 16) & {bits} for line in lines])
-"""
-    before = {signum: signal.getsignal(signum) for signum in signums}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums if how == "blocked" else ())
-    try:
-        for signum in signums if how == "ignored" else ():
-            signal.signal(signum, signal.SIG_IGN)
-        manager = make_manager(grace_period=5.0)
-        stopped = manager.stop(begin(manager, code + POLITE))
-        manager.close()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    assert stopped.data.output == "[0, 0]\nready\nout\n"
     assert (stopped.data.forced, stopped.data.exit_code) == (False, ASKED)
 
 
@@ -287,40 +260,15 @@ manager.stop(id)
         ("manager.wait(id, 10)", "manager.stop(id)", 0),
         ("list(manager.follow(id))", "manager.stop_all()", 0),
         ("manager.wait(id, 10)", "manager.close()", 0),
+        ("list(manager.follow(id))", "(manager.run('pass'), manager.stop(id))", 0),
         # Nearly all the time is spent where a lock of the execution's would be held.
         (WAIT_AGAIN_AND_AGAIN, "manager.wait(id, 0.0)", 0.001),
     ],
-    ids=("stop", "stop_all", "close", "wait"),
+    ids=("stop", "stop_all", "close", "run", "wait"),
 )
 def test_a_call_in_a_signal_handler_does_not_deadlock(interrupted, call, interval):
     reason = "closed" if "close" in call else "requested"
     assert run_as_host(HANDLER_HOST, interrupted, call, str(interval)) == f"stopped {reason}\n"
-
-
-def test_calls_in_signal_handlers_interrupt_any_other_call(make_manager):
-    manager = make_manager(grace_period=5.0)
-    ids = []
-    count = 0
-
-    def handler(signum, frame):
-        nonlocal count
-        count += 1
-        manager.list_executions()
-        manager.stop("unknown")
-        if ids:
-            manager.get_status(ids[-1])
-            manager.wait(ids[-1], 0.0)
-            manager.stop(ids[-1])
-        if count % 20 == 0:
-            manager.wait(manager.start_with_code("pass").id)
-
-    with alarm(handler, 0.002, 0.002), within(60):
-        while count <= 60 or len(ids) <= 10:
-            ids.append(manager.start_with_code("while True: print('x')").id)
-            manager.get_status(ids[-1])
-            for _ in manager.follow(ids[-1]):
-                pass
-            assert manager.wait(ids[-1]).data.status == "stopped"
 
 
 class Interrupted(Exception):

@@ -178,7 +178,7 @@ HOSTS = {name: PRELUDE + setup for name, setup in SETUPS.items()} | {
 }
 
 
-@pytest.mark.parametrize("name", one_in(3, HOSTS))
+@pytest.mark.parametrize("name", [*SETUPS, *one_in(3, [*HOSTS][len(SETUPS) :])])
 def test_every_end_is_as_ever_in_a_host_that_has(host, name):
     script = """
     with sidexec.ExecutionManager(grace_period=5) as manager:
@@ -208,7 +208,12 @@ found = [own, masked, masks(open("/proc/self/status").read()), masks(child)]
 
 
 @pytest.mark.parametrize(
-    "name", one_in(2, ["everything_ignored", "everything_handled", "everything_blocked"])
+    "name",
+    [
+        "sigchld_ignored",
+        *one_in(2, ["everything_ignored", "everything_handled"]),
+        "everything_blocked",
+    ],
 )
 def test_a_snippet_has_the_dispositions_and_the_mask_of_a_plain_interpreter_though(host, name):
     plain = run_as_host(SIGNALS + "import json; print(json.dumps(found))")
@@ -421,7 +426,9 @@ def act():
     op = rng.choice(["start", "start", "stop", "stop", "wait", "status", "list", "stop_all"])
     if op == "start" and len(running) < 6:
         kind = rng.choice(list(KINDS))
-        manager.start_with_code(KINDS[kind][0], thread_id=kind).raise_for_error()
+        started = manager.start_with_code(KINDS[kind][0], thread_id=kind).raise_for_error()
+        if kind == "quick" and rng.random() < 0.3:
+            manager.wait(started.id)
     elif op == "stop":
         note(manager.stop(id, force=rng.random() < 0.3))
     elif op == "wait":
