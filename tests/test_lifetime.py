@@ -26,7 +26,6 @@ from conftest import (
     is_alive,
     nothing_left,
     one_in,
-    run_as_host,
     tree,
     within,
 )
@@ -447,25 +446,3 @@ def test_managers_do_not_know_of_each_other(make_manager):
     two.start_with_code("pass")
     two.close()
     assert one.get_status(id).data.status == "running"
-
-
-def test_a_fork_of_the_host_gets_clear_errors_and_may_use_a_manager_that_was_not_used_yet():
-    code = """
-import os, warnings, sidexec
-warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
-used, unused = sidexec.ExecutionManager(), sidexec.ExecutionManager()
-running = used.start_with_code("import time; print('ready'); time.sleep(600)").id
-assert next(used.follow(running, lines=True)).text == "ready\\n"
-if os.fork() == 0:
-    for each in (used.start_with_code("pass"), used.stop(running), used.wait(running)):
-        assert not each.success and "fork" in each.error, each
-    print(*(chunk.text for chunk in used.follow(running)), end="")
-    used.close()
-else:
-    assert os.wait()[1] == 0
-    assert used.run("return 2").data.result == 2
-    assert used.stop(running).data.status == "stopped"
-with used, unused:
-    print(unused.run("return 3").data.result)
-"""
-    assert run_as_host(code) == "ready\n3\n3\n"

@@ -281,14 +281,17 @@ def test_forked_workers_that_exit_leave_the_parent_alone(host):
 
 def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manager(host):
     answers = host("""
-        manager = sidexec.ExecutionManager()
-        id = manager.start_with_code("import time\\ntime.sleep(60)").id
+        manager, unused = sidexec.ExecutionManager(), sidexec.ExecutionManager()
+        id = manager.start_with_code("import time\\nprint('ready')\\ntime.sleep(60)").id
+        assert next(manager.follow(id, lines=True)).text == "ready\\n"
         done = manager.start_with_code("return 4").id
         manager.wait(done)
         pid = os.fork()
         if pid == 0:
-            assert "forked" in manager.wait(id).error
-            assert list(manager.follow(id)) == list(manager.follow(done)) == []
+            for each in (manager.start_with_code("pass"), manager.stop(id), manager.wait(id)):
+                assert not each.success and "forked" in each.error, each
+            assert "".join(chunk.text for chunk in manager.follow(id)) == "ready\\n"
+            assert list(manager.follow(done)) == []
             answers = [
                 manager.start_with_code("pass").success,
                 manager.wait(id).data.status,
@@ -301,17 +304,21 @@ def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manage
                 manager.list_executions("running").data.count,
             ]
             manager.close()
-            with sidexec.ExecutionManager() as own:
-                answers.append(status_of(own.start_with_code("return 6"), own).result)
+            with sidexec.ExecutionManager() as own, unused:  # which belongs to both of them
+                for each in (own, unused):
+                    answers.append(status_of(each.start_with_code("return 6"), each).result)
             report(answers)
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
         assert manager.get_status(id).data.status == "running"
+        for each in (manager, unused):
+            assert each.run("return 2").data.result == 2
         assert manager.stop(id).data.status == "stopped"
         manager.close()
+        unused.close()
         assert_nothing_left()
     """)
-    assert answers == [False, "running", "running", 4, False, False, [False], False, 1, 6]
+    assert answers == [False, "running", "running", 4, False, False, [False], False, 1, 6, 6]
 
 
 # A worker that lives on holds a copy of every descriptor that was open at its fork.
