@@ -1,7 +1,6 @@
 """The manager's methods and the states of its executions."""
 
 import concurrent.futures
-import dataclasses
 import os
 import shutil
 import signal
@@ -65,34 +64,6 @@ def test_what_follows_is_keyword_only(manager, call):
 
 
 # -- states
-
-
-def test_a_running_execution(manager, start):
-    data = manager.get_status(start(FOREVER)).raise_for_error().data
-    assert (data.status, data.output) == ("running", "ready\n")
-    assert (data.end_time, data.exit_code, data.stop_reason) == (None, None, None)
-    assert 0 < data.duration < 60
-
-
-@pytest.mark.parametrize("end", ["return [1]", "report_result([1])\nimport sys; sys.exit(0)"])
-def test_a_completed_execution(run, end):
-    data = run("print('x')\n" + end)
-    assert (data.status, data.result, data.output) == ("completed", [1], "x\n")
-    assert (data.exit_code, data.error, data.stop_reason) == (0, None, None)
-    assert data.duration > 0
-    assert abs((data.end_time - data.start_time).total_seconds() - data.duration) < 1
-
-
-def test_stop_on_a_running_and_then_on_a_stopped_execution(manager, start):
-    id = start("report_result(7)\n" + FOREVER, thread_id="t")
-    first = manager.stop(id)
-    assert first.success and first.error is None
-    data = first.data
-    assert (data.side_execution_id, data.status, data.output) == (id, "stopped", "ready\n")
-    assert (data.stop_reason, data.forced, data.result) == ("requested", False, 7)
-    for options in ({}, {"force": True}):
-        again = manager.stop(id, **options)
-        assert again.success and again.data == dataclasses.replace(data, status="already_stopped")
 
 
 @pytest.mark.parametrize("options", [{}, {"force": True}], ids=repr)

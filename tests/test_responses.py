@@ -42,7 +42,7 @@ KINDS = [
         sidexec.StopSideExecutionResponse,
         "sideExecutionId status stoppedAt result output errorOutput exitCode forced stopReason"
         " outputDropped",
-        ["stopped", "already stopped", "stop of a completed one", "no stop"],
+        ["stopped", "already stopped", "already killed", "stop of a completed one", "no stop"],
     ),
     (sidexec.ListSideExecutionsResponse, "executions count", ["executions", "no executions"]),
     (
@@ -79,6 +79,7 @@ def made_by(manager, blocks, nowhere):
     made["running"] = manager.get_status(id)
     made["stopped"] = manager.stop(id)
     made["already stopped"] = manager.stop(id)
+    made["already killed"] = manager.stop(id, force=True)
     made["status of a stopped one"] = manager.wait(id)
     made["completed"] = manager.run("print('x')\nreturn [None, 1.5]")
     made["failed"] = manager.run("1 / 0")
@@ -147,7 +148,8 @@ def test_a_start_without_a_timeout_has_null(manager):
 
 def test_the_wire_form_of_a_status(responses):
     data = responses["running"].to_dict()["data"]
-    has(data, status="running", progress=50, result={"n": 1}, outputDropped=0, endTime=None)
+    has(data, status="running", progress=50, result={"n": 1}, endTime=None)
+    has(data, output="ready\n", outputDropped=0)
     has(data, error=None, exitCode=None, stopReason=None, peakMemory=None, cpuTime=None)
     assert (type(data["memoryUsage"]), type(data["cpuUsage"])) == (int, float)
     assert type(data["duration"]) is int and 0 <= data["duration"] < 60_000
@@ -157,6 +159,8 @@ def test_the_wire_form_of_a_status(responses):
     has(data, result=[None, 1.5], output="x\n", errorOutput="", exitCode=0, error=None)
     has(data, stopReason=None, memoryUsage=None, cpuUsage=None, progress=None)
     assert type(response.data.duration) is float
+    took = (response.data.end_time - response.data.start_time).total_seconds()
+    assert abs(took - response.data.duration) < 1 and response.data.duration > 0
     has(data, duration=round(response.data.duration * 1000))
     has(data, cpuTime=round(response.data.cpu_time * 1000))
     assert is_time(data["startTime"]) and is_time(data["endTime"])
@@ -176,7 +180,9 @@ def test_the_wire_form_of_a_stop(responses):
     has(data, status="stopped", stopReason="requested", forced=False)
     has(data, result={"n": 1}, output="ready\n", errorOutput="")
     assert type(data["exitCode"]) is int and is_time(data["stoppedAt"])
-    assert {**responses["already stopped"].to_dict()["data"], "status": "stopped"} == data
+    for name in ("already stopped", "already killed"):
+        again = responses[name].to_dict()["data"]
+        assert again["status"] == "already_stopped" and {**again, "status": "stopped"} == data
     for name in ("stop of a completed one", "no stop"):
         assert responses[name].to_dict()["data"]["stoppedAt"] is None
 

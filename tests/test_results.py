@@ -183,6 +183,8 @@ def test_a_return_takes_the_place_of_what_was_reported(run):
     assert run("report_result(1)\nreturn 2").result == 2
     assert run("report_result(1)\nreturn").result == 1
     assert run("report_result(1)").result == 1
+    data = run("report_result(1)\nimport sys; sys.exit(0)")
+    assert (data.status, data.result, data.exit_code) == ("completed", 1, 0)
     assert run("x = [1]\nreport_result(x)\nx.append(2)").result == [1]
 
 
