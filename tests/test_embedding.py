@@ -1,6 +1,5 @@
 """Hosts that are no plain interpreter, and what a launcher inherits from its host."""
 
-import contextlib
 import os
 import shlex
 import socket
@@ -8,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, descriptors, finish, run_as_host, tree
+from conftest import ROOT, finish, run_as_host
 
 from sidexec import ExecutionManager
 from sidexec.engine import payload
@@ -109,22 +108,6 @@ def test_what_marks_a_launcher_is_not_in_the_environment_of_a_snippet(run, make_
 
 
 # -- what is inherited
-
-
-def test_what_the_host_lets_its_children_inherit_stops_at_the_launcher(manager, start, tmp_path):
-    path = str(tmp_path / "inherited")
-    fd = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        os.set_inheritable(fd, True)
-        id = start(OPEN + "import time\nprint('ready')\ntime.sleep(600)")
-        assert manager.get_status(id).data.output == "[]\nready\n"
-        for pid in tree("self"):
-            for name in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                    assert os.readlink(f"/proc/{pid}/fd/{name}") != path
-        assert path in descriptors().values()
-    finally:
-        os.close(fd)
 
 
 def test_an_inherited_descriptor_above_the_soft_limit():

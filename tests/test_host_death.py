@@ -73,9 +73,10 @@ DEAF = with_descendant("deaf", "deaf()\nprint('ready')\nwhile True: time.sleep(6
 
 
 @contextlib.contextmanager
-def running_host(trace, *codes, grace=GRACE, options=()):
+def running_host(trace, *codes, grace=GRACE, options=(), prelude=""):
     """A host whose executions are all under way: the host, its descendants, its worker."""
-    command = [sys.executable, "-c", HOST, json.dumps([grace, trace.params, *codes]), *options]
+    given = json.dumps([grace, trace.params, *codes])
+    command = [sys.executable, "-c", prelude + HOST, given, *options]
     host = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -4,18 +4,13 @@ import concurrent.futures
 import contextlib
 import ctypes
 import inspect
-import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 
 import programs
 import pytest
 from conftest import (
-    HOST_ENVIRONMENT,
     argument,
     begin,
     children,
@@ -23,10 +18,10 @@ from conftest import (
     eventually,
     finish,
     nothing_left,
-    tree,
     within,
 )
-from programs import Process, Trace
+from programs import Trace
+from test_host_death import die, running_host
 
 import sidexec
 from sidexec.engine import payload
@@ -246,27 +241,12 @@ def test_a_killed_keeper(manager, trace):
 
 # -- the host's death: the control sockets, and the launcher's look at its parent
 
-HOST = f"""
-import contextlib, json, os, sys, time
-import sidexec
+PRELUDE = f"""
+import contextlib
 from sidexec.engine import payload
-without, code, params, grace, has_worker = json.loads(sys.argv[1])
-{inspect.getsource(taken_away).replace("=WITHOUT", "")}
-stack = contextlib.ExitStack()
-stack.enter_context(taken_away(without))
-manager = sidexec.ExecutionManager(grace_period=grace)
-id = manager.start_with_code(code, params, None).id
-while "ready\\n" not in manager.get_status(id).data.output:
-    assert manager.get_status(id).data.status == "running", manager.get_status(id)
-    time.sleep(0.002)
-worker = 0
-if has_worker:
-    worker = os.fork()
-    if worker == 0:
-        time.sleep(60)
-        os._exit(0)
-print(worker, flush=True)
-time.sleep(60)
+{inspect.getsource(taken_away).replace("=WITHOUT", f"={WITHOUT!r}")}
+help_is_gone = taken_away()
+help_is_gone.__enter__()
 """
 
 
@@ -279,31 +259,19 @@ SLOW = [
 @pytest.mark.parametrize("kind, has_worker", [("deaf", True), *SLOW])
 def test_the_hosts_death_is_noticed(trace, kind, has_worker):
     code = programs.with_descendant(kind, programs.CLEAN_UP)
-    given = json.dumps([WITHOUT, code, trace.params, GRACE, has_worker])
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST, given],
-        stdout=subprocess.PIPE,
-        env=HOST_ENVIRONMENT,
-        text=True,
-    )
-    with orphans_reaped(), contextlib.ExitStack() as stack:
-        stack.enter_context(host)
-        stack.callback(host.kill)
-        worker = int(host.stdout.readline())
-        others = [Process(pid) for pid in tree(host.pid) if pid != worker]
-        if worker:
-            stack.callback(os.waitpid, worker, 0)  # once the host is dead, it is a child of ours
-            stack.callback(os.kill, worker, signal.SIGKILL)
-        assert len(others) >= 4  # the launcher, the keeper, the snippet, its child
-        host.kill()
-        host.wait()
-        deadline = time.monotonic() + GRACE + MOMENT
-        while time.monotonic() < deadline and any(each.is_alive for each in group(trace)):
-            time.sleep(0.01)
-        assert [each for each in group(trace) if each.is_alive] == []
-        assert len(trace.noted("cleaned")) == 1
-        # Until init has reaped the group, a keeper can't tell its zombies from a member.
-        eventually(lambda: not any(each.is_alive for each in others))
-        for each in others:
-            with contextlib.suppress(ChildProcessError):  # but for the launcher, they are reaped
-                os.waitpid(each.pid, 0)
+    options = {"grace": GRACE, "options": has_worker * ["worker"], "prelude": PRELUDE}
+    with orphans_reaped():
+        with running_host(trace, code, **options) as (host, others, worker):
+            assert len(others) >= 4  # the launcher, the keeper, the snippet, its child
+            die(host)
+            deadline = time.monotonic() + GRACE + MOMENT
+            while time.monotonic() < deadline and any(each.is_alive for each in group(trace)):
+                time.sleep(0.01)
+            assert [each for each in group(trace) if each.is_alive] == []
+            assert len(trace.noted("cleaned")) == 1
+            # Until init has reaped the group, a keeper can't tell its zombies from a member.
+            eventually(lambda: not any(each.is_alive for each in others))
+            for each in others:  # which are reaped but for the launcher
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(each.pid, 0)
+        eventually(lambda: worker is None or not worker.exists)
