@@ -301,20 +301,6 @@ with package.ExecutionManager() as one, sidexec.ExecutionManager() as two:
     assert said == "well False\nstopped stopped\nZeroDivisionError: division by zero\n"
 
 
-def test_files_beside_the_host_are_not_taken_for_modules_of_the_library(tmp_path):
-    # Python 3.13 and 3.14 import `linecache` themselves, before any code of `-c`.
-    names = ("marshal", "json", "selectors", "signal", "ast", "traceback", "os", "asyncio")
-    for name in (*names, "linecache", "__future__"):
-        (tmp_path / f"{name}.py").write_text("raise Exception('the wrong one')")
-    code = (
-        f"import os\nos.chdir({str(tmp_path)!r})\n{IMPORTED}"
-        "with sidexec.ExecutionManager() as manager:\n"
-        "    data = manager.run('report_result(1)\\n1 / 0').data\n"
-        "    print(data.error.splitlines()[0], data.result)"
-    )
-    assert python("-I", code=code) == "ZeroDivisionError: division by zero 1\n"
-
-
 RUNS = [
     ("-bb -X dev -W error", {}),
     ("-I", {}),

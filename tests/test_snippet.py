@@ -120,13 +120,15 @@ def test_an_execution_starts_clean(run):
 
 SHADOWS = """
 json socket traceback linecache ast unicodedata _colorize os signal threading io asyncio warnings
-_signal marshal select ctypes protocol resource
+_signal marshal select ctypes protocol resource selectors __future__
 """
 
 
-def test_files_named_like_modules_do_not_break_the_library(tmp_path):
+def test_files_named_like_modules_do_not_break_the_library(tmp_path, monkeypatch):
     for name in SHADOWS.split():
-        (tmp_path / f"{name}.py").write_text(f"print('shadow {name}')\nraise ImportError('shadow')")
+        (tmp_path / f"{name}.py").write_text(f"print('shadow {name}')\nraise Exception('shadow')")
+    # Python 3.13 and 3.14 import `linecache` themselves, before any code of `-c`.
+    monkeypatch.chdir(tmp_path)
     limits = sidexec.Limits(open_files=64)
     with sidexec.ExecutionManager(cwd=tmp_path, env=ENVIRONMENT) as manager:
         run = functools.partial(finish, manager)
