@@ -21,17 +21,14 @@ import concurrent.futures
 import contextlib
 import gc
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 
 import pytest
 from conftest import (
-    FOREVER,
     HOST_ENVIRONMENT,
     alarm,
     begin,
@@ -50,7 +47,6 @@ from programs import (
     needs_pids,
     program,
     spawned,
-    when_asked,
     with_descendant,
 )
 
@@ -307,33 +303,6 @@ def test_a_handler_that_raises_inside_a_start_loses_no_execution(make_manager, t
     stopped = manager.stop_all()
     assert len(stopped) >= began and all(each.success for each in stopped)
     assert trace.left() == set()
-
-
-def test_on_output_that_calls_stop_is_not_what_drains_the_pipe(manager):
-    answers, ids = queue.SimpleQueue(), queue.SimpleQueue()
-
-    def on_output(chunk):
-        if "ready" in chunk.text:
-            answers.put(manager.stop(ids.get(timeout=HANG)))
-
-    code = when_asked("print('x' * 3_000_000)\nprint('cleaned up')")
-    ids.put(manager.start_with_code(code, on_output=on_output).id)
-    stopped = answers.get(timeout=HANG)
-    assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
-    assert stopped.data.output == "ready\n" + "x" * 3_000_000 + "\ncleaned up\n"
-
-
-def test_an_on_output_that_never_returns_holds_up_neither_output_nor_stop(make_manager):
-    manager = make_manager(grace_period=1.0)
-    release = threading.Event()
-    try:
-        code = "print('x' * 1_000_000)\n" + FOREVER
-        with within(15):
-            id = begin(manager, code, on_output=lambda chunk: release.wait(60))
-            stopped = manager.stop(id)
-        assert (stopped.data.status, stopped.data.forced) == ("stopped", False)
-    finally:
-        release.set()
 
 
 PRELOADED = """

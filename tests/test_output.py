@@ -13,6 +13,7 @@ import threading
 import pytest
 from conftest import alarm, begin, eventually, finish, within
 from conftest import swept_manager as manager  # noqa: F401
+from programs import when_asked
 
 from sidexec.engine import pair as pairs
 from sidexec.engine.delivery import Delivery
@@ -402,14 +403,18 @@ def test_on_output_may_call_the_manager(manager):
         said.append(manager.wait(ids[0], 0.01).data.status)
         said.append(manager.list_executions("running").data.count)
         # Nor does it wait for this very callback, which it would for its whole grace period.
-        said.append(manager.stop(ids[0], grace=60).data.status)
+        stopped = manager.stop(ids[0], grace=60).data
+        said.append((stopped.status, stopped.forced))
         said.append(manager.wait(ids[0]).data.status)
 
-    ids.append(manager.start_with_code(FOREVER, on_output=on_output).id)
+    # More than a pipe holds, which this very callback does not drain either.
+    code = when_asked("print('x' * 3_000_000)\nprint('cleaned up')")
+    ids.append(manager.start_with_code(code, on_output=on_output).id)
     known.set()
-    assert manager.wait(ids[0], 20).data.status == "stopped"
+    data = manager.wait(ids[0], 20).data
+    assert data.output == "ready\n" + "x" * 3_000_000 + "\ncleaned up\n"
     eventually(lambda: len(said) == 5)
-    assert said == ["running", "running", 1, "stopped", "stopped"]
+    assert said == ["running", "running", 1, ("stopped", False), "stopped"]
 
 
 def test_on_output_may_start_and_close(make_manager):

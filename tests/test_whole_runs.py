@@ -78,19 +78,21 @@ def test_a_future_that_is_cancelled_has_a_result_all_the_same(manager):
     assert future.cancel() is False
 
 
-def test_a_future_comes_when_on_output_has_had_everything(manager):
+def test_wait_returns_and_a_future_comes_when_on_output_has_had_everything(manager):
     got = []
 
     def slow(chunk):
         time.sleep(0.05)
         got.append(chunk.text)
 
-    id = manager.start_with_code("for n in range(5): print(n, flush=True)", on_output=slow).id
+    code = "import time\nfor n in range(5):\n    print(n)\n    time.sleep(0.01)"
+    id = manager.start_with_code(code, on_output=slow).id
     seen = []
     manager.future(id).add_done_callback(lambda future: seen.append("".join(got)))
-    output = manager.future(id).result(30).data.output
+    output = manager.wait(id).data.output
+    assert output == "".join(got) == "0\n1\n2\n3\n4\n"
     eventually(lambda: seen)
-    assert seen == [output]
+    assert seen == [output] and manager.future(id).result(0).data.output == output
 
 
 def test_a_future_of_an_unknown_id_raises_at_the_call(manager):
