@@ -335,7 +335,6 @@ def test_a_spare_killed_at_the_very_moment_of_a_start(manager, launcher_of, vict
         found = spare_of(manager, launcher_of, victim)
         found.kill()
         answer = manager.start_with_code("return 1")
-        assert answer.success or answer.error
         if answer.success:
             data = manager.wait(answer.id, 30).data
             failed = data.status == "failed" and "SIGKILL" in data.error

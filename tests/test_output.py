@@ -81,16 +81,6 @@ def test_what_is_written_by_other_ways_is_captured(run, code, output, error_outp
     assert (data.status, data.output, data.error_output) == ("completed", output, error_output)
 
 
-def test_what_cleanup_prints_is_captured(manager, start):
-    id = start(
-        "import atexit, sys, time\natexit.register(print, 'at exit', flush=True)\n"
-        "try: print('ready'); time.sleep(600)\n"
-        "finally: print('finally'); print('error', file=sys.stderr)",
-    )
-    data = manager.stop(id).data
-    assert (data.output, data.error_output) == ("ready\nfinally\nat exit\n", "error\n")
-
-
 # -- decoding
 
 
@@ -271,14 +261,6 @@ def test_two_followers_get_everything_each_until_the_end(manager, tmp_path):
     assert data.output == "".join(f"{n}\n" for n in range(0, 20, 2))
     for got in found:
         assert texts(got) == (data.output, data.error_output)
-
-
-def test_a_follower_that_is_let_go_of_leaves_nothing(manager, start):
-    id = start(FOREVER)
-    follower = manager.follow(id)
-    assert next(follower).text.startswith("ready")
-    follower.close()
-    assert manager.stop(id).data.status == "stopped"
 
 
 def test_a_follower_that_is_too_slow_misses_the_oldest_and_goes_on(make_manager, tmp_path):
