@@ -107,13 +107,24 @@ def tree(pid):
     return found
 
 
-def is_alive(pid):
-    """Whether a process exists and is no zombie."""
+def stat_of(pid):
+    """The fields after a process's name; None where there is none."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+            return file.read().rpartition(")")[2].split()
     except OSError:
-        return False
+        return None
+
+
+def state_of(pid):
+    """One letter; None where there is no such process."""
+    fields = stat_of(pid)
+    return fields and fields[0]
+
+
+def is_alive(pid):
+    """Whether a process exists and is no zombie."""
+    return state_of(pid) not in (None, "Z", "X")
 
 
 def descriptors(pid="self"):
@@ -203,6 +214,11 @@ def finish(manager, code, params=None, **options):
     return manager.wait(id).raise_for_error().data
 
 
+def completed(data):
+    assert data.status == "completed", data
+    return data
+
+
 def has_printed(manager, id, text):
     eventually(lambda: text in manager.get_status(id).data.output)
 
@@ -260,6 +276,13 @@ def shared(request):
         SHARED_MANAGERS.append(manager)
         yield manager
         SHARED_MANAGERS.remove(manager)
+
+
+@pytest.fixture(scope="module")
+def with_asyncio(shared):
+    """Has asyncio loaded already: its import takes longer than all else."""
+    with sidexec.ExecutionManager(preload=["asyncio"], env=ENVIRONMENT) as manager:
+        yield manager
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import eventually
+from conftest import eventually, stat_of
 
 # Each descendant notes its pid and start time, stands in the trace's directory and
 # inherits a locked descriptor. A forgotten one ends by itself after a minute.
@@ -164,18 +164,9 @@ def with_descendant(kind, ending=WAIT):
     return program(DESCENDANTS[kind], STARTED, ending)
 
 
-def _stat(pid):
-    """The fields after a process's name; None where there is none."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
 def start_time(pid):
     """What tells a process from a later one of the same pid; None where there is none."""
-    fields = _stat(pid)
+    fields = stat_of(pid)
     return fields and int(fields[19])
 
 
@@ -196,7 +187,7 @@ class Process:
 
     @property
     def state(self):
-        fields = _stat(self.pid)
+        fields = stat_of(self.pid)
         return fields[0] if fields and int(fields[19]) == self.started else None
 
     @property

@@ -22,10 +22,9 @@ from commands import (
     cli,  # noqa: F401
     finish,
     in_process,  # noqa: F401
-    state_of,
     unread,
 )
-from conftest import eventually, is_alive, one_in
+from conftest import eventually, is_alive, one_in, state_of
 
 import sidexec
 

@@ -18,7 +18,7 @@ import types
 import programs
 import pytest
 from commands import in_process  # noqa: F401
-from conftest import FOREVER, begin, children, eventually, is_alive, one_in, run_as_host
+from conftest import FOREVER, begin, children, eventually, is_alive, one_in, run_as_host, stat_of
 from conftest import swept_manager as manager  # noqa: F401
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
@@ -278,14 +278,12 @@ def others(manager, stranger):
     """Processes that are not a confined snippet's own, by their roles."""
     ids = [begin(manager, FOREVER), begin(manager, FOREVER, confinement=Confinement())]
     keeper, another = (manager._engine.executions[id].owner.keeper_pid for id in ids)
-    with open(f"/proc/{keeper}/stat") as file:
-        launcher = int(file.read().rpartition(")")[2].split()[1])
     yield {
         "stranger": stranger.pid,
         "other": children(keeper)[0],
         "confined": children(another)[0],
         "keeper": keeper,
-        "launcher": launcher,
+        "launcher": int(stat_of(keeper)[1]),
         "host": os.getpid(),
     }
     stranger.stdin.close()

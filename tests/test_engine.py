@@ -16,9 +16,18 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from commands import state_of
-from conftest import FOREVER, begin, children, descriptors, eventually, finish, is_alive, within
-from test_misbehaving_hosts import run_host
+from conftest import (
+    FOREVER,
+    begin,
+    children,
+    descriptors,
+    eventually,
+    finish,
+    is_alive,
+    state_of,
+    within,
+)
+from test_misbehaving_hosts import host  # noqa: F401
 from test_untrusted import CHANNEL
 from test_without_kernel_help import taken_away
 
@@ -31,13 +40,6 @@ from sidexec.engine.pair import Pair
 from sidexec.engine.process import Process
 from sidexec.engine.requests import Requests
 from sidexec.engine.waiting import Bell
-
-SLEEP = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
-
-
-@pytest.fixture
-def host(tmp_path):
-    return lambda script, *args, **options: run_host(tmp_path, script, *args, **options)
 
 
 def result_of(manager, code):
@@ -92,7 +94,7 @@ def test_a_launcher_whose_host_has_ended_does_not_take_another_process_for_it(ma
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_launcher_that_is_stopped_fails_one_start(launcher_of, runs):
     manager, launcher = launcher_of
-    running = manager.start_with_code(SLEEP).id
+    running = manager.start_with_code(FOREVER).id
     if not runs:
         manager.stop(running)
     os.kill(launcher, signal.SIGSTOP)
@@ -344,7 +346,7 @@ def test_a_pair_that_takes_its_request_just_as_its_manager_is_closed_is_stopped(
     monkeypatch.setattr(manager._engine, "running", list_early)
     monkeypatch.setattr(Launcher, "submit", submit_late)
     with ThreadPoolExecutor() as pool:
-        id = manager.start_with_code(SLEEP).id
+        id = manager.start_with_code(FOREVER).id
         monkeypatch.undo()
         try:
             data = manager.wait(id, 10).data
@@ -395,11 +397,11 @@ def test_a_first_start_within_another_shares_its_launcher(make_manager, monkeypa
 
     def start_first(*arguments):
         monkeypatch.setattr(engine, "Launcher", make)
-        begin(manager, SLEEP)
+        begin(manager, FOREVER)
         return make(*arguments)
 
     monkeypatch.setattr(engine, "Launcher", start_first)
-    begin(manager, SLEEP)
+    begin(manager, FOREVER)
     assert len(manager._engine._launchers) == 1
 
 
@@ -417,7 +419,7 @@ def test_a_run_that_is_interrupted_is_stopped(with_spare, monkeypatch, step):
 
     monkeypatch.setattr(manager._engine, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        manager.run(SLEEP)
+        manager.run(FOREVER)
     assert manager.list_executions().data.executions[-1].status == "stopped"
     assert manager.list_executions("running").data.count == 0
 
@@ -668,7 +670,7 @@ def test_a_manager_can_not_be_copied(manager, make):
 
 def test_a_manager_says_how_many_run(make_manager):
     manager = make_manager()
-    manager.start_with_code(SLEEP)
+    manager.start_with_code(FOREVER)
     assert repr(manager) == "<ExecutionManager, 1 running>"
     manager.close()
     assert repr(manager) == "<ExecutionManager, closed>"
@@ -676,7 +678,7 @@ def test_a_manager_says_how_many_run(make_manager):
 
 def test_the_descriptors_of_an_execution_are_closed_when_its_end_is_told(launcher_of):
     manager, launcher = launcher_of
-    ids = [begin(manager, SLEEP) for _ in range(2)]
+    ids = [begin(manager, FOREVER) for _ in range(2)]
     (pairs,) = [each._pairs for each in manager._engine._launchers]
     eventually(lambda: len(pairs) == 3 and all(pair.ready_at for pair in pairs.values()))
     left = len(descriptors())
@@ -701,7 +703,7 @@ def test_a_start_that_is_interrupted_while_it_asks_for_a_pair_takes_none_from_th
     manager, monkeypatch
 ):
     env = {**os.environ, "OWN": "1"}  # for which no pair is forked ahead
-    begin(manager, SLEEP, env=env)
+    begin(manager, FOREVER, env=env)
 
     def interrupt(*args):
         raise Interrupt

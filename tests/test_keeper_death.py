@@ -7,8 +7,16 @@ import signal
 import threading
 
 import pytest
-from commands import state_of
-from conftest import begin, children, eventually, finish, has_printed, nothing_left, within
+from conftest import (
+    begin,
+    children,
+    eventually,
+    finish,
+    has_printed,
+    nothing_left,
+    state_of,
+    within,
+)
 from programs import (
     CLEAN_UP,
     DESCENDANTS,
@@ -306,8 +314,7 @@ def spare_of(manager, launcher_of, whom):
     """
 
     def waits(pid):  # until then, it may hold the keeper's end of its socket
-        with contextlib.suppress(OSError):
-            return state_of(pid) == "S"
+        return state_of(pid) == "S"
 
     def keepers():
         return [pid for pid in children(launcher_of().pid) if any(map(waits, children(pid)))]

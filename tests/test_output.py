@@ -11,7 +11,7 @@ import sys
 import threading
 
 import pytest
-from conftest import alarm, begin, eventually, finish, within
+from conftest import FOREVER, alarm, begin, eventually, finish, within
 from conftest import swept_manager as manager  # noqa: F401
 from programs import when_asked
 
@@ -19,7 +19,6 @@ from sidexec.engine import pair as pairs
 from sidexec.engine.delivery import Delivery
 from sidexec.engine.pair import Pair
 
-FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 POLITE = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
 # Writes each of the pieces once the file for the one before is there.
 IN_STEPS = """

@@ -96,13 +96,6 @@ def plain_ones(request):
     plain_ones.close()
 
 
-@pytest.fixture(scope="module")
-def with_asyncio(shared):
-    """Has asyncio loaded already: its import takes longer than all else."""
-    with sidexec.ExecutionManager(preload=["asyncio"], env=ENVIRONMENT) as manager:
-        yield manager
-
-
 @functools.lru_cache(None)
 def plain(code, python=sys.executable, *, lines=SHOWS_LINES, **variables):
     done = run_plain("-c", code, python=python, env=variables)

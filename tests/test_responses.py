@@ -10,13 +10,12 @@ import typing
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import ENVIRONMENT, begin, eventually
+from conftest import ENVIRONMENT, FOREVER, begin, eventually
 
 import sidexec
 from sidexec import SideExecutionError
 from sidexec.engine.waiting import Bell
 
-FOREVER = "import time\nprint('ready')\ntime.sleep(600)"
 ENVELOPE = ["type", "data", "success", "message", "error", "messageId", "threadId"]
 SUMMARY = "sideExecutionId status startTime endTime stopReason actionBlock"
 BLOCK = "name path description version author dependencies createdAt updatedAt"

@@ -5,17 +5,11 @@ import os
 import textwrap
 
 import pytest
-from conftest import ENVIRONMENT, crossed, eventually, finish, one_in
+from conftest import ENVIRONMENT, completed, crossed, eventually, finish, one_in
 from conftest import shared_manager as manager  # noqa: F401
 from small_programs import ENDS, NEW, run_plain
 
 import sidexec
-
-
-def completed(data):
-    assert data.status == "completed", data
-    return data
-
 
 # -- surroundings
 

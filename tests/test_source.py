@@ -1,21 +1,15 @@
 """How a snippet's source is compiled, and how its lines are shown where it fails."""
 
-import functools
 import os
 import re
 import tempfile
 
 import pytest
-from conftest import ENVIRONMENT, ahead, argument, crossed, finish, one_in
+from conftest import ENVIRONMENT, ahead, argument, completed, crossed, finish, one_in
 from conftest import shared_manager as manager  # noqa: F401
 from small_programs import NEW, run_plain
 
 import sidexec
-
-
-def completed(data):
-    assert data.status == "completed", data
-    return data
 
 
 def run_file(code):
@@ -36,13 +30,6 @@ def as_file(request, shared):
         return programs.get(argument(item, "name")) if "as_file" in item.fixturenames else None
 
     yield from ahead(request, run_file, code_of)
-
-
-@pytest.fixture(scope="module")
-def with_asyncio(shared):
-    """Runs code where asyncio is there already: its import takes longer than all else."""
-    with sidexec.ExecutionManager(preload=["asyncio"], env=ENVIRONMENT) as manager:
-        yield functools.partial(finish, manager)
 
 
 # -- top-level return and await
@@ -74,7 +61,7 @@ RETURN_IN_FINALLY = r"^<snippet>:[4-9]: SyntaxWarning: 'return' in a 'finally' b
 @pytest.mark.parametrize("name", RETURNS)
 def test_return_works_at_the_top_level_with_await_or_without(with_asyncio, name):
     for prefix in "", "import asyncio\nawait asyncio.sleep(0)\n":
-        data = completed(with_asyncio(prefix + RETURNS[name]))
+        data = completed(finish(with_asyncio, prefix + RETURNS[name]))
         assert data.result == 7
         assert re.sub(RETURN_IN_FINALLY, "", data.error_output, count=1) == ""
 
@@ -103,7 +90,8 @@ class Manager:
 @pytest.mark.parametrize("suffix", ["", "\nreturn x"])
 @pytest.mark.parametrize("name", AWAITS)
 def test_await_works_at_the_top_level(with_asyncio, name, suffix):
-    data = completed(with_asyncio(f"{ASYNC_TOOLS}{AWAITS[name]}\nprint(x, globals()['x']){suffix}"))
+    code = f"{ASYNC_TOOLS}{AWAITS[name]}\nprint(x, globals()['x']){suffix}"
+    data = completed(finish(with_asyncio, code))
     assert (data.output, data.result) == ("7 7\n", 7 if suffix else None)
 
 
@@ -340,7 +328,7 @@ def entries(text):
 @pytest.mark.parametrize("name", STACKS)
 def test_at_most_one_frame_of_ours_is_below_the_snippet(with_asyncio, name, suffix):
     code = STACKS[name] + ("await main()" if name == "asyncio" else "")
-    shown = entries(completed(with_asyncio(code + suffix)).output)
+    shown = entries(completed(finish(with_asyncio, code + suffix)).output)
     assert len([line for line in shown if "/asyncio/" not in line]) == 1, shown
     assert not [line for line in shown if "sidexec" in line or "<side>" in line]
     if name == "asyncio":

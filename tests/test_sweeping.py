@@ -14,8 +14,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from commands import state_of
-from conftest import HOST_ENVIRONMENT, children, descriptors, eventually, is_alive
+from conftest import HOST_ENVIRONMENT, children, descriptors, eventually, is_alive, state_of
 from programs import CLEAN_UP, WAIT, program, with_descendant
 
 from sidexec import procfs

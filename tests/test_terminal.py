@@ -14,10 +14,9 @@ from commands import (
     WAITING,
     Terminal,
     cli,  # noqa: F401
-    state_of,
     unread,
 )
-from conftest import eventually, one_in
+from conftest import eventually, one_in, state_of
 
 
 @pytest.mark.slow
