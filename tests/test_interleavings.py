@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import begin, eventually, finish, within
+from conftest import alarm, begin, eventually, finish, within
 from programs import when_asked
 from test_misbehaving_hosts import host  # noqa: F401
 
@@ -113,23 +113,17 @@ def test_a_timeout_does_not_shorten_the_grace_of_a_stop(make_manager):
     assert stopped.data.stop_reason == "requested"
 
 
-def test_what_a_signal_handler_raises_during_a_start_is_raised(make_manager, tmp_path):
-    (tmp_path / "slow_to_load.py").write_text("import time\ntime.sleep(60)\n")
-    manager = make_manager(
-        preload=["slow_to_load"], env={**os.environ, "PYTHONPATH": str(tmp_path)}
-    )
+def test_what_a_signal_handler_raises_during_a_start_is_raised(preloading):
+    manager = preloading({"slow_to_load": "import time\ntime.sleep(60)\n"})
 
     def raise_timeout(signum, frame):
-        raise TimeoutError("of the caller's own")
+        if manager.list_executions("running").data.count:  # or nothing has been handed over
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise TimeoutError("of the caller's own")
 
-    before = signal.signal(signal.SIGALRM, raise_timeout)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with within(HANG), pytest.raises(TimeoutError, match="of the caller's own"):
+    with within(HANG), pytest.raises(TimeoutError, match="of the caller's own"):
+        with alarm(raise_timeout, 0.3, 0.1):
             manager.start_with_code("pass")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     assert manager.list_executions("running").data.count == 1  # it may still be stopped
 
 
