@@ -26,7 +26,7 @@ from test_host_death import die, running_host
 import sidexec
 from sidexec.engine import payload
 
-GRACE = 4.0  # that only what is deaf waits out
+GRACE = 2.0  # that only what is deaf waits out
 MOMENT = 10.0  # that only a hang uses up
 PR_SET_CHILD_SUBREAPER = 36
 
