@@ -56,6 +56,23 @@ def test_what_has_no_newline_is_not_lost(run, end):
     assert data.output == "out" and data.error_output.startswith("err")
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_nothing_printed_is_lost_where_a_stream_is_non_blocking(make_manager, stream):
+    """As it is once asyncio writes to it, or a child that shares it has made it so."""
+    manager = make_manager(max_output=16 << 20)
+    code = """
+    import os, sys
+    file = getattr(sys, params["stream"])
+    os.set_blocking(file.fileno(), False)
+    for _ in range(4): print("x" * 1_000_000, file=file)
+    print(file.buffer.write(b"y" * 1_000_000), file=file)
+    """
+    data = finish(manager, code, {"stream": stream})
+    text = data.output if stream == "stdout" else data.error_output
+    assert data.status == "completed", data.error
+    assert text == ("x" * 1_000_000 + "\n") * 4 + "y" * 1_000_000 + "1000000\n"
+
+
 def test_what_was_never_flushed_is_there_at_once_and_not_lost_by_a_forced_kill(manager, start):
     code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     code += "for n in range(1000): sys.stdout.write(f'{n},')\nsys.stdout.write('ready')\n"

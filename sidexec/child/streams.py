@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+from select import POLLOUT, poll  # the user's code may take them out of the module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,14 +30,17 @@ class Whole(io.FileIO):
     def seekable(self) -> bool:
         return False  # a pipe, even if another file has its number when this is made
 
-    def _write_rest(self, data: Any, written: int | None) -> int | None:
+    def _write_rest(self, data: Any, written: int | None) -> int:
         view = memoryview(data).cast("B")
-        # None: the snippet has set the descriptor to non-blocking, and it is full.
-        while written is not None and written < len(view):
+        written = written or 0
+        while written < len(view):
             more = super().write(view[written:])
-            if more is None:
-                break
-            written += more
+            if more is None:  # the code has set the pipe to non-blocking, and it is full
+                full = poll()
+                full.register(self.fileno(), POLLOUT)
+                full.poll()
+            else:
+                written += more
         return written
 
 
