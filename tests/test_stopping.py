@@ -640,6 +640,44 @@ def test_async_code_cleans_up_all_its_tasks(manager, start, name, place):
     assert (without_unborn(errors) if name in MAKING_COROUTINES else errors) == ""
 
 
+GROUPS = """
+import asyncio
+async def worker(n):
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.01)
+        print(f"out {n}")
+async def inner(n):
+    async with asyncio.TaskGroup() as group:
+        for each in range(n, n + 3): group.create_task(worker(each))
+async def outer():
+    async with asyncio.TaskGroup() as group:
+        for n in (0, 3): group.create_task(inner(n))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        print("ready")
+        BODY
+"""
+GROUP_BODIES = {
+    "waits": "await asyncio.sleep(60)",
+    "waits by way of others": "await asyncio.gather(asyncio.wait_for(asyncio.sleep(60), 99))",
+    "cleans up": "try: await asyncio.sleep(60)\n        finally: await asyncio.sleep(0.005)",
+    "goes on to wait for its tasks": "try: await asyncio.sleep(60)\n"
+    "        except asyncio.CancelledError: pass",
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no task groups")
+@pytest.mark.parametrize("name", GROUP_BODIES)
+def test_the_cleanup_of_the_tasks_of_a_group_is_cut_short_by_nothing(manager, start, name):
+    code = GROUPS.replace("BODY", GROUP_BODIES[name])
+    for call in ["await outer()", "asyncio.run(outer())"] * 3:
+        data = manager.stop(start(code + call)).data
+        is_graceful(data)
+        assert sorted(data.output.splitlines()) == [*(f"out {n}" for n in range(6)), "ready"]
+
+
 RANDOM = """
 import asyncio, os, sys
 WORK = params["work"]

@@ -170,36 +170,13 @@ class Ask:
             if not isinstance(context.get("exception"), expected):
                 call_handler(context)
 
-        def cancel_all_tasks(loop: Any) -> None:
-            tasks = sys.modules["asyncio"].all_tasks(loop)
-            left = set(tasks)
-
-            def on_done(task: Any) -> None:
-                left.discard(task)
-                if not left:
-                    loop.stop()
-
-            for task in tasks:
-                task.cancel()
-                task.add_done_callback(on_done)
-            while left:
-                try:
-                    loop.run_forever()
-                except SystemExit:
-                    pass  # passed on by a task
-            for task in tasks:
-                if not task.cancelled() and task.exception() is not None:
-                    message = "unhandled exception during the stop"
-                    context = {"message": message, "exception": task.exception(), "task": task}
-                    loop.call_exception_handler(context)
-
         try:
             loop.call_exception_handler = call_exception_handler
         except AttributeError:
             pass  # a loop that is no Python object
         runners = sys.modules.get("asyncio.runners")
         if hasattr(runners, "_cancel_all_tasks"):
-            runners._cancel_all_tasks = cancel_all_tasks  # type: ignore[union-attr]
+            runners._cancel_all_tasks = _cancel_all_tasks  # type: ignore[union-attr]
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:
         """Raise at the next opcode, not at the jump that ends a loop's iteration.
@@ -286,6 +263,45 @@ class Ask:
             self._disarm()
             _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
         self._after_fork_in_parent()
+
+
+def _cancel_all_tasks(loop: Any) -> None:
+    """Cancel all tasks, each of them once, and let them finish their cleanup.
+
+    A task group cancels its tasks when the task that it belongs to leaves it: before that, they
+    would be cancelled twice, and the second time would cut their cleanup short. Only where that
+    task stays in the group, to wait for the others or to clean up first, they are cancelled here.
+    """
+    tasks = sys.modules["asyncio"].all_tasks(loop)
+    left, waiting = set(tasks), set(tasks)
+    parents = {task: loops.parent_of(task) for task in tasks}
+
+    def cancel_outermost() -> None:
+        for task in [each for each in waiting if parents[each] not in waiting]:
+            waiting.remove(task)
+            if parents[task] is None or not task.cancelling():
+                task.cancel()
+        if waiting:
+            loop.call_later(PATIENCE, cancel_outermost)
+
+    def on_done(task: Any) -> None:
+        left.discard(task)
+        if not left:
+            loop.stop()
+
+    cancel_outermost()
+    for task in tasks:
+        task.add_done_callback(on_done)
+    while left:
+        try:
+            loop.run_forever()
+        except SystemExit:
+            pass  # passed on by a task
+    for task in tasks:
+        if not task.cancelled() and task.exception() is not None:
+            message = "unhandled exception during the stop"
+            context = {"message": message, "exception": task.exception(), "task": task}
+            loop.call_exception_handler(context)
 
 
 def _backward_jumps() -> set[int]:

@@ -5,6 +5,8 @@ Looks only: it neither imports asyncio nor changes anything.
 
 from __future__ import annotations
 
+import sys
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
@@ -52,3 +54,13 @@ def maker_of_a_loop(frame: FrameType | None) -> FrameType | None:
             found = frame.f_back
         frame = frame.f_back
     return found
+
+
+def parent_of(task: Any) -> Any:
+    """The task in whose task group this one is; None if it is in none."""
+    kind = getattr(sys.modules["asyncio"], "TaskGroup", ())
+    for callback, *_ in getattr(task, "_callbacks", None) or ():
+        group = getattr(callback, "__self__", None)
+        if isinstance(group, kind):
+            return getattr(group, "_parent_task", None)
+    return None
