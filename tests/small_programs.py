@@ -112,6 +112,10 @@ PROGRAMS = {
     "w: lambda a, *b, c=1: {**a}\nv: f'{x!r:>{y}}'\nu: x[1:2, ...]\nprint(__annotations__)",
     "match": "match {'a': [1, 2]}:\n    case {'a': [x, *y], **z} if (w := x): print(x, y, z, w)",
     "walrus": "print([y := i for i in range(3)], y)\nwhile (n := y) > 1: y -= 1\nprint(n)",
+    "walrus in a comprehension": "def show():\n    global last\n    last += 1\n    return last\n"
+    "any((last := i) > 1 for i in range(3))\n[[n := i for i in 'ab'] for _ in 'c']\ndef g(): return last, n\n"
+    "print(show(), g(), globals().get('last'), show.__code__.co_freevars, g.__code__.co_freevars)\n"
+    "if 0: {(k := i) for i in 'a'}\ndef h(): return k\nprint(h.__code__.co_freevars)",
     "comprehension": "x = 1\nprint([[x, i] for i in range(2) for x in 'ab'], x)\n"
     "fs = [[lambda: (i, j) for i in range(2)] for j in range(2)]\nprint([[f() for f in g] for g in fs])\n"
     "[nothing for _ in 'a']",

@@ -55,9 +55,8 @@ def prepare(
 
 
 def _compile(source: Any, filename: str) -> CodeType:
-    code: CodeType = compile(
-        source, filename, "exec", flags=ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
-    )
+    flags = ALLOW_TOP_LEVEL_AWAIT
+    code: CodeType = compile(source, filename, "exec", flags=flags, dont_inherit=True)
     return code
 
 
@@ -87,7 +86,7 @@ def _with_top_level_return(
     tree = parse()
     namespace["__doc__"] = ast.get_docstring(tree, clean=False)
     prelude: list[ast.stmt] = []
-    while tree.body and (_is_docstring(tree.body[0]) or _is_future_import(tree.body[0])):
+    while tree.body and _is_prelude(tree.body[0]):
         prelude.append(tree.body.pop(0))
     statements = _Statements(prelude, namespace)
     body = _rewrite(tree, statements.for_function).body
@@ -98,7 +97,8 @@ def _with_top_level_return(
     function = shell.body[0]
     assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
     function.name = _MODULE
-    function.body = [ast.Global([*plain.co_names]), *body] if plain.co_names else body
+    names = [*plain.co_names, *_walruses(source, tree)]
+    function.body = [ast.Global(names), *body] if names else body
     shell.body = [*prelude, function]
     exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
     code = statements.put_objects(_as_module(namespace.pop(_MODULE).__code__))
@@ -111,6 +111,15 @@ def _with_top_level_return(
         expression = ast.Expression(last)
         partial = compile(expression, filename, "eval", dont_inherit=True)
     return code, partial
+
+
+def _walruses(source: str | bytes, tree: ast.Module) -> list[str]:
+    """What `:=` binds; in a comprehension, only that one's own code object has the name."""
+    import ast
+
+    if b":=" not in source if isinstance(source, bytes) else ":=" not in source:
+        return []  # a walk takes its time
+    return [node.target.id for node in ast.walk(tree) if isinstance(node, ast.NamedExpr)]
 
 
 class _Statements:
@@ -208,12 +217,9 @@ class _Statements:
 
     def put_objects(self, code: CodeType) -> CodeType:
         """Put the objects in the place of the constants that stand for them."""
-        return code.replace(
-            co_consts=tuple(
-                self._objects.get(each, each) if type(each) is str else each
-                for each in code.co_consts
-            )
-        )
+        get = self._objects.get
+        constants = (get(each, each) if type(each) is str else each for each in code.co_consts)
+        return code.replace(co_consts=tuple(constants))
 
 
 def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | None]) -> ast.Module:
@@ -274,17 +280,14 @@ def _text(annotation: ast.expr) -> str:
     return text
 
 
-def _is_docstring(node: ast.stmt) -> bool:
+def _is_prelude(node: ast.stmt) -> bool:
+    """Whether it is a docstring or a `__future__` import."""
     import ast
 
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "__future__" and not node.level
     value = node.value if isinstance(node, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _is_future_import(node: ast.stmt) -> bool:
-    import ast
-
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__" and not node.level
 
 
 def _is_display(node: ast.AST) -> bool:
