@@ -384,6 +384,27 @@ def test_what_no_source_may_hold_fails_it(run):
     assert "null bytes" in data.error.splitlines()[0]
 
 
+DEEP = {
+    "calls": "class C:\n    def f(self): return self\nC()" + ".f()" * 600,
+    "elif": "x = 5\nif x == 0: pass\n" + "".join(f"elif x == -{n}: pass\n" for n in range(1100)),
+    "sum": "x = " + "+".join(["1"] * 1200),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_source_may_be_as_deep_with_a_return_as_without(run, name):
+    limit = "import sys\nprint(sys.getrecursionlimit())\n"
+    for suffix in "", "return 7":
+        data = completed(run(f"{DEEP[name]}\n{limit}{suffix}"))
+        assert (data.output, data.result) == ("1000\n", 7 if suffix else None)
+
+
+@pytest.mark.parametrize("suffix", ["", "\nreturn"])
+def test_source_that_is_too_deep_fails_and_does_not_crash(run, suffix):
+    data = run("x = " + "-" * 100_000 + "1" + suffix)
+    assert (data.status, data.exit_code, data.output) == ("failed", 1, "")
+
+
 def test_large_code_and_params_take_no_longer_than_their_size_says(run):
     code = f"x = '{'y' * 5_000_000}'\nreturn [len(x), len(params['text'])]"
     assert run(code, {"text": "x" * 20_000_000}).result == [5_000_000, 20_000_000]

@@ -49,15 +49,20 @@ def prepare(
             raise
     import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the first attempt has given them
-        return _with_top_level_return(source, filename, namespace)
+    # The compiler goes many times as deep; what makes a tree of nodes, and walks it, does not.
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(30 * limit)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first attempt has given them
+            return _with_top_level_return(source, filename, namespace)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
-def _compile(source: Any, filename: str) -> CodeType:
-    flags = ALLOW_TOP_LEVEL_AWAIT
-    code: CodeType = compile(source, filename, "exec", flags=flags, dont_inherit=True)
-    return code
+def _compile(source: Any, filename: str, flags: int = 0) -> Any:
+    flags |= ALLOW_TOP_LEVEL_AWAIT
+    return compile(source, filename, "exec", flags=flags, dont_inherit=True)
 
 
 def _with_top_level_return(
@@ -66,8 +71,7 @@ def _with_top_level_return(
     import ast
 
     def parse() -> ast.Module:
-        flags = ast.PyCF_ONLY_AST | ALLOW_TOP_LEVEL_AWAIT
-        tree: ast.Module = compile(source, filename, "exec", flags=flags, dont_inherit=True)
+        tree: ast.Module = _compile(source, filename, ast.PyCF_ONLY_AST)
         return tree
 
     # The same code less its returns is a plain module. It shows every other syntax
@@ -82,7 +86,7 @@ def _with_top_level_return(
             return [ast.copy_location(ast.Pass(), node)]  # a constant could be a docstring
         return [ast.copy_location(ast.Expr(node.value), node)]
 
-    plain = _compile(_rewrite(parse(), without_return), filename)
+    plain: CodeType = _compile(_rewrite(parse(), without_return), filename)
     tree = parse()
     namespace["__doc__"] = ast.get_docstring(tree, clean=False)
     prelude: list[ast.stmt] = []
