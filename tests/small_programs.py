@@ -267,6 +267,10 @@ ENDS = {
     "__del__ in a cycle": "class C:\n    def __del__(self): print('del')\nc = C()\nc.c = c",
     "__del__ in a cycle without a name": "class C:\n    def __del__(self): print('del')\nc = C()\nc.c = c\ndel c",
     "__del__ after atexit": "import atexit\natexit.register(print, 'atexit')\nclass C:\n    def __del__(self): print('del')\nc = C()",
+    "class without a hash": "class Meta(type):\n    def __eq__(cls, other): return cls is other\n"
+    "class C(metaclass=Meta): pass\nc = C()\nprint('end')",
+    "class that raises where it is compared": "class Meta(type):\n    def __eq__(cls, other): raise KeyError\n"
+    "    def __hash__(cls): raise KeyError\nclass C(metaclass=Meta):\n    def __del__(self): print('del')\nc = C()",
     "generator": "def g():\n    try:\n        yield\n    finally:\n        print('finally')\ni = g()\nnext(i)",
     "atexit": "import atexit\natexit.register(print, 1)\natexit.register(print, 2)\n@atexit.register\ndef f():\n"
     "    print(x)\n    atexit.register(print, 'inner')\nx = 3",

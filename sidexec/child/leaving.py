@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 _settrace = sys.settrace  # the user's code may put anything in its place
 INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
 
+# Classes go by their ids here: one of the user's may have a metaclass that makes it unhashable,
+# or that raises where it is compared.
 # An interpreter's end only flushes these. Not their subclasses, which may have a `close` of
 # their own.
-_BUFFERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+_BUFFERS = set(map(id, (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)))
 # With these it does nothing.
-_HARMLESS = {io.FileIO, io.BufferedReader, io.BufferedRWPair, io.BytesIO, io.StringIO, Whole}
+_HARMLESS = set(
+    map(id, (io.FileIO, io.BufferedReader, io.BufferedRWPair, io.BytesIO, io.StringIO, Whole))
+)
+_FILE = io.IOBase.__base__  # what all files are: it has the finalizer that closes them
 
 # Not followed: through these, every object is reachable from every other.
 _OPAQUE = (type, type(sys), type(lambda: 0))
@@ -115,7 +120,7 @@ def finish(preloaded: list[Any], *, may_close: bool) -> bool:
     """Write what is still open; returns false if there are finalizers left to run."""
     left = find_open() + [each for each in preloaded if _is_file(each) and not _is_done(each)]
     flush_buffers(left)
-    special = {id(each) for each in left if type(each) not in _BUFFERS}
+    special = {id(each) for each in left if id(type(each)) not in _BUFFERS}
     if special and not (may_close and all(map(_is_file, left))):
         return False  # which may still write to these
     # A collector finds them in an order of its own, and may close a file before what is
@@ -143,21 +148,23 @@ def _from_inside_out(objects: list[Any]) -> list[Any]:
 
 
 def flush_buffers(files: list[Any]) -> None:
-    flush([each for each in files if type(each) in _BUFFERS])
+    flush([each for each in files if id(type(each)) in _BUFFERS])
 
 
 def find_open() -> list[Any]:
     """The files that are not closed, and everything else with a finalizer still to run."""
     objects = gc.get_objects()
-    kinds = {each for each in set(map(type, objects)) if _has_finalizer(each)} - _HARMLESS
+    every = list(map(type, objects))
+    found = dict(zip(map(id, every), every))
+    kinds = {number for number in found if _has_finalizer(found[number])} - _HARMLESS
     if not kinds:
         return []
-    return [each for each in objects if type(each) in kinds and not _is_done(each)]
+    return [each for each in objects if id(type(each)) in kinds and not _is_done(each)]
 
 
 def _is_file(each: Any) -> bool:
-    # By type: `isinstance` would also ask, and so run, what only poses as a file.
-    return issubclass(type(each), io.IOBase)
+    # `isinstance` would also ask, and so run, what only poses as a file; `issubclass`, for a hash.
+    return any(kind is _FILE for kind in type.__getattribute__(type(each), "__mro__"))
 
 
 def _has_finalizer(kind: type) -> bool:
