@@ -242,6 +242,8 @@ ENDS = {
     "exit in finally": "import sys\ntry: 1 / 0\nfinally: sys.exit(4)",
     "exit in atexit": "import atexit\n@atexit.register\ndef f(): raise SystemExit(9)",
     "exit in a thread": "import threading, sys\nt = threading.Thread(target=sys.exit, args=(3,))\nt.start()\nt.join()",
+    "exit 0 in excepthook": "import sys\ndef hook(*error):\n    print('hook')\n    sys.exit(0)\n"
+    "sys.excepthook = hook\n1 / 0",
     "exit while printing": "import sys\nprint('a', end='')\nsys.exit()",
     "_exit": "import os; os._exit(3)",
     "exception": "class E(Exception): pass\nraise E('no')",

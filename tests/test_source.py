@@ -266,6 +266,10 @@ HOOKS = {
     "own": "import sys, traceback\ndef hook(kind, error, trace):\n"
     "    print(kind.__name__, error, traceback.extract_tb(trace)[0][1:3])\nsys.excepthook = hook",
     "failing": "import sys\ndef hook(*error): nothing\nsys.excepthook = hook",
+    **{
+        f"exits with {code}": f"import sys\ndef hook(*error): sys.exit({code})\nsys.excepthook = hook"
+        for code in ("7", "'text'")
+    },
     "no standard error": "import sys\nsys.stderr = None",
     "standard error closed": "import os\nos.close(2)",
 }
@@ -275,7 +279,8 @@ HOOKS = {
 def test_whatever_becomes_of_the_traceback_the_error_is_told(run, name):
     code = f"{HOOKS[name]}\n1 / 0"
     data, done = run(code), run_plain("-c", code)
-    assert (data.status, data.exit_code) == ("failed", 1)
+    exit_code = done.returncode if "exits" in name else 1  # 120 without a standard error
+    assert (data.status, data.exit_code) == ("failed", exit_code)
     assert data.error.startswith("ZeroDivisionError: division by zero\n\nTraceback")
     ours, theirs = (
         [line for line in text.replace("<string>", "<snippet>").splitlines() if line[:4] != "    "]

@@ -16,6 +16,7 @@ FILENAME = "<snippet>"
 class Failures:
     def __init__(self) -> None:
         self.filename = FILENAME
+        self.exit: SystemExit | None = None  # what the user's `excepthook` has raised
         self.text: str | None = None  # None for an action block: its lines are in its file
 
     def show_source(self) -> None:
@@ -63,6 +64,9 @@ class Failures:
         """Call the user's hook; returns what is still to be written."""
         try:
             sys.excepthook(type(error), error, error.__traceback__)
+            return ""
+        except SystemExit as another:
+            self.exit = another
             return ""
         except BaseException as another:
             failed = self._describe(another)[1]

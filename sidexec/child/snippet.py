@@ -145,6 +145,8 @@ class Snippet:
         if failure is not None:
             self._send_error(self._failures.report(failure))
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
+            if self._failures.exit is not None:
+                exit_code, self._failures.exit = self._take_exit_code(self._failures.exit), None
             failure = None  # its traceback holds the globals
         is_snippet = os.getpid() == self._pid
         leaving.leave(self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, trace)
@@ -246,7 +248,8 @@ class Snippet:
             return error.code & 0xFF if fits else 0xFF
         try:
             text = str(error.code)
-            self._send_error(f"exit code 1: {text}")
+            if error is not self._failures.exit:  # else the failure itself has been told
+                self._send_error(f"exit code 1: {text}")
             print(text, file=sys.stderr)
         except Exception:
             pass  # its standard error is gone; the exit code still tells
