@@ -288,6 +288,7 @@ ENDS = {
     "    def write(self, text): self.text += text\n    def flush(self, write=os.write):\n"
     "        write(1, self.text.encode())\n        self.text = ''\nsys.stdout = Late()\nprint('late')",
     "no stream": "import sys\nsys.stdout = None\nprint('nothing')",
+    "deleted stream": "import sys\nprint('before')\ndel sys.stdout",
     "printf": "import ctypes\nctypes.CDLL(None).printf(b'from C')",
     "print after end of file": "import os\nprint('x', flush=True)\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint('y')",
 }

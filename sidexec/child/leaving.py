@@ -77,7 +77,7 @@ def leave(
         let_go(take_globals)
     else:
         take_globals()
-    flush([sys.stdout, sys.stderr])
+    flush([getattr(sys, name, None) for name in ("stdout", "stderr")])
     if not finish(preloaded, may_close=is_quick):
         is_quick = False
         gc.unfreeze()  # else what is reachable only from an older module would be missed
