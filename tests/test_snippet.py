@@ -501,3 +501,4 @@ threading.Thread(target=interrupt).start()
     data = manager.wait(manager.start_with_code(code).id).data
     assert data.output == "exit handler\n"
     assert "KeyboardInterrupt" in data.error_output
+    assert "leaving.py" not in data.error_output

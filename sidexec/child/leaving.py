@@ -67,6 +67,8 @@ def leave(
         atexit._run_exitfuncs()
     except BaseException as error:
         ask.phase = SETTLING
+        # Less this frame.
+        BaseException.with_traceback(error, error.__traceback__ and error.__traceback__.tb_next)
         sys.excepthook(type(error), error, error.__traceback__)
         atexit._run_exitfuncs()  # those that are left, if the wait for threads has raised
     _settrace(None)
