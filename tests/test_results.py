@@ -4,7 +4,7 @@ import textwrap
 import time
 
 import pytest
-from conftest import crossed, eventually, finish, one_in, time_out
+from conftest import completed, crossed, eventually, finish, one_in, time_out
 from conftest import shared_manager as manager  # noqa: F401
 
 import sidexec
@@ -136,6 +136,10 @@ PLACES = {
         "return {'k' * 100_000: {1}}",
         "result['" + "k" * 56 + "...] is a set: convert it with list()",
     ),
+    "long integer as a key": (
+        "return [{10 ** 4300: 1}]",
+        "result[0] has a key of more than 4300 digits: use str keys",
+    ),
     "the first": (
         "return {'a': 1, 'b': {2}, 'c': b'3'}",
         "result['b'] is a set: convert it with list()",
@@ -151,6 +155,28 @@ def test_what_is_no_json_is_told_once_with_its_place_and_what_to_do(run, code, p
     assert (data.error, data.error_output) == (told, told)
     body = code.replace("return ", "report_result(") + ")"
     assert f"TypeError: the reported value must be JSON: {problem}" in run(body).error
+
+
+def test_an_integer_has_as_many_digits_as_any_interpreter_reads(run):
+    """Whatever limit the code sets for itself, which is left as it is."""
+    code = (
+        "import sys\nsys.set_int_max_str_digits({})\n{}(10 ** 4300 - 1)\n"
+        "print(sys.get_int_max_str_digits())"
+    )
+    for limit in (0, 5000, 640):
+        for call in "report_result", "return":
+            data = completed(run(code.format(limit, call)))
+            assert data.result == 10**4300 - 1
+            assert data.output == (f"{limit}\n" if call == "report_result" else "")
+
+
+@pytest.mark.parametrize("limit", [0, 5000, 4300])
+@pytest.mark.parametrize("value", ["10 ** 4300", "-(10 ** 4300)"])
+def test_an_integer_with_more_digits_is_no_result(run, limit, value):
+    data = run(f"import sys\nsys.set_int_max_str_digits({limit})\nreturn {{'n': [1, {value}]}}")
+    problem = "result['n'][1] has more than 4300 digits: use a str"
+    assert data.error == f"TypeError: the returned value must be JSON: {problem}\n"
+    assert (data.status, data.error_output) == ("failed", data.error)
 
 
 def test_a_json_hook_of_the_value_that_raises_fails_the_execution(run):

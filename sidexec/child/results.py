@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _json  # `json` would cost a first result some milliseconds
+import sys
 
 from ..protocol import MAX_DEPTH, MAX_RESULT, is_too_deep
 
@@ -27,12 +28,21 @@ _CONVERSIONS = (
 _OTHERWISE = "use dict, list, str, int, float, bool or None"
 _KEYS = (str, int, float, bool, type(None))
 
+# How many digits an interpreter reads in an integer, unless it is told otherwise: the host, too.
+MAX_DIGITS = 4300
+_TOO_LONG = 10**MAX_DIGITS
+# There are none before Python 3.10.7. The user's code may put anything in their place.
+_get_max_digits = getattr(sys, "get_int_max_str_digits", int)
+_set_max_digits = getattr(sys, "set_int_max_str_digits", bool)
+
 
 def to_json(value: object, what: str) -> bytes:
     """What `json.dumps(value, allow_nan=False)` makes of a value."""
     encode_str = _json.encode_basestring_ascii
     encode = _json.make_encoder({}, _refuse, encode_str, None, ": ", ", ", False, False, False)
+    limit = _get_max_digits()
     try:
+        _set_max_digits(MAX_DIGITS)
         data = "".join(encode(value, 0)).encode()
         if is_too_deep(data):
             raise ValueError
@@ -42,6 +52,8 @@ def to_json(value: object, what: str) -> bytes:
         except Exception:  # by a class of the user's
             problem = str(error)
         raise TypeError(f"{what} must be JSON: {problem}") from None
+    finally:
+        _set_max_digits(limit)
     if len(data) > MAX_RESULT:
         raise ValueError(
             f"{what} takes {len(data)} bytes as JSON, more than {MAX_RESULT}:"
@@ -69,14 +81,22 @@ def _find_problem(value: object) -> str | None:
                 if not isinstance(key, _KEYS):
                     kind = _name(type(key))
                     return f"{place} has {kind} as a key, {_short(key)}: use str keys"
+                if _is_too_long(key):
+                    return f"{place} has a key of more than {MAX_DIGITS} digits: use str keys"
                 inner.append((part, f"{place}[{_short(key)}]", (*outer, id(each))))
             pending += reversed(inner)
+        elif _is_too_long(each):
+            return f"{place} has more than {MAX_DIGITS} digits: use a str"
         elif isinstance(each, float):
             if each != each or each in (float("inf"), float("-inf")):
                 return f"{place} is {float(each)!r}: use None or a str"
         elif not isinstance(each, (str, int, type(None))):
             return f"{place} is {_name(type(each))}: {_conversion(type(each))}"
     return None
+
+
+def _is_too_long(value: object) -> bool:
+    return isinstance(value, int) and not -_TOO_LONG < value < _TOO_LONG
 
 
 def _conversion(kind: type) -> str:
