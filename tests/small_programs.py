@@ -250,6 +250,10 @@ ENDS = {
     "exception that is a frozen dataclass": "from dataclasses import dataclass\n"
     "@dataclass(frozen=True)\nclass E(Exception):\n    code: int\nraise E(3)",
     "exception in atexit": "import atexit\n@atexit.register\ndef f(): 1 / 0\natexit.register(print, 'other')",
+    "exception, and who asks for the last": "import atexit, sys\nclass C:\n    def __del__(self): print('del')\n"
+    "c = C()\n@atexit.register\ndef show():\n    trace = sys.last_traceback\n"
+    "    print(sys.last_type, sys.last_value, trace.tb_lineno, trace.tb_next)\n"
+    "    print(getattr(sys, 'last_exc', sys.last_value) is sys.last_value)\n1 / 0",
     "exception in a thread": "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()",
     "exception in __del__": "class C:\n    def __del__(self): 1 / 0\nc = C()\ndel c\nprint('end')",
     "SIGSEGV": "import ctypes\nctypes.string_at(0)",

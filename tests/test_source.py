@@ -270,6 +270,7 @@ HOOKS = {
         f"exits with {code}": f"import sys\ndef hook(*error): sys.exit({code})\nsys.excepthook = hook"
         for code in ("7", "'text'")
     },
+    "last": "import sys\nsys.excepthook = lambda *error: print(sys.last_value is error[1])",
     "no standard error": "import sys\nsys.stderr = None",
     "standard error closed": "import os\nos.close(2)",
 }

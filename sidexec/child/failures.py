@@ -37,6 +37,10 @@ class Failures:
             trace = trace.tb_next
         BaseException.with_traceback(error, trace)  # its class may let nobody set an attribute
         text = type(error).__name__
+        # Hooks and exit handlers ask for these; `leaving` takes them away again.
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
+        if sys.version_info >= (3, 12):
+            sys.last_exc = error
         try:
             self.show_source()
             if isinstance(error, SyntaxError):

@@ -73,6 +73,8 @@ def leave(
         atexit._run_exitfuncs()  # those that are left, if the wait for threads has raised
     _settrace(None)
     ask.phase = SETTLING
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)  # as the interpreter does: their frames hold the globals
     # Not while threads run, which would lose their globals: the interpreter's end waits for them.
     is_quick = not _thread._count()
     if is_quick:
