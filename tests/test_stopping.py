@@ -76,6 +76,8 @@ BLOCKING = {
     "sys.meta_path.insert(0, F())\nimport something",
     "report_progress": "ready()\nn = 0\nwhile True:\n    n += 1\n    report_progress(n % 100)",
     "report_result": "ready()\nwhile True: report_result(list(range(1000)))",
+    "busy loop with a profile function": "sys.setprofile(lambda *args: None)\nready()\n"
+    "try:\n    while True: pass\nfinally: assert sys.getprofile()",
 }
 
 
@@ -87,7 +89,7 @@ def cleanup_of(code):
     )
 
 
-RETURNS = ["busy loop", "in a function", "full pipe"]
+RETURNS = ["busy loop", "in a function", "full pipe", "busy loop with a profile function"]
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,9 @@ class Ask:
         """
         self._disarm()
         tracer = sys.gettrace()
+        # With a profile function, no opcode of a loop without calls is an event from CPython
+        # 3.13 on. One that is no function of Python's can't be put back.
+        profiler = sys.getprofile() if sys.version_info >= (3, 13) else None
 
         def trace(frame: FrameType, event: str, argument: object) -> Any:
             if frame is not asked:
@@ -199,10 +202,14 @@ class Ask:
             asked.f_trace_opcodes = False
             asked.f_trace = None
             sys.settrace(tracer)
+            if callable(profiler):
+                sys.setprofile(profiler)
 
         self._undo_trace = disarm
         asked.f_trace_opcodes = True
         asked.f_trace = trace
+        if profiler is not None:
+            sys.setprofile(None)
         sys.settrace(trace)
 
     def _disarm(self) -> None:
