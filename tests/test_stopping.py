@@ -396,6 +396,28 @@ ASKING_ITSELF = {
         "",
         143,
     ),
+    # The limit allows no more than the call of the handler itself.
+    "at the recursion limit": (
+        """
+        import signal, sys
+        def ask():
+            for limit in range(1, 1000):
+                try:
+                    sys.setrecursionlimit(limit)
+                    signal.raise_signal(signal.SIGTERM)
+                    return sys.setrecursionlimit(1000)
+                except RecursionError:
+                    pass
+        try:
+            ask()
+            print("later")
+            signal.raise_signal(signal.SIGURG)
+        finally:
+            print("out")
+        """,
+        "later\nout\n",
+        143,
+    ),
     "while a task reports": (
         """
         import asyncio, signal, sys

@@ -84,6 +84,12 @@ class Ask:
         if self.has_come:
             return  # a second one would abort the cleanup
         self.has_come = True
+        try:
+            self._begin(frame)
+        except RecursionError:  # so deep is the code just now: the next nudge tries again
+            self._is_scheduled = True
+
+    def _begin(self, frame: FrameType | None) -> None:
         if self.phase == WAITING:
             os._exit(ASKED_EXIT_CODE)
         report = sys.unraisablehook
@@ -144,8 +150,11 @@ class Ask:
         is_due = self._is_scheduled if due_at is None else time.monotonic() >= due_at
         if is_due and self._may_raise():
             self._due_at = None
-            self._disarm()
-            self._interrupt(frame)
+            try:
+                self._disarm()
+                self._interrupt(frame)
+            except RecursionError:  # see `_on_ask`
+                self._is_scheduled = True
 
     def _put_off(self) -> None:
         self._due_at = time.monotonic() + PATIENCE
