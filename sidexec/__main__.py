@@ -30,8 +30,8 @@ def main() -> int:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    arguments = _parser().parse_args()
     try:
+        arguments = _parser().parse_args()
         code: int = arguments.call(arguments)
     except KeyboardInterrupt:  # before there was anything to stop
         code = BY_SIGNAL + signal.SIGINT
@@ -142,7 +142,7 @@ def _read_standard_input(parser: _Parser) -> str:
             source = stream.read()
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         return source.decode(encoding)
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError) as error:
         parser.error(f"can't read code from standard input: {error}")
 
 

@@ -83,10 +83,12 @@ def _describe(directory: str) -> ActionBlock:
 
 
 def _read(file: str) -> str:
+    if not os.path.isfile(file):
+        return ""  # it may be a FIFO, which nobody writes to
     try:
         with tokenize.open(file) as stream:  # by its own encoding, as Python reads it
             return stream.read()
-    except (OSError, SyntaxError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError, LookupError):  # the last: no encoding of text
         return ""
 
 
@@ -119,7 +121,7 @@ def _dependencies(source: str) -> tuple[str, ...]:
     content = "\n".join(line[2:] if line.startswith("# ") else line[1:] for line in lines)
     try:
         listed = _load_dependencies(content)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return ()
     if not isinstance(listed, list):
         return ()
@@ -146,5 +148,8 @@ def _birth(status: os.stat_result) -> float:
     return birth
 
 
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
+def _time(seconds: float) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc)
+    except (ValueError, OverflowError):
+        return None  # a year that `datetime` does not have

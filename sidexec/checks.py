@@ -94,7 +94,8 @@ def flag(name: str, value: object) -> bool:
 def names(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be names of modules, such as ['json'], not {value!r}")
-    return tuple(utf8(f"each of {name}", each) for each in value)
+    # As plain `str`: `marshal` takes no subclass.
+    return tuple("".join(utf8(f"each of {name}", each)) for each in value)
 
 
 def arguments(name: str, value: object) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ def arguments(name: str, value: object) -> tuple[str, ...]:
             raise ValueError(f"{name} can't hold {each!r}: {error}") from None
         if b"\0" in encoded:
             raise ValueError(f"{name} can't hold {each!r}: it has a null character")
-    return tuple(value)
+    return tuple(map("".join, value))  # of plain `str`: `marshal` takes no subclass
 
 
 def environment(name: str, value: object) -> dict[str, str]:

@@ -52,7 +52,7 @@ def _wire_value(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return [_wire_value(name, each) for each in value]
     if name in ("timeout", "duration", "cpu_time") and value is not None:
-        return round(value * 1000)
+        return round(value * 1000) if value < 1e15 else round(value) * 1000
     return value
 
 

@@ -169,9 +169,13 @@ class Request:
             "limits": {} if self.limits is None else self.limits._to_request(),
             "confinement": confinement,
         }
+        try:
+            request = marshal.dumps(frame, 2)
+        except ValueError:  # it takes less than `json` does, since Python 3.12
+            raise ValueError("params must be JSON: it is nested too deeply") from None
         return Execution(
             id,
-            marshal.dumps(frame, 2),
+            request,
             output,
             None if self.on_output is None else Delivery(id, self.on_output),
             input,

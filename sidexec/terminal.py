@@ -21,7 +21,10 @@ CLEAR = b"\r\x1b[J"  # from the beginning of the line to the end of the screen
 
 
 def encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # as Python decoded paths and arguments
+    try:
+        return text.encode("utf-8", "surrogateescape")  # as Python decoded paths and arguments
+    except UnicodeEncodeError:  # such as in a docstring
+        return text.encode("utf-8", "backslashreplace")
 
 
 def one_line(text: str, who: str = NAME) -> bytes:

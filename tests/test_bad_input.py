@@ -164,6 +164,24 @@ def test_odd_params(run):
     }  # fmt: skip
 
 
+def test_subclasses_of_str(make_manager, tmp_path):
+    class Name(str, enum.Enum):
+        JSON = "json"
+
+    manager = make_manager(preload=[Name.JSON])
+    (tmp_path / "block.py").write_text("import sys\nreturn ['json' in sys.modules, *sys.argv[1:]]")
+    started = manager.start_with_action_block(tmp_path / "block.py", args=[Name.JSON])
+    assert manager.wait(started.id).data.result == [True, "json"]
+
+
+def test_params_that_are_nested_too_deeply(make_manager):
+    params = {}
+    for _ in range(2500):
+        params = {"a": params}
+    with pytest.raises(ValueError, match="params must be JSON"):
+        make_manager().start_with_code("pass", params)
+
+
 def test_infinite_and_huge_times(make_manager):
     manager = make_manager(default_timeout=float("inf"), grace_period=float("inf"))
     for timeout, grace in (({"timeout": 1e300}, {}), ({}, {"grace": 1e300})):

@@ -13,6 +13,7 @@ from conftest import swept_manager as manager  # noqa: F401
 from programs import when_asked
 
 import sidexec
+from sidexec import blocks
 
 
 @pytest.fixture
@@ -221,6 +222,10 @@ def test_line_ends_of_windows(describe):
         b"\0\0\0",
         b"'''Doc.\xff'''",
         b"# -*- coding: no-such-coding -*-\n'''Doc.'''",
+        b"# -*- coding: rot13 -*-\n'''Doc.'''",
+        b"# -*- coding: undefined -*-\n'''Doc.'''",
+        b"# /// script\n# dependencies = " + b"[" * 9_000 + b"]" * 9_000 + b"\n# ///",
+        b"# /// script\n# dependencies = [{[]: 1}]\n# ///",
         b"\xef\xbb\xbf# -*- coding: latin-1 -*-\n'''Doc.'''",
         "'''Doc.'''".encode("utf-16"),
         b"(" * 100_000,
@@ -252,6 +257,17 @@ def test_a_main_that_can_not_be_opened(manager, tmp_path):
     (tmp_path / "block" / "__main__.py").symlink_to("nowhere")
     (block,) = manager.list_action_blocks(tmp_path).raise_for_error().data.action_blocks
     assert (block.description, block.created_at, block.updated_at) == (None, None, None)
+
+
+def test_a_main_that_is_no_file_is_not_read(manager, tmp_path):
+    (tmp_path / "block").mkdir()
+    os.mkfifo(tmp_path / "block" / "__main__.py")
+    (block,) = manager.list_action_blocks(tmp_path).data.action_blocks
+    assert block.description is None
+
+
+def test_a_year_that_datetime_does_not_have_is_none():
+    assert blocks._time(1e12) is None
 
 
 def test_times_of_a_block(describe, manager, tmp_path):

@@ -1,6 +1,7 @@
 """The command line, as real processes and in pipelines."""
 
 import configparser
+import contextlib
 import json
 import os
 import select
@@ -185,6 +186,32 @@ def test_a_slow_reader_gets_everything(cli, tmp_path):
         time.sleep(0.3)  # until it waits for the reader, or all of it is produced
     returncode, out, err = finish(process)
     assert (returncode, len(out), err) == (0, size, "")
+
+
+def test_ctrl_c_while_params_are_read(cli, tmp_path):
+    os.mkfifo(tmp_path / "params")
+    process = cli.start("run", "--params", "@params", "-c", "pass")
+    # Opened for writing without waiting: only possible once the command reads it.
+    writer = eventually(lambda: opened(tmp_path / "params"))
+    process.send_signal(signal.SIGINT)
+    os.close(writer)  # one that came just before a call that blocks waits for its end
+    assert finish(process) == (130, "", "")
+
+
+def opened(fifo):
+    with contextlib.suppress(OSError):
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+
+
+def test_code_of_no_text_encoding_is_bad_usage(cli):
+    returncode, _, err = cli.run("run", "-", input=b"# coding: rot13\npass")
+    assert returncode == 2 and "can't read code from standard input" in err
+
+
+def test_a_docstring_that_is_no_text_is_listed(cli, tmp_path):
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / "__main__.py").write_text('"\\ud800"')
+    assert cli.run("blocks")[:2] == (0, f"block  \\ud800  {tmp_path / 'block'}\n")
 
 
 def test_a_reader_that_waits_does_not_keep_a_stop_from_it(cli, tmp_path):

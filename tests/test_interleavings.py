@@ -1,16 +1,29 @@
 """One thread loses the processor between two steps, and another one, or a callback, goes on."""
 
+import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import alarm, begin, eventually, finish, within
+from conftest import (
+    IS_FREE_THREADED,
+    alarm,
+    begin,
+    children,
+    descriptors,
+    eventually,
+    finish,
+    within,
+)
 from programs import when_asked
 from test_misbehaving_hosts import host  # noqa: F401
+from test_untrusted import CHANNEL
 
 from sidexec.engine.execution import State
 from sidexec.engine.input import Input
@@ -193,3 +206,120 @@ def test_a_forked_worker_waits_for_no_callback_and_stops_nothing(host):  # noqa:
         manager.close()
     """)
     assert answers == [True, True]
+
+
+def test_a_callback_of_what_could_not_begin_can_close_the_manager(
+    make_manager, tmp_path, monkeypatch
+):
+    """The pair that has its request is lost, and no other interpreter can be started."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    take, has_taken, may_go_on = Pair.wait_for_request, threading.Event(), threading.Event()
+
+    def take_late(self):
+        execution = take(self)
+        if execution is not None and "late" in execution.id:
+            has_taken.set()
+            assert may_go_on.wait(HANG)
+        return execution
+
+    monkeypatch.setattr(Pair, "wait_for_request", take_late)
+    manager = make_manager(python=python)
+    finish(manager, "pass")
+    (launcher,) = manager._engine._launchers
+    eventually(lambda: launcher.requests._spares)
+    monkeypatch.setattr(os, "urandom", lambda size: Name(b"late"))
+    id = manager.start_with_code("return 1").id
+    assert has_taken.wait(HANG)
+    closed = []
+    manager.future(id).add_done_callback(lambda _: (manager.close(), closed.append(True)))
+    python.unlink()
+    os.kill(launcher._process.pid, signal.SIGKILL)
+    eventually(lambda: launcher.is_gone, HANG)
+    may_go_on.set()
+    eventually(lambda: closed, HANG)
+
+
+class Name(bytes):
+    def hex(self):
+        return self.decode()
+
+
+def test_a_launcher_too_many_is_dropped_unless_it_is_used(make_manager):
+    manager = make_manager()
+    before = set(children())
+    finish(manager, "pass")
+    (first,) = launchers = manager._engine._launchers
+
+    def another():
+        made = Launcher(first._settings, {}, first.identity, manager._engine._on_gone)
+        launchers.append(made)
+        return made
+
+    unused, used = another(), another()
+    used.boot()
+    eventually(lambda: used._process)
+    for each in unused, used:
+        each.discard()
+    assert launchers == [first, used]
+    unused.boot()
+    assert unused.is_gone and unused._process is None
+    manager.close()
+    assert set(children()) <= before
+
+
+def test_what_has_ended_holds_no_more_than_its_output_and_result(make_manager):
+    class Held:
+        pass
+
+    def use(manager):
+        held = Held()
+        id = manager.start_with_code("print('x')", on_output=lambda chunk: held).id
+        manager.wait(id)
+        return weakref.ref(held)
+
+    manager = make_manager()
+    held = use(manager)
+    eventually(lambda: gc.collect() is not None and held() is None)
+    code = (
+        CHANNEL
+        + """
+send(frame(b"v", b"[" * 1_000_000))
+send(frame(b"v", b"1" * 1_000_000, length=2_000_000))
+"""
+    )
+    for timeout in 0.0, 30.0:
+        id = manager.start_with_code(code, {"large": "x" * 5_000_000}, timeout=timeout).id
+        manager.wait(id)
+        execution = manager._engine.executions[id]
+        pair = execution.owner
+        assert (execution.request, execution.reported) == (b"", None)
+        assert len(pair._unsent) + len(pair._snippet_inbox._data) == 0
+
+
+@pytest.mark.skipif(not IS_FREE_THREADED, reason="elsewhere the last reference closes it at once")
+def test_descriptors_of_a_start_are_closed_while_its_thread_is_in_a_call_of_c_code(make_manager):
+    manager = make_manager()
+    finish(manager, "pass", input="")
+    reader, writer = os.pipe()
+
+    def with_a_spare_pair():
+        (launcher,) = manager._engine._launchers
+        eventually(lambda: launcher.requests._spares)
+        return len(descriptors())
+
+    def stop():
+        eventually(lambda: ids)
+        manager.stop(ids[0], force=True)
+        after.append(with_a_spare_pair())
+        os.close(writer)
+
+    before, after, ids = with_a_spare_pair(), [], []
+    thread = threading.Thread(target=stop)
+    thread.start()
+    ids.append(manager.start_with_code("import time; time.sleep(60)", stdin=subprocess.PIPE).id)
+    os.read(reader, 1)
+    thread.join()
+    os.close(reader)
+    assert after == [before]

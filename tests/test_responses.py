@@ -140,6 +140,7 @@ def test_a_start_is_running_however_soon_it_ended(manager, monkeypatch):
 
 
 def test_a_start_without_a_timeout_has_null(manager):
+    assert manager.start_with_code("pass", timeout=1e306).to_dict()["data"]["timeout"] > 1e308
     for timeout in (None, float("inf")):
         response = manager.start_with_code("pass", timeout=timeout)
         assert json.loads(response.to_json())["data"]["timeout"] is None

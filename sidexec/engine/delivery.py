@@ -88,6 +88,7 @@ class Delivery:
             self._log_loss(self._put - self._taken)
 
     def _finish(self) -> None:
+        self._call = bool  # which the execution would keep as long as it is remembered
         self.is_over = True
         self._over.ring()
         if self._when_over is not None:

@@ -231,7 +231,7 @@ class Engine:
             self._launchers.append(made)
             found = find() or made
             if found is not made:
-                self._launchers.remove(made)
+                made.discard()  # unless yet another call uses it already
         if is_default and not found.is_kept:
             for each in list(self._launchers):
                 if each.is_kept and each is not found:

@@ -24,7 +24,7 @@ from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
 from .output import Output
-from .waiting import Bell
+from .waiting import Bell, block_signals, native, note_end
 
 FinalStatus = Literal["completed", "failed", "stopped"]
 
@@ -287,7 +287,11 @@ class Execution:
 
     def _tell(self) -> None:
         self.place = bool  # which holds an environment
-        self.take_descriptors()
+        # What is remembered of it is what is counted: its output and its result.
+        self.request = b""
+        self.reported = None if self.end is None else self.end.result
+        for each in self.take_descriptors():
+            each.close()
         if self.input is not None:
             self.input.end()
         self._on_end(self)
@@ -295,7 +299,17 @@ class Execution:
         self.output.changed.ring()
         if self.delivery is not None:
             self.delivery.end(self._call_if_through)
+        if self.owner is NOBODY and self._calls:
+            # This may be a launcher's thread, which what a callback calls may wait for.
+            with contextlib.suppress(RuntimeError):
+                native("_thread", "start_new_thread")(self._call_beside, ())
+                return
         self._call_if_through()
+
+    def _call_beside(self) -> None:
+        block_signals()
+        self._call_if_through()
+        note_end()
 
 
 def now() -> datetime:
@@ -324,8 +338,10 @@ def parse_result(data: bytes) -> Any:
         raise ValueError("JSON that is nested too deeply")
     try:
         shape = data.translate(_DIGITS, b"+")
-        number = _finite if b"e000" in shape or b"0" * 300 in shape else None
-        return json.loads(data, parse_constant=_finite, parse_float=number)
+        number = _finite if b"e00" in shape or b"0" * 300 in shape else None
+        # Decoded here: `json` would also take it for UTF-16, which nothing above looks into.
+        text = data.decode("utf-8", "surrogatepass")
+        return json.loads(text, parse_constant=_finite, parse_float=number)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
 

@@ -78,6 +78,15 @@ class Launcher:
         if self._unstarted:
             native("_thread", "start_new_thread")(self._run, ())
 
+    def discard(self) -> None:
+        """Have it never start, unless its thread has begun."""
+        try:
+            self._unstarted.pop()
+        except IndexError:
+            return
+        self.is_up = False  # whoever has found it until now goes to another one
+        self._end()
+
     def submit(self, execution: Execution) -> bool:
         """Queue it; whether a pair has it that is ready.
 

@@ -299,6 +299,8 @@ class Pair:
         descriptors = execution.take_descriptors()
         if descriptors and self._channel is not None:
             self._unsent = self._unsent[self._channel.send_with(frame, descriptors) :]
+        for each in descriptors:
+            each.close()
         self._send_rest()
 
     def _send_rest(self) -> None:
@@ -319,6 +321,9 @@ class Pair:
         close_all(self._open)
         self._open.clear()
         self._control = self._channel = self._wake = None
+        # The execution refers to this as long as it is remembered.
+        self._unsent = memoryview(b"")
+        self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
 
     def _close(self, fd: int) -> None:
         if fd in self._open:
