@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 ALLOW_TOP_LEVEL_AWAIT = 0x2000
+DEEP = 30_000  # calls: more than the compiler lets any source take
 CO_OPTIMIZED = 0x1
 CO_NEWLOCALS = 0x2
 CO_COROUTINE = 0x80
@@ -51,7 +52,7 @@ def prepare(
 
     # The compiler goes many times as deep; what makes a tree of nodes, and walks it, does not.
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(30 * limit)
+    sys.setrecursionlimit(max(limit, DEEP))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first attempt has given them
