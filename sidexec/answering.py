@@ -11,7 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import procfs
-from .engine.execution import Execution, Sample, State, parse_result
+from .engine.execution import Execution, Sample, State
+from .engine.results import parse_result
 from .responses import (
     ExecutionSummary,
     GetSideExecutionStatusResponse,

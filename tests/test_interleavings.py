@@ -298,6 +298,24 @@ send(frame(b"v", b"1" * 1_000_000, length=2_000_000))
         assert len(pair._unsent) + len(pair._snippet_inbox._data) == 0
 
 
+def test_what_was_stopped_before_it_was_sent_holds_no_params(make_manager, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    never, unsent = make_manager(python=python), make_manager()
+    finish(unsent, "pass")
+    monkeypatch.setattr(Pair, "_send_rest", lambda self: None)
+    for manager in never, unsent:
+        start = threading.Thread(target=manager.start_with_code, args=("pass", {"a": "x" * 5000}))
+        start.start()
+        (found,) = eventually(lambda: manager.list_executions("running").data.executions)
+        manager.stop(found.side_execution_id, force=True)
+        start.join()
+        execution = manager._engine.executions[found.side_execution_id]
+        assert execution.request == b""
+        assert len(getattr(execution.owner, "_unsent", b"")) == 0
+
+
 @pytest.mark.skipif(not IS_FREE_THREADED, reason="elsewhere the last reference closes it at once")
 def test_descriptors_of_a_start_are_closed_while_its_thread_is_in_a_call_of_c_code(make_manager):
     manager = make_manager()

@@ -12,14 +12,12 @@ import marshal
 import os
 import queue
 import select
-import sys
-import termios
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from .. import procfs, protocol
-from .descriptors import READ_SIZE, Sender, Wake, close_all, read
+from .descriptors import READ_SIZE, Sender, Wake, available, close_all, read
 from .execution import Execution
 from .input import Input
 from .output import STREAMS, Stream
@@ -255,7 +253,7 @@ class Pair:
         Not up to the end of the file: whoever else has the other end may go on writing.
         """
         for fd in fds:
-            size = _available(fd) if fd in self._open else 0
+            size = available(fd) if fd in self._open else 0
             while size > 0 and fd in self._open:
                 part = min(size, READ_SIZE)
                 yield fd, part
@@ -341,12 +339,3 @@ def _unregister(fd: int, *polls: Any) -> None:
             poll.unregister(fd)
         except KeyError:
             pass
-
-
-def _available(fd: int) -> int:
-    count = bytearray(4)
-    try:
-        fcntl.ioctl(fd, termios.FIONREAD, count)
-    except OSError:
-        pass  # the host has closed all its descriptors
-    return int.from_bytes(count, sys.byteorder)

@@ -19,9 +19,10 @@ from typing import Protocol
 
 from .. import procfs, protocol
 from .descriptors import READ_SIZE
-from .execution import Execution, FinalStatus, describe_exit, parse_result
+from .execution import Execution, FinalStatus, describe_exit
 from .pair import Pair, Pids
 from .requests import Requests
+from .results import parse_result
 
 logger = logging.getLogger(__name__)
 
