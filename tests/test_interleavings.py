@@ -309,9 +309,11 @@ def test_what_was_stopped_before_it_was_sent_holds_no_params(make_manager, tmp_p
         start = threading.Thread(target=manager.start_with_code, args=("pass", {"a": "x" * 5000}))
         start.start()
         (found,) = eventually(lambda: manager.list_executions("running").data.executions)
-        manager.stop(found.side_execution_id, force=True)
-        start.join()
         execution = manager._engine.executions[found.side_execution_id]
+        if manager is unsent:
+            eventually(lambda: execution.owner and execution.owner._unsent)
+        manager.stop(execution.id, force=True)
+        start.join()
         assert execution.request == b""
         assert len(getattr(execution.owner, "_unsent", b"")) == 0
 
