@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-import fcntl
 import os
 import sys
-import termios
 from collections.abc import Iterable, Sequence
 
 # How much to read at once. Without the GIL, an object of more than 128 KiB that is freed
@@ -139,13 +137,3 @@ def close_all(fds: Iterable[int]) -> None:
             os.close(fd)
         except OSError:
             pass  # the host has closed all its descriptors
-
-
-def available(fd: int) -> int:
-    """How many bytes can be read without waiting."""
-    count = bytearray(4)
-    try:
-        fcntl.ioctl(fd, termios.FIONREAD, count)
-    except OSError:
-        pass  # the host has closed all its descriptors
-    return int.from_bytes(count, sys.byteorder)

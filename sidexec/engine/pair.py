@@ -12,12 +12,14 @@ import marshal
 import os
 import queue
 import select
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from .. import procfs, protocol
-from .descriptors import READ_SIZE, Sender, Wake, available, close_all, read
+from .descriptors import READ_SIZE, Sender, Wake, close_all, read
 from .execution import Execution
 from .input import Input
 from .output import STREAMS, Stream
@@ -62,7 +64,7 @@ class Pair:
         self._wake: Wake | None = None
         self._open = set(fds)
         self._inbox: Any = native("queue", "SimpleQueue")()
-        self._streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
+        self.streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
         self._input_fd = -1  # while it is waited for room there
         self._is_released = False  # and so takes none
@@ -128,7 +130,7 @@ class Pair:
         for poll in (self._everything, self._urgent):
             poll.register(self.control_fd, select.POLLIN)
             poll.register(self._wake.fd, select.POLLIN)
-        for fd in self._streams:
+        for fd in self.streams:
             os.set_blocking(fd, False)
 
     def wait_until_ready(self) -> str | None:
@@ -240,12 +242,8 @@ class Pair:
     def reads(self, fd: int) -> bool:
         return fd in self._open
 
-    @property
-    def streams(self) -> tuple[int, ...]:
-        return tuple(self._streams)
-
     def read_stream(self, fd: int, size: int) -> tuple[Stream, bytes]:
-        return self._streams[fd], self._read_some(fd, size)
+        return self.streams[fd], self._read_some(fd, size)
 
     def there_now(self, *fds: int) -> Iterator[tuple[int, int]]:
         """What can be read without waiting, in parts: descriptors, and how many bytes.
@@ -253,7 +251,7 @@ class Pair:
         Not up to the end of the file: whoever else has the other end may go on writing.
         """
         for fd in fds:
-            size = available(fd) if fd in self._open else 0
+            size = _available(fd) if fd in self._open else 0
             while size > 0 and fd in self._open:
                 part = min(size, READ_SIZE)
                 yield fd, part
@@ -339,3 +337,12 @@ def _unregister(fd: int, *polls: Any) -> None:
             poll.unregister(fd)
         except KeyError:
             pass
+
+
+def _available(fd: int) -> int:
+    count = bytearray(4)
+    try:
+        fcntl.ioctl(fd, termios.FIONREAD, count)
+    except OSError:
+        pass  # the host has closed all its descriptors
+    return int.from_bytes(count, sys.byteorder)
