@@ -629,7 +629,13 @@ def patch():
         setattr(module, name, forbidden)
     subprocess._fork_exec = None
 mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-manager = sidexec.ExecutionManager(grace_period=5)
+place = os.path.dirname(sys.argv[1])
+with open(os.path.join(place, "ends_late.py"), "w") as file:
+    file.write("import atexit, time\natexit.register(time.sleep, 0.2)")
+environment = {**os.environ, "PYTHONPATH": place}
+manager = sidexec.ExecutionManager(grace_period=5, preload=["ends_late"], env=environment)
+raised, before = [], len(os.listdir("/proc/self/task"))
+sys.unraisablehook = lambda unraisable: raised.append(unraisable.exc_value)
 def run(n):
     got = []
     data = manager.run("print(1); return params['n']", {"n": n}, on_output=got.append).data
@@ -646,6 +652,9 @@ while manager.get_status(id).data.output != "up\n":
 assert manager.stop(id).data.output == "up\ndown\n"
 manager.close()
 assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+while len(os.listdir("/proc/self/task")) > before:
+    originals["time", "sleep"](0.005)
+assert raised == []
 report("done")
 """
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 from typing import Any
 
 from .. import procfs, protocol
@@ -73,15 +74,15 @@ class Process:
             payload.load()  # meanwhile the interpreter comes up
 
     def _spawn(self, environment: Environment, stdin: int, stderr: int) -> None:
-        self._subprocess = native_subprocess()
+        subprocess = native_subprocess()
         # Its descriptors, its session and its directory are left alone, and it sees to
         # them itself: so `subprocess` takes `posix_spawn`, and waits for no pipe that a
         # worker which the host forks just now would hold open.
         python = _find(self._python, environment)
-        self._popen = self._subprocess.Popen(
+        self._popen = subprocess.Popen(
             [python, "-u", *payload.options(python), "-c", payload.BOOT],
             stdin=stdin,
-            stdout=self._subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=stderr,
             env={**environment, payload.MARK: "1"},
             close_fds=False,
@@ -142,11 +143,10 @@ class Process:
         """Reap it, and kill it if it does not end by itself; returns how it has ended."""
         code: int | None = None
         for _ in range(2):
-            try:
-                code = self._popen.wait(0 if procfs.is_stopped(self.pid) else EXIT_LIMIT)
+            code = self._wait(0.0 if procfs.is_stopped(self.pid) else EXIT_LIMIT)
+            if code is not None:
                 break
-            except self._subprocess.TimeoutExpired:
-                self.kill()
+            self.kill()
         if code is None:
             self._popen.returncode = -signal.SIGKILL  # or it would warn that it still runs
         while self._read_errors():
@@ -154,6 +154,15 @@ class Process:
         self._sender = self._status = None
         close_all(fd for fd in (self._errors, self._pidfd, *self.fds) if fd >= 0)
         return "it can't be killed" if code is None else describe_exit(code)
+
+    def _wait(self, seconds: float) -> int | None:
+        """Its exit code; None if it has not ended in time. `Popen.wait` is not native."""
+        until = time.monotonic() + seconds
+        code: int | None = self._popen.poll()
+        while code is None and time.monotonic() < until:
+            native("time", "sleep")(0.001)
+            code = self._popen.poll()
+        return code
 
     @property
     def said(self) -> str:
