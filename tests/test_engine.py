@@ -598,7 +598,7 @@ def test_what_a_keeper_has_said_is_heard_before_it_is_judged(make_manager, monke
 
 def test_managers_are_closed_side_by_side_and_each_three_times_at_once(make_manager):
     with ThreadPoolExecutor(6) as pool:
-        for _ in range(30):
+        for _ in range(8):
             managers = [make_manager() for _ in range(2)]
             for manager in managers:
                 assert result_of(manager, "return 1") == 1
