@@ -88,15 +88,15 @@ class Channel:
             del self._unsent[0]
 
     def _write(self, frame: bytes) -> None:
-        self._check()
         must_lock = self._is_shared or len(frame) > ATOMIC_SIZE
         if must_lock:
+            self._check()
             os.lockf(self._fd, os.F_LOCK, 0)
         try:
             view = memoryview(frame)
             while view:
-                view = view[os.write(self._fd, view) :]
                 self._check()
+                view = view[os.write(self._fd, view) :]
         finally:
             if must_lock:
                 os.lockf(self._fd, os.F_ULOCK, 0)
