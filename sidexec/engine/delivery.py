@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .output import STREAMS, Decoder, OutputChunk, Stream
-from .waiting import Bell, block_signals, native, note_end
+from .waiting import Bell, native, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Delivery:
 
     def start(self) -> None:
         """Raises `RuntimeError` where there are no threads left."""
-        native("_thread", "start_new_thread")(self._run, ())
+        start_thread(self._run)
 
     # -- from the execution's thread
 
@@ -97,7 +97,6 @@ class Delivery:
     # -- its own thread
 
     def _run(self) -> None:
-        block_signals()
         self._thread = _thread.get_ident()
         decoders = {stream: Decoder(stream) for stream in STREAMS}
         while True:

@@ -21,7 +21,7 @@ from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
 from .output import Output
-from .waiting import Bell, block_signals, native, note_end
+from .waiting import Bell, note_end, start_thread
 
 FinalStatus = Literal["completed", "failed", "stopped"]
 
@@ -224,7 +224,7 @@ class Execution:
         return self._claims.setdefault("promise", True) is True
 
     def take_descriptors(self) -> Sequence[Descriptor]:
-        """Those that go with the request, for one caller: they close once it lets go of them."""
+        """Those that go with the request, for one caller, who closes them."""
         with contextlib.suppress(IndexError):
             return self._descriptors.pop()
         return ()
@@ -299,12 +299,11 @@ class Execution:
         if self.owner is NOBODY and self._calls:
             # This may be a launcher's thread, which what a callback calls may wait for.
             with contextlib.suppress(RuntimeError):
-                native("_thread", "start_new_thread")(self._call_beside, ())
+                start_thread(self._call_beside)
                 return
         self._call_if_through()
 
     def _call_beside(self) -> None:
-        block_signals()
         self._call_if_through()
         note_end()
 

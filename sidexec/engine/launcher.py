@@ -19,7 +19,7 @@ from .execution import Execution
 from .pair import LOOK_INTERVAL, NO_DESCRIPTORS, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
-from .waiting import Bell, block_signals, native, note_end
+from .waiting import Bell, native, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Launcher:
     def boot(self) -> None:
         """Start the thread that starts the interpreter; only the first call does anything."""
         if self._unstarted:
-            native("_thread", "start_new_thread")(self._run, ())
+            start_thread(self._run)
 
     def discard(self) -> None:
         """Have it never start, unless its thread has begun."""
@@ -164,8 +164,8 @@ class Launcher:
 
     def release(self, pair: Pair) -> None:
         """The thread of `pair` needs nothing any more; a second call does nothing."""
-        note_end()
         if self._pairs.get(pair.keeper_pid) is pair:  # its number may be another one's by now
+            note_end()
             del self._pairs[pair.keeper_pid]
         self.changed.ring()
 
@@ -187,7 +187,6 @@ class Launcher:
             self._unstarted.pop()
         except IndexError:
             return  # another call was first
-        block_signals()
         python = self._settings.python
         try:
             config = {
@@ -253,7 +252,7 @@ class Launcher:
             return
         pair = self._pairs[keeper_pid] = Pair(keeper_pid, fds, is_ahead == 1)
         try:
-            native("_thread", "start_new_thread")(thread.main, (pair, self))
+            start_thread(thread.main, pair, self)
         except RuntimeError as problem:
             self._pairs.pop(keeper_pid).close()
             self.requests.miss(

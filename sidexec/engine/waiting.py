@@ -53,13 +53,19 @@ def native_subprocess() -> Any:
     return module
 
 
-def block_signals() -> None:
+def start_thread(run: Callable[..., object], *arguments: object) -> None:
+    """Call `run` in a thread of the system; raises `RuntimeError` where there are none left."""
+    native("_thread", "start_new_thread")(_run, (run, arguments))
+
+
+def _run(run: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """Block signals in a thread of ours, so that the host's own threads get them.
 
     But for those that the thread's own fault raises, which must reach whoever reports them.
     """
     faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
+    run(*arguments)
 
 
 def note_end() -> None:
