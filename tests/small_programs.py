@@ -268,6 +268,14 @@ ENDS = {
     "interrupt while blocked": "import signal\nsignal.pthread_sigmask(0, [signal.SIGINT])\nraise KeyboardInterrupt",
     "traced to the end": "import atexit, sys, threading\ndef trace(*a):\n    print(a[1], a[0].f_code.co_name)\n"
     "    return trace\natexit.register(lambda: 0)\nsys.settrace(trace)",
+    "signals at the end": "import atexit, signal, sys\ndef show(*a): print(signal.pthread_sigmask(0, ()))\n"
+    "signal.pthread_sigmask(0, [signal.SIGUSR1])\natexit.register(show)\n"
+    "def hook(*error):\n    show()\n    sys.__excepthook__(*error)\nsys.excepthook = hook\n1 / 0",
+    "profiled to the end": "import atexit, sys\ndef profile(*a):\n"
+    "    print(a[1], a[0].f_code.co_name, getattr(a[2], '__name__', ''))\n"
+    "atexit.register(lambda: 0)\nsys.setprofile(profile)",
+    "profiled threads": "import sys, threading\ndef profile(*a):\n    print(a[1], a[0].f_code.co_name)\n"
+    "def f(): pass\nt = threading.Thread(target=f)\nt.start()\nt.join()\nsys.setprofile(profile)",
     "__del__ of globals": "import os\nclass C:\n    def __init__(self, x): self.x = x\n"
     "    def __del__(self): print(self.x, os.sep)\na = C('a')\nb = C('b')\n_c = C('c')",
     "__del__ in a cycle": "class C:\n    def __del__(self): print('del')\nc = C()\nc.c = c",
@@ -315,6 +323,9 @@ if NEW >= (3, 12):
         " lambda code, at, f, x: seen.append((code.co_name, f.__name__)))\n"
         "def f(): len('')\nm.set_local_events(m.COVERAGE_ID, f.__code__, m.events.CALL)\n"
         "f()\nabs(1)\nf()\nprint(seen)",
+        "monitored to the end": f"{MONITORING}import atexit\natexit.register(lambda: print(seen))\n"
+        "m.register_callback(m.COVERAGE_ID, m.events.PY_START, lambda code, at: seen.append(code.co_name))\n"
+        "m.set_events(m.COVERAGE_ID, m.events.PY_START)",
         "type statement": "type X = list[Y]\ntype Y[T] = dict[T, X]\nprint(X, X.__value__, Y.__value__,"
         " Y.__type_params__, Y.__module__)\ntype Z = nothing\nZ.__value__",
         "type parameters": "def f[T: int, *Ts, **P](a: T) -> T: return a\nclass C[T](list[T]):\n"
@@ -364,7 +375,8 @@ if NEW >= (3, 15):
 
 # What these do goes by how the interpreter was started, or ends.
 ALONE = {name for name in PROGRAMS if name.startswith(("processes", "interrupt"))}
-ALONE |= {"streams", "coding comment", "traced to the end"}
+ALONE |= {"streams", "coding comment", "traced to the end", "profiled to the end"}
+ALONE |= {"profiled threads", "monitored to the end"}
 NOT_ASYNC = {"signals", "library", "async generator at the end", "no policy"}
 
 # What a host hands over is of its own version, what a snippet finds of the other's.

@@ -194,6 +194,24 @@ def test_a_result_that_is_too_large_says_so(run, call):
     assert str(size + 2) in headline
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.0001, 0.0003])
+def test_the_result_comes_though_a_signal_handler_raises_once_the_code_is_through(run, delay):
+    code = f"""
+    import signal
+    def alarm(signum, frame):
+        if frame.f_code.co_filename != "<snippet>":
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise ValueError("too late")
+    signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, {delay} or 1e-6, 0.00005)
+    return list(range(20_000))
+    """
+    for _ in range(20):
+        data = run(code)
+        assert data.result == list(range(20_000)), data.error
+        assert data.status == "completed", data.error
+
+
 def test_the_result_comes_with_an_exit_that_follows(run):
     data = run("import sys, atexit, os\natexit.register(os._exit, 3)\nreturn [1]")
     assert (data.status, data.exit_code, data.error) == ("failed", 3, "exit code 3")

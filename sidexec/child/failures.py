@@ -6,9 +6,14 @@ standard error. It sends nothing.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import sys
 
 from . import library
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 FILENAME = "<snippet>"
 
@@ -30,8 +35,11 @@ class Failures:
         text = (self.text or "").replace("\r\n", "\n").replace("\r", "\n")
         return [line + "\n" for line in text.split("\n")]
 
-    def report(self, error: BaseException) -> str:
-        """Write an uncaught error to standard error; returns the text for the host."""
+    def report(self, error: BaseException, mask: Iterable[int]) -> str:
+        """Write an uncaught error to standard error; returns the text for the host.
+
+        `mask` are the signals that are blocked while the user's hook is called.
+        """
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
             trace = trace.tb_next
@@ -51,7 +59,7 @@ class Failures:
             # Without a traceback, the first line is the one that a user looks for.
             text = formatted if formatted.startswith(headline) else f"{headline}\n\n{formatted}"
             if sys.excepthook is not sys.__excepthook__:
-                formatted = self._call_excepthook(error, formatted)
+                formatted = self._call_excepthook(error, formatted, mask)
             sys.stderr.write(formatted)
         except BaseException:
             pass  # its standard error is gone; the exit code still tells
@@ -64,9 +72,11 @@ class Failures:
             if error.lineno is not None and 0 < error.lineno <= len(lines):
                 error.text = lines[error.lineno - 1]
 
-    def _call_excepthook(self, error: BaseException, formatted: str) -> str:
+    def _call_excepthook(self, error: BaseException, formatted: str, mask: Iterable[int]) -> str:
         """Call the user's hook; returns what is still to be written."""
+        blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
         try:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
             sys.excepthook(type(error), error, error.__traceback__)
             return ""
         except SystemExit as another:
@@ -75,6 +85,8 @@ class Failures:
         except BaseException as another:
             failed = self._describe(another)[1]
             return f"Error in sys.excepthook:\n{failed}\nOriginal exception was:\n{formatted}"
+        finally:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, blocked)
 
     def _describe(self, error: BaseException) -> tuple[str, str]:
         traceback = library.module("traceback")

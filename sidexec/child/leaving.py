@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
 import _thread
-import atexit
 import gc
 import io
 import os
@@ -16,6 +15,7 @@ import sys
 
 from . import kernel, library
 from .asking import LEAVING, SETTLING, Ask, StopRequested
+from .observers import Observers, get_tool, run_exit_handlers, set_events, set_profile, set_trace
 from .streams import Whole
 
 TYPE_CHECKING = False
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-_settrace = sys.settrace  # the user's code may put anything in its place
 INTERRUPTED = -_signal.SIGINT  # the exit code after a KeyboardInterrupt
 
 # Classes go by their ids here: one of the user's may have a metaclass that makes it unhashable,
@@ -47,31 +46,14 @@ def leave(
     preloaded: list[Any],
     is_snippet: bool,
     exit_code: int,
-    trace: Any,
+    observers: Observers,
 ) -> NoReturn:
     """End the process.
 
     `preloaded` is what `find_open` has found before the snippet was forked; `is_snippet` is
-    false in a child that the snippet itself has forked; `trace` is for `sys.settrace`.
+    false in a child that the snippet itself has forked.
     """
-    try:
-        ask.phase = LEAVING
-        if ask.has_come and is_snippet:
-            _end_workers()
-        _settrace(trace)
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
-        atexit._run_exitfuncs()
-        ask.phase = SETTLING
-    except StopRequested:
-        atexit._run_exitfuncs()
-    except BaseException as error:
-        ask.phase = SETTLING
-        # Less this frame.
-        BaseException.with_traceback(error, error.__traceback__ and error.__traceback__.tb_next)
-        sys.excepthook(type(error), error, error.__traceback__)
-        atexit._run_exitfuncs()  # those that are left, if the wait for threads has raised
-    _settrace(None)
+    _shut_down(ask, observers, is_snippet)
     ask.phase = SETTLING
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         vars(sys).pop(name, None)  # as the interpreter does: their frames hold the globals
@@ -99,6 +81,37 @@ def leave(
         os.kill(os.getpid(), _signal.SIGINT)
         exit_code = 128 + _signal.SIGINT  # where it is blocked
     os._exit(exit_code)
+
+
+def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
+    """Wait for threads and run exit handlers, observed as the code has left it."""
+    try:
+        ask.phase = LEAVING
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, observers.mask or ())
+        if ask.has_come and is_snippet:
+            _end_workers()
+        profile = observers.profile if callable(observers.profile) else None
+        for tool, events in observers.tools.items():
+            set_events(tool, events)
+        set_trace(observers.trace)
+        set_profile(profile)
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        run_exit_handlers()
+        ask.phase = SETTLING
+    except StopRequested:
+        run_exit_handlers()
+    except BaseException as error:
+        ask.phase = SETTLING
+        # Less this frame.
+        BaseException.with_traceback(error, error.__traceback__ and error.__traceback__.tb_next)
+        sys.excepthook(type(error), error, error.__traceback__)
+        run_exit_handlers()  # those that are left, if the wait for threads has raised
+    set_profile(None)
+    set_trace(None)
+    for tool in observers.tools:
+        if get_tool(tool):
+            set_events(tool, 0)
 
 
 def _end_workers() -> None:

@@ -21,6 +21,7 @@ from . import confinement, kernel, leaving, library, source
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
+from .observers import Observers
 from .results import to_json
 
 TYPE_CHECKING = False
@@ -53,8 +54,9 @@ class Snippet:
     def __init__(self, channel: int, path: list[str], preloaded: list[Any]) -> None:
         self.ask = Ask()
         self.returned: dict[int, object] = {}
-        self.clean_up: Callable[[], object] = bool  # which does nothing
+        self.clean_up: Callable[[], object] | None = None
         self.failure: BaseException | None = None
+        self.observers = Observers()
         self._channel = Channel(channel)
         self._failures = Failures()
         self._path = path
@@ -118,8 +120,8 @@ class Snippet:
         self.returned = _collections.defaultdict(call)
         self.ask.phase = RUNNING
 
-    def end(self, trace: Any) -> NoReturn:
-        """Send the result or the error, and exit; `trace` is what the user's code has set."""
+    def end(self) -> NoReturn:
+        """Send the result or the error, and exit."""
         failure, self.failure = self.failure, None
         exit_code = 0
         if self._coroutine is not None:
@@ -143,18 +145,20 @@ class Snippet:
             self._flush()
             failure = self._send_result(failure)
         if failure is not None:
-            self._send_error(self._failures.report(failure))
+            self._send_error(self._failures.report(failure, self.observers.mask or ()))
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             if self._failures.exit is not None:
                 exit_code, self._failures.exit = self._take_exit_code(self._failures.exit), None
             failure = None  # its traceback holds the globals
         is_snippet = os.getpid() == self._pid
-        leaving.leave(self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, trace)
+        leaving.leave(
+            self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, self.observers
+        )
 
     def _take_globals(self) -> dict[str, Any]:
         namespace, self._namespace = self._namespace, {}
         self._partial = self._reported = self._coroutine = None
-        self.clean_up = bool
+        self.clean_up = None
         self.returned = {}
         self._request.clear()
         return namespace

@@ -28,6 +28,7 @@ _MODULES = (
     "child.streams",
     "child.loops",
     "child.asking",
+    "child.observers",
     "child.leaving",
     "child.channel",
     "child.failures",
@@ -52,12 +53,15 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # built-in names in a copy of their own, since a snippet may change them. Where all imports
 # are lazy, theirs are not: they could not be found any more. In a snippet's process `main`
 # returns, and its code is called from here, so that this frame is the only one below it.
-# 3 is `asking.SETTLING`. A trace function that it has set sees no code of ours.
+# 3 is `asking.SETTLING`. What observes the code (a trace or profile function, a monitoring
+# tool) is then taken off, by calls that none of these sees, and signals are blocked: what a
+# handler raises would cost the result. That may take a second try, after what is due now.
 BOOT = (
     """\
 import sys
 if sys.version_info<(3,10):sys.exit("Python 3.10 or newer is needed, this is "+sys.version)
-import os,marshal,_frozen_importlib_external as e
+import os,marshal,_signal,_frozen_importlib_external as e
+from _functools import partial as q
 os.environ.pop("%s",None)
 try:os.setsid()
 except OSError:pass
@@ -95,16 +99,29 @@ for n,k,s in l:
  exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
 if z:sys.set_lazy_imports(z)
-g,u=sys.gettrace,sys.settrace
+h=sys.gettrace,sys.settrace,sys.getprofile,sys.setprofile,_signal.pthread_sigmask
+g,u,h,v,k=map(q,h)
+w=getattr(sys,"monitoring",0)
+i,j,w=[q(getattr(w,x,{}.get))for x in("get_tool","get_events","set_events")]
+a=_signal.valid_signals()
 t=m.main(c,p)
 if t:
+ o=t.observers
  try:
   try:
    try:t.begin();t.returned[0]
-   finally:t.clean_up()
+   finally:t.clean_up and t.clean_up()
   finally:t.ask.phase=3
  except b["BaseException"]as e:t.failure=e
- x=g();u(None);t.end(x)
+ for x in 0,1,2:
+  try:
+   if o.mask is None:o.mask=k(0,())
+   k(0,a)
+   break
+  except b["BaseException"]:pass
+ for x in 0,1,2,3,4,5:
+  if i(x):o.tools[x]=j(x);w(x,0)
+ o.profile=h();v(None);o.trace=g();u(None);t.end()
 """
     % MARK
 )
