@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import (
+    FOREVER,
     IS_FREE_THREADED,
     alarm,
     begin,
@@ -25,6 +26,7 @@ from programs import when_asked
 from test_misbehaving_hosts import host  # noqa: F401
 from test_untrusted import CHANNEL
 
+from sidexec import starting
 from sidexec.engine.execution import State
 from sidexec.engine.input import Input
 from sidexec.engine.launcher import Launcher
@@ -296,6 +298,24 @@ send(frame(b"v", b"1" * 1_000_000, length=2_000_000))
         pair = execution.owner
         assert (execution.request, execution.reported) == (b"", None)
         assert len(pair._unsent) + len(pair._snippet_inbox._data) == 0
+
+
+def test_what_runs_holds_no_copy_of_the_environment(start, monkeypatch):
+    class Environment(dict):
+        pass
+
+    def current():
+        made = Environment(os.environ)
+        copies.append(weakref.ref(made))
+        return made
+
+    copies = []
+    monkeypatch.setattr(starting, "_current_environment", current)
+    for _ in range(5):
+        start(FOREVER)
+    # The launcher holds the one that it runs in.
+    eventually(lambda: gc.collect() is not None and sum(each() is not None for each in copies) == 1)
+    assert len(copies) == 5
 
 
 def test_what_was_stopped_before_it_was_sent_holds_no_params(make_manager, tmp_path, monkeypatch):

@@ -234,6 +234,7 @@ class Execution:
         # No reference to this: what has ended is to be freed at once, its output too.
         if self._claims.setdefault("fate", _BEGUN) is not _BEGUN:
             return False
+        self.place = bool  # it holds an environment
         self._on_begin(self)
         self.state = State.RUNNING
         self.changed.ring()
@@ -283,7 +284,7 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
-        self.place = bool  # which holds an environment
+        self.place = bool
         # What is remembered of it is what is counted: its output and its result.
         self.request = b""
         self.reported = None if self.end is None else self.end.result
