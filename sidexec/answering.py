@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import procfs
-from .engine.execution import Execution, Sample, State
+from .engine.execution import NOT_ENDED, Execution, Sample, State
 from .engine.results import parse_result
 from .responses import (
     ExecutionSummary,
@@ -41,34 +41,32 @@ def status_of(
     if execution is None or execution.state is State.REFUSED:
         data = StatusData(id, "not_found")
         return GetSideExecutionStatusResponse(data, False, None, _unknown(id))
-    end = execution.end
+    end = execution.end or NOT_ENDED
     memory = cpu = None
-    if end is None:
+    if end is NOT_ENDED:
         memory, cpu = _usage(execution)
     data = StatusData(
         side_execution_id=id,
-        status="running" if end is None else end.status,
+        status=end.status,
         start_time=execution.start_time,
-        end_time=None if end is None else end.time,
-        duration=time.monotonic() - execution.started_at if end is None else end.duration,
-        result=_parse(execution.reported if end is None else end.result),
+        end_time=end.time,
+        duration=time.monotonic() - execution.started_at if end is NOT_ENDED else end.duration,
+        result=_parse(execution.reported),
         output=execution.output.text("stdout"),
-        error=None if end is None else end.error,
+        error=end.error,
         progress=execution.progress,
         memory_usage=memory,
         cpu_usage=cpu,
-        peak_memory=None if end is None else end.peak_memory,
-        cpu_time=None if end is None else end.cpu_time,
+        peak_memory=end.peak_memory,
+        cpu_time=end.cpu_time,
         error_output=execution.output.text("stderr"),
-        exit_code=None if end is None else end.exit_code,
+        exit_code=end.exit_code,
         stop_reason=execution.stop_reason,
         output_dropped=execution.output.dropped,
     )
-    error = None
-    if end is None:
+    error = end.error if end.stuck else None
+    if end is NOT_ENDED:
         error = foreign  # the data is from before the fork
-    elif end.stuck:
-        error = end.error
     message = f"the execution is {data.status}"
     return GetSideExecutionStatusResponse(
         data, error is None, message, error, thread_id=execution.thread_id
@@ -125,10 +123,10 @@ def stop_of(
     """`unended` is the error message if it has not ended although it was waited for."""
     if execution is None or execution.state is State.REFUSED:
         return StopSideExecutionResponse(StopData(id, "not_found"), False, None, _unknown(id))
-    end = execution.end
-    status: StopStatus = "running" if end is None else end.status
+    end = execution.end or NOT_ENDED
+    status: StopStatus = end.status
     error = None
-    if end is None:
+    if end is NOT_ENDED:
         error = unended
     elif end.stuck:
         error = end.error
@@ -140,12 +138,12 @@ def stop_of(
     data = StopData(
         side_execution_id=id,
         status=status,
-        stopped_at=None if end is None or end.status != "stopped" else end.time,
-        result=None if end is None else _parse(end.result),
+        stopped_at=end.time if end.status == "stopped" else None,
+        result=None if end is NOT_ENDED else _parse(execution.reported),
         output=execution.output.text("stdout"),
         error_output=execution.output.text("stderr"),
-        exit_code=None if end is None else end.exit_code,
-        forced=end is not None and end.forced,
+        exit_code=end.exit_code,
+        forced=end.forced,
         stop_reason=execution.stop_reason,
         output_dropped=execution.output.dropped,
     )
@@ -155,12 +153,12 @@ def stop_of(
 
 
 def summary_of(execution: Execution) -> ExecutionSummary:
-    end = execution.end
+    end = execution.end or NOT_ENDED
     return ExecutionSummary(
         execution.id,
-        "running" if end is None else end.status,
+        end.status,
         execution.start_time,
-        None if end is None else end.time,
+        end.time,
         execution.stop_reason,
         execution.action_block,
     )

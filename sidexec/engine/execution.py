@@ -14,17 +14,14 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
-from ..responses import StopReason
+from ..responses import Status, StopReason
 from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
 from .output import Output
 from .waiting import Bell, note_end, start_thread
-
-FinalStatus = Literal["completed", "failed", "stopped"]
-
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +36,19 @@ class State(enum.Enum):
 class End(NamedTuple):
     """How an execution ended; set once, after which nothing of it changes."""
 
-    status: FinalStatus
-    time: datetime
-    duration: float
-    exit_code: int | None
-    forced: bool
-    error: str | None
-    result: bytes | None  # JSON
-    stuck: tuple[int, ...]  # pids that can't be killed
-    cpu_time: float | None
-    peak_memory: int | None
+    status: Status
+    exit_code: int | None = None
+    forced: bool = False
+    error: str | None = None
+    stuck: tuple[int, ...] = ()  # pids that can't be killed
+    cpu_time: float | None = None
+    peak_memory: int | None = None
+    # Filled in by `finish`.
+    time: datetime | None = None
+    duration: float | None = None
+
+
+NOT_ENDED = End("running")
 
 
 class Stop(NamedTuple):
@@ -125,7 +125,7 @@ class Execution:
         self.is_forgotten = False
         self.refusal: str | None = None  # why it could not be started
         self.progress: float | None = None
-        self.reported: bytes | None = None  # JSON
+        self.reported: bytes | None = None  # JSON, checked once it has ended
         self.usage: Sample | None = None  # set by readers, for readers
         self.changed = Bell()  # when the state has changed
         self._on_begin = on_begin
@@ -152,8 +152,7 @@ class Execution:
     @property
     def bytes_held(self) -> int:
         """The bytes of output and result that are kept of it, once it has ended."""
-        result = None if self.end is None else self.end.result
-        return self.output.size + len(result or b"")
+        return self.output.size + len(self.reported or b"")
 
     @property
     def end(self) -> End | None:
@@ -194,7 +193,7 @@ class Execution:
             self.claim(NOBODY)
         owner = self.owner
         if owner is NOBODY:
-            self.finish("stopped")
+            self.finish(End("stopped"))
         elif owner is not None:
             owner.ask(grace)
 
@@ -245,41 +244,18 @@ class Execution:
         if self._claims.setdefault("fate", refusal) is not refusal:
             return  # it runs, or was refused before
         if self.is_stopped():
-            self.finish("stopped")
+            self.finish(End("stopped"))
         elif self._claims.setdefault("promise", False):
-            self.finish("failed", error=reason)
+            self.finish(End("failed", error=reason))
         else:
             self.refusal = reason
             self.state = State.REFUSED
             self._tell()
 
-    def finish(
-        self,
-        status: FinalStatus,
-        exit_code: int | None = None,
-        *,
-        forced: bool = False,
-        error: str | None = None,
-        result: bytes | None = None,
-        stuck: tuple[int, ...] = (),
-        cpu_time: float | None = None,
-        peak_memory: int | None = None,
-    ) -> None:
+    def finish(self, end: End) -> None:
         """Set how it ended; the first call counts, and every call wakes those who wait."""
         duration = time.monotonic() - self.started_at
-        end = End(
-            status,
-            now(),
-            duration,
-            exit_code,
-            forced,
-            error,
-            result,
-            stuck,
-            cpu_time,
-            peak_memory,
-        )
-        self._claims.setdefault("end", end)
+        self._claims.setdefault("end", end._replace(time=now(), duration=duration))
         self.state = State.ENDED
         self._tell()
 
@@ -287,7 +263,6 @@ class Execution:
         self.place = bool
         # What is remembered of it is what is counted: its output and its result.
         self.request = b""
-        self.reported = None if self.end is None else self.end.result
         for each in self.take_descriptors():
             each.close()
         if self.input is not None:

@@ -18,8 +18,9 @@ import time
 from typing import Protocol
 
 from .. import procfs, protocol
+from ..responses import Status
 from .descriptors import READ_SIZE
-from .execution import Execution, FinalStatus, describe_exit
+from .execution import End, Execution, describe_exit
 from .pair import Pair, Pids
 from .requests import Requests
 from .results import parse_result
@@ -66,7 +67,7 @@ def main(pair: Pair, launcher: Launcher) -> None:
     except Exception:
         logger.exception("internal error in the thread of a pair")
         if execution is not None and execution.end is None:
-            execution.finish("failed", error="internal error: see the log")
+            execution.finish(End("failed", error="internal error: see the log"))
     finally:
         pair.close()
         launcher.release(pair)
@@ -81,12 +82,8 @@ class _Run:
         self._launcher = launcher
         self._keeper = Keeper.AT_WORK
         self._patience: float | None = None  # until when the keeper, or LOST, is waited for
-        self._exit_code: int | None = None
-        self._forced = True
+        self._end = End("failed", forced=True)  # as far as others have told
         self._is_orphaned = False  # the keeper has heard that the launcher has ended
-        self._stuck: Pids = ()
-        self._cpu_time: float | None = None
-        self._peak_memory: int | None = None
         self._error: str | None = None  # what the snippet says of its own failure
         self._fault: str | None = None  # what is wrong with the snippet, or its keepers
         self._keeper_fault: str | None = None  # what the keeper says of its own failure
@@ -137,11 +134,15 @@ class _Run:
         for kind, text in frames:
             if kind == protocol.END:
                 code, forced, orphaned, microseconds, peak, *stuck = text.split()
-                self._cpu_time, self._peak_memory = int(microseconds) / 1e6, int(peak)
-                self._exit_code = None if code == "None" else int(code)
-                self._forced = forced == "1"
+                self._end = End(
+                    "failed",
+                    None if code == "None" else int(code),
+                    forced == "1",
+                    stuck=tuple(map(int, stuck)),
+                    cpu_time=int(microseconds) / 1e6,
+                    peak_memory=int(peak),
+                )
                 self._is_orphaned = orphaned == "1"
-                self._stuck = tuple(map(int, stuck))
                 self._keeper = Keeper.DONE
             elif kind == protocol.SWEEPING:
                 self._pair.swept_at = time.monotonic()
@@ -224,12 +225,12 @@ class _Run:
             self._keeper = Keeper.KILLED
             self._patience = time.monotonic() + SWEEP_ALLOWANCE
         else:
-            self._stuck = (pair.keeper_pid,)
+            self._end = self._end._replace(stuck=(pair.keeper_pid,))
             self._keeper = Keeper.DONE
 
     def _take_loss(self, code: int, stuck: Pids) -> None:
         if self._keeper is not Keeper.DONE:
-            self._stuck = stuck
+            self._end = self._end._replace(stuck=stuck)
             how = self._keeper_fault or describe_exit(code)
             self._lose(f"the keeper (pid {self._pair.keeper_pid}) of this execution is gone: {how}")
 
@@ -254,19 +255,18 @@ class _Run:
     # -- the end
 
     def _finish(self) -> None:
-        execution = self._execution
-        result = execution.reported
-        if result is not None:
+        execution, end = self._execution, self._end
+        if execution.reported is not None:
             try:
-                parse_result(result)
+                parse_result(execution.reported)
             except ValueError as problem:
                 self._fault = self._fault or f"the snippet sent a result that is {problem}"
-                result = None
-        if self._fault is None and self._is_orphaned and self._exit_code != 0:
+                execution.reported = None
+        if self._fault is None and self._is_orphaned and end.exit_code != 0:
             # The keeper has heard first that the launcher has ended, and asked.
             self._fault = self._launcher.why_ended()
-        code, error = self._exit_code, self._fault
-        status: FinalStatus
+        code, error = end.exit_code, self._fault
+        status: Status
         if execution.is_stopped():
             status, error = "stopped", self._fault if self._keeper_fault else None
         elif error is None and code == 0:
@@ -276,23 +276,14 @@ class _Run:
             if error is None and code is not None:
                 told = code > 0 or code == -signal.SIGINT  # by an uncaught KeyboardInterrupt
                 error = (self._error if told else None) or describe_exit(code)
-        if self._stuck:
-            pids = ", ".join(map(str, self._stuck))
+        if end.stuck:
+            pids = ", ".join(map(str, end.stuck))
             error = f"process {pids} can't be killed, the kernel holds it: end it by hand"
-        execution.finish(
-            status,
-            code,
-            forced=self._forced,
-            error=error,
-            result=result,
-            stuck=self._stuck,
-            cpu_time=self._cpu_time,
-            peak_memory=self._peak_memory,
-        )
+        execution.finish(end._replace(status=status, error=error))
         # Afterwards, since whoever waits may hold the lock of a log's handler.
         if self._fault is not None:
             level = logging.ERROR if self._keeper_fault else logging.WARNING
             logger.log(level, "%s: %s", execution.id, self._fault)
-        level = logging.WARNING if self._stuck else logging.INFO if self._forced else logging.DEBUG
-        how = "by force" if self._forced else "as asked" if execution.stopping else "by itself"
+        level = logging.WARNING if end.stuck else logging.INFO if end.forced else logging.DEBUG
+        how = "by force" if end.forced else "as asked" if execution.stopping else "by itself"
         logger.log(level, "%s is %s, %s", execution.id, status, how)
