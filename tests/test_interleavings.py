@@ -295,9 +295,16 @@ send(frame(b"v", b"1" * 1_000_000, length=2_000_000))
         id = manager.start_with_code(code, {"large": "x" * 5_000_000}, timeout=timeout).id
         manager.wait(id)
         execution = manager._engine.executions[id]
-        pair = execution.owner
         assert (execution.request, execution.reported) == (b"", None)
-        assert len(pair._unsent) + len(pair._snippet_inbox._data) == 0
+        eventually(lambda: not left_in_pairs())
+
+
+def left_in_pairs():
+    """How many bytes all pairs hold that were not sent, or not taken."""
+    if IS_FREE_THREADED:
+        gc.collect()  # settles the references to what a launcher's thread has made
+    pairs = [each for each in gc.get_objects() if type(each) is Pair]
+    return sum(len(each._unsent) + len(each._snippet_inbox._data) for each in pairs)
 
 
 def test_what_runs_holds_no_copy_of_the_environment(start, monkeypatch):
@@ -335,7 +342,7 @@ def test_what_was_stopped_before_it_was_sent_holds_no_params(make_manager, tmp_p
         manager.stop(execution.id, force=True)
         start.join()
         assert execution.request == b""
-        assert len(getattr(execution.owner, "_unsent", b"")) == 0
+        eventually(lambda: not left_in_pairs())
 
 
 @pytest.mark.skipif(not IS_FREE_THREADED, reason="elsewhere the last reference closes it at once")

@@ -86,7 +86,7 @@ class _Nobody:
         pass
 
 
-# Who owns an execution that no pair shall take any more: nothing runs then.
+# Who owns an execution that no pair shall take any more, or that has ended: nothing runs then.
 NOBODY: Owner = _Nobody()
 _BEGUN = object()
 
@@ -131,7 +131,8 @@ class Execution:
         self._on_begin = on_begin
         self._on_end = on_end
         self._calls: list[Callable[[], object]] = []
-        # Filled by `setdefault`, which is atomic: the first one is the one that counts.
+        # Filled by `setdefault`, which is atomic: the first one is the one that counts. Only
+        # the owner is replaced, at the end.
         self._claims: dict[str, object] = {}
         self._descriptors = [descriptors]
 
@@ -260,6 +261,8 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
+        is_nobodys = self.owner is NOBODY
+        self._claims["owner"] = NOBODY  # lets go of the pair, and of what is left in it
         self.place = bool
         # What is remembered of it is what is counted: its output and its result.
         self.request = b""
@@ -272,7 +275,7 @@ class Execution:
         self.output.changed.ring()
         if self.delivery is not None:
             self.delivery.end(self._call_if_through)
-        if self.owner is NOBODY and self._calls:
+        if is_nobodys and self._calls:
             # This may be a launcher's thread, which what a callback calls may wait for.
             with contextlib.suppress(RuntimeError):
                 start_thread(self._call_beside)

@@ -317,9 +317,6 @@ class Pair:
         close_all(self._open)
         self._open.clear()
         self._control = self._channel = self._wake = None
-        # The execution refers to this as long as it is remembered.
-        self._unsent = memoryview(b"")
-        self._snippet_inbox = protocol.Inbox(protocol.FROM_SNIPPET)
 
     def _close(self, fd: int) -> None:
         if fd in self._open:
