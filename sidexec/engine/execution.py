@@ -112,6 +112,7 @@ class Execution:
         self.output = output
         self.delivery = delivery
         self.input = input
+        self.descriptors = descriptors  # that go with the request
         self.thread_id = thread_id
         self.action_block = action_block
         self.timeout = timeout
@@ -134,7 +135,6 @@ class Execution:
         # Filled by `setdefault`, which is atomic: the first one is the one that counts. Only
         # the owner is replaced, at the end.
         self._claims: dict[str, object] = {}
-        self._descriptors = [descriptors]
 
     # -- from any thread
 
@@ -223,11 +223,10 @@ class Execution:
         """Say that it runs, though it may not have begun yet; false where it was refused."""
         return self._claims.setdefault("promise", True) is True
 
-    def take_descriptors(self) -> Sequence[Descriptor]:
-        """Those that go with the request, for one caller, who closes them."""
-        with contextlib.suppress(IndexError):
-            return self._descriptors.pop()
-        return ()
+    def close_descriptors(self) -> None:
+        for each in self.descriptors:
+            each.close()
+        self.descriptors = ()
 
     def begin(self) -> bool:
         """False if it has been refused, since its start was interrupted."""
@@ -266,8 +265,7 @@ class Execution:
         self.place = bool
         # What is remembered of it is what is counted: its output and its result.
         self.request = b""
-        for each in self.take_descriptors():
-            each.close()
+        self.close_descriptors()
         if self.input is not None:
             self.input.end()
         self._on_end(self)

@@ -292,11 +292,10 @@ class Pair:
         frame = protocol.pack(protocol.RUN, request)
         execution.request = b""
         self._unsent = memoryview(frame)
-        descriptors = execution.take_descriptors()
-        if descriptors and self._channel is not None:
-            self._unsent = self._unsent[self._channel.send_with(frame, descriptors) :]
-        for each in descriptors:
-            each.close()
+        if execution.descriptors and self._channel is not None:
+            sent = self._channel.send_with(frame, execution.descriptors)
+            self._unsent = self._unsent[sent:]
+        execution.close_descriptors()
         self._send_rest()
 
     def _send_rest(self) -> None:
