@@ -41,28 +41,20 @@ class Process:
         self._said = b""  # the end of what it has written to its standard error
         self._greeting = b""
         self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
-        ours, theirs = _socket.socketpair()
-        self._errors = errors_end = -1
-        try:
-            self._errors, errors_end = os.pipe()
-            self._spawn(environment, theirs.fileno(), errors_end)
-        except BaseException:
-            ours.close()
-            if self._errors >= 0:
-                os.close(self._errors)
-            raise
-        finally:
-            theirs.close()
-            if errors_end >= 0:
-                os.close(errors_end)
+        ours, theirs = (each.detach() for each in _socket.socketpair())
+        self._sender: Sender | None = Sender(ours)
+        stdin = Descriptor(theirs)
+        self._errors, stderr = map(Descriptor, os.pipe())
+        self._spawn(environment, stdin.fd, stderr.fd)
+        stdin.close()
+        stderr.close()
         self.pid: int = self._popen.pid
-        self._sender: Sender | None = Sender(ours.detach())
         self._socket = self._sender.socket
         self._status = _open_status()
-        os.set_blocking(self._errors, False)
+        os.set_blocking(self._errors.fd, False)
         self._poll = native("select", "poll")()
         self._poll.register(self._socket.fileno(), select.POLLIN)
-        self._poll.register(self._errors, select.POLLIN)
+        self._poll.register(self._errors.fd, select.POLLIN)
         try:
             # A worker that the host forks just now holds the launcher's end of the
             # socket as well, which then never comes to its end of file.
@@ -125,8 +117,8 @@ class Process:
             return None
         limit = None if seconds is None else 1000 * max(0.0, seconds)
         ready = {fd for fd, _ in self._poll.poll(limit)}
-        if self._errors in ready and not self._read_errors():
-            self._poll.unregister(self._errors)
+        if self._errors.fd in ready and not self._read_errors():
+            self._poll.unregister(self._errors.fd)
         frames: list[tuple[bytes, str]] = []
         if self._socket.fileno() in ready:  # first: it may have said why it ends
             self._receive(frames)
@@ -152,7 +144,8 @@ class Process:
         while self._read_errors():
             pass
         self._sender = self._status = None
-        close_all(fd for fd in (self._errors, self._pidfd, *self.fds) if fd >= 0)
+        self._errors.close()
+        close_all(fd for fd in (self._pidfd, *self.fds) if fd >= 0)
         return "it can't be killed" if code is None else describe_exit(code)
 
     def _wait(self, seconds: float) -> int | None:
@@ -220,7 +213,7 @@ class Process:
     def _read_errors(self) -> bool:
         """Read what it says while it comes up, which it would wait for otherwise."""
         try:
-            data = os.read(self._errors, 65536)
+            data = os.read(self._errors.fd, 65536)
         except OSError:
             return False
         self._said = (self._said + data)[-2000:]
