@@ -42,15 +42,11 @@ class Confinement:
         object.__setattr__(self, "network", checks.flag("network", network))
         if len(self._all_paths()) > MOST_PATHS:
             raise ValueError(f"write and read can't hold more than {MOST_PATHS} paths")
-        object.__setattr__(self, "_identities", [identity(os.stat(p)) for p in self._all_paths()])
+        object.__setattr__(self, "_found", [os.stat(path) for path in self._all_paths()])
 
     def _all_paths(self) -> tuple[str, ...]:
         """Those to write, then those to read."""
         return self.write + (self.read or ())
-
-
-def identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 def _paths(name: str, value: object) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-from .confinement import Confinement, identity
+from .confinement import Confinement
 from .engine.descriptors import Descriptor
 
 # Numbers on x86-64 and aarch64.
@@ -59,13 +59,12 @@ _ALLOW, _REFUSE, _NOT_THERE, _NOT_SUPPORTED = 0x7FFF0000, 0x50001, 0x50026, 0x50
 def open_paths(confinement: Confinement) -> list[Descriptor]:
     """Those to write, then those to read; raises `OSError` where one is not what it was."""
     found: list[Descriptor] = []
-    known = confinement.__dict__["_identities"]
-    for path, expected in zip(confinement._all_paths(), known):
+    for path, expected in zip(confinement._all_paths(), vars(confinement)["_found"]):
         try:
             found.append(Descriptor(os.open(path, os.O_PATH | os.O_CLOEXEC)))
         except OSError as problem:
             raise OSError(f"could not be confined: {problem}") from None
-        if identity(os.fstat(found[-1].fd)) != expected:
+        if not os.path.samestat(os.fstat(found[-1].fd), expected):
             raise OSError(
                 f"could not be confined: {path!r} is not what it was when the Confinement was"
                 " made: make a new one"
