@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from . import checks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What one execution's processes may each use, by the system's own limits.
 
@@ -25,23 +25,12 @@ class Limits:
     processes: int | None = None
     open_files: int | None = None
 
-    def __init__(
-        self,
-        *,
-        memory: int | None = None,
-        cpu: float | None = None,
-        processes: int | None = None,
-        open_files: int | None = None,
-    ) -> None:
-        for name, value in (
-            ("memory", memory),
-            ("processes", processes),
-            ("open_files", open_files),
-        ):
+    def __post_init__(self) -> None:
+        for name in ("memory", "processes", "open_files"):
+            value = getattr(self, name)
             if value is not None:
                 checks.count(name, value, 1)
-            object.__setattr__(self, name, value)
-        seconds = checks.seconds_or_none("cpu", cpu)
+        seconds = checks.seconds_or_none("cpu", self.cpu)
         if seconds is not None:
             checks.count("cpu", math.ceil(seconds), 0)
         object.__setattr__(self, "cpu", seconds)
