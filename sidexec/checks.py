@@ -6,20 +6,21 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 MOST = 2**63 - 1  # the largest number that the system takes
 
 
-def instance(name: str, value: object, kind: type) -> None:
+def instance(name: str, value: object, kind: type[_T]) -> _T:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    return value
 
 
 def text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
-    return value
+    return instance(name, value, str)
 
 
 def utf8(name: str, value: object) -> str:
@@ -85,12 +86,6 @@ def count(name: str, value: object, least: int) -> int:
     return value
 
 
-def flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
-    return value
-
-
 def names(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be names of modules, such as ['json'], not {value!r}")
@@ -128,8 +123,7 @@ def environment(name: str, value: object) -> dict[str, str]:
 
 def params(name: str, value: object) -> dict[str, Any]:
     """A copy of `value`, converted to JSON and back."""
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} must be a dict, not {type(value).__name__}")
+    instance(name, value, dict)
     try:
         copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
         pending: list[Any] = [value]

@@ -39,7 +39,7 @@ class Confinement:
     ) -> None:
         object.__setattr__(self, "write", _paths("write", write))
         object.__setattr__(self, "read", None if read is None else _paths("read", read))
-        object.__setattr__(self, "network", checks.flag("network", network))
+        object.__setattr__(self, "network", checks.instance("network", network, bool))
         if len(self._all_paths()) > MOST_PATHS:
             raise ValueError(f"write and read can't hold more than {MOST_PATHS} paths")
         object.__setattr__(self, "_found", [os.stat(path) for path in self._all_paths()])

@@ -176,7 +176,7 @@ class ExecutionManager(Lifetime):
         and the status `failed`. With `check`, `SideExecutionError` is raised unless the
         execution has completed.
         """
-        checks.flag("check", check)
+        checks.instance("check", check, bool)
         id = os.urandom(16).hex()
         request = Request(checks.text("code", code), None, (), params, timeout, **options)
         try:
@@ -264,7 +264,7 @@ class ExecutionManager(Lifetime):
         limit = checks.seconds_or_none("timeout", timeout)
         deadline = None if limit is None else time.monotonic() + limit
         chunks = execution.output.follow(self._engine.is_over(execution), deadline)
-        return by_lines(chunks) if checks.flag("lines", lines) else chunks
+        return by_lines(chunks) if checks.instance("lines", lines, bool) else chunks
 
     def send_input(
         self, side_execution_id: str, text: str | bytes, *, close: bool = False
@@ -277,7 +277,7 @@ class ExecutionManager(Lifetime):
         """
         id = checks.text("side_execution_id", side_execution_id)
         data = text if isinstance(text, bytes) else checks.utf8("text", text).encode()
-        is_last = checks.flag("close", close)
+        is_last = checks.instance("close", close, bool)
         execution = self._engine.executions.get(id)
         sent = execution is not None and self._engine.send_input(execution, data, is_last)
         response = answering.status_of(id, execution, self._engine.foreign)
@@ -340,7 +340,7 @@ class ExecutionManager(Lifetime):
 
     def _grace_of(self, grace: float | None, force: bool) -> float:
         own = self._grace if grace is None else checks.seconds("grace", grace)
-        return 0.0 if checks.flag("force", force) else own
+        return 0.0 if checks.instance("force", force, bool) else own
 
     def _stop(self, ids: list[str], grace: float) -> list[StopSideExecutionResponse]:
         executions = {id: self._engine.executions.get(id) for id in ids}
