@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,17 +27,12 @@ CLOSED = "this manager is closed: make a new ExecutionManager"
 MAX_REMEMBERED_BYTES = 256 * 1024 * 1024
 # The longest that a start may take, whatever becomes of the processes that it needs.
 START_LIMIT = 60.0
+RESOURCES = {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}
 
 
 class Engine:
     def __init__(self, settings: Settings, max_history: int) -> None:
         """Starts nothing: the first `start` does."""
-        import resource  # which not every platform has that can import this package
-
-        self._limit_of = resource.getrlimit
-        self._resources = {
-            value for name, value in vars(resource).items() if name.startswith("RLIMIT_")
-        }
         self.executions: dict[str, Execution] = {}
         self.is_closing = False
         self.process: int | None = None  # in which it was first used
@@ -215,7 +211,7 @@ class Engine:
     def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
         """One that is up and runs snippets as the host is now: user, limits, environment."""
         users = os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups()
-        identity = users, list(map(self._limit_of, self._resources))
+        identity = users, list(map(resource.getrlimit, RESOURCES))
 
         def find() -> Launcher | None:
             for each in list(self._launchers):
