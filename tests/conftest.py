@@ -146,7 +146,7 @@ def nothing_left():
         launchers = manager._engine._launchers
         eventually(
             lambda launchers=launchers: all(
-                each.requests._spares for each in launchers if each.is_kept
+                each.requests._spares for each in launchers if each.requests.keeps_spare
             )
         )
     before = set(children()), len(os.listdir("/proc/self/task")), set(descriptors())

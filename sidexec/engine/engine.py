@@ -228,11 +228,11 @@ class Engine:
             found = find() or made
             if found is not made:
                 made.discard()  # unless yet another call uses it already
-        if is_default and not found.is_kept:
+        if is_default and not found.requests.keeps_spare:
             for each in list(self._launchers):
-                if each.is_kept and each is not found:
+                if each.requests.keeps_spare and each is not found:
                     each.let_go()
-            found.is_kept = True
+            found.requests.keeps_spare = True
         return found
 
     def _on_gone(self, launcher: Launcher) -> None:

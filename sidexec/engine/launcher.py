@@ -64,15 +64,6 @@ class Launcher:
 
     # -- from any thread
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether it stays when nothing runs on it, with a pair forked ahead of need."""
-        return self.requests.keeps_spare
-
-    @is_kept.setter
-    def is_kept(self, value: bool) -> None:
-        self.requests.keeps_spare = value
-
     def boot(self) -> None:
         """Start the thread that starts the interpreter; only the first call does anything."""
         if self._unstarted:
@@ -102,12 +93,12 @@ class Launcher:
 
     def withdraw(self, execution: Execution) -> None:
         """It has ended, or will not begin here."""
-        if self._running.pop(execution.id, None) is not None and not self.is_kept:
+        if self._running.pop(execution.id, None) is not None and not self.requests.keeps_spare:
             self.let_go()
 
     def let_go(self) -> None:
         """End it as soon as nothing runs on it."""
-        self.is_kept = False
+        self.requests.keeps_spare = False
         if not self._running and not self.is_gone:
             self.retire()
 
@@ -134,12 +125,12 @@ class Launcher:
         """Give up on it, as it does not answer; what runs on it may go on."""
         pid = None if self._process is None else self._process.pid
         self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
-        self.is_up = self.is_kept = False
+        self.is_up = self.requests.keeps_spare = False
         self.requests.refuse_all(self._failure)
 
     def retire(self) -> None:
         """End it once its keepers have ended; the bell rings when it has."""
-        self.is_up = self.is_kept = False
+        self.is_up = self.requests.keeps_spare = False
         try:
             self.boot()  # so that a thread is there to end it
         except RuntimeError:  # there are none left: so nothing has been started either

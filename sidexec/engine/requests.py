@@ -20,7 +20,7 @@ from .pair import Pair
 class Requests:
     def __init__(self, ask: Callable[[bytes], object]) -> None:
         """`ask` sends FORK and FORK_AHEAD to the launcher."""
-        self.keeps_spare = False
+        self.keeps_spare = False  # and the launcher stays when nothing runs on it
         self._ask = ask
         self._spares: deque[Pair] = deque()
         self._waiting: deque[Execution] = deque()
