@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 # How much to read at once. Without the GIL, an object of more than 128 KiB that is freed
 # stays in memory until every running thread has left the call of C code that it is in.
 READ_SIZE = (64 if "t" in sys.abiflags else 256) * 1024
+NO_SIGPIPE = getattr(_socket, "MSG_NOSIGNAL", 0)  # which may end the host
 
 
 class Descriptor:
@@ -69,15 +70,14 @@ class Sender:
 
     def send_some(self, data: bytes | memoryview) -> int:
         """Send as much as there is room for; raises what `socket.send` raises."""
-        # The host may have SIGPIPE end it.
-        return self.socket.send(data, getattr(_socket, "MSG_NOSIGNAL", 0))
+        return self.socket.send(data, NO_SIGPIPE)
 
     def send_with(self, data: bytes, descriptors: Sequence[Descriptor]) -> int:
         """Send the beginning of `data` along with descriptors; how much that was."""
         fds = b"".join(each.fd.to_bytes(4, sys.byteorder) for each in descriptors)
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)]
         try:
-            return self.socket.sendmsg([data], rights, getattr(_socket, "MSG_NOSIGNAL", 0))
+            return self.socket.sendmsg([data], rights, NO_SIGPIPE)
         except OSError:
             return 0  # the peer has ended: the next write fails
 
@@ -94,21 +94,15 @@ class Wake:
 
     def __init__(self) -> None:
         """Raises `OSError` where there are no descriptors left."""
-        self._open: tuple[int, ...] = ()
-        if hasattr(os, "eventfd"):
-            self._open = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),)
-        else:
-            self._open = os.pipe()
-            for fd in self._open:
-                os.set_blocking(fd, False)
-        self.fd = self._open[0]
-
-    def __del__(self) -> None:
-        close_all(self._open)
+        fds = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
+        self._ends = [Descriptor(fd) for fd in fds]
+        for fd in fds:
+            os.set_blocking(fd, False)
+        self.fd = fds[0]
 
     def set(self) -> None:
         try:
-            os.write(self._open[-1], b"\1\0\0\0\0\0\0\0")
+            os.write(self._ends[-1].fd, b"\1\0\0\0\0\0\0\0")
         except OSError:
             pass  # full, so it wakes anyway; or the host has closed all its descriptors
 
