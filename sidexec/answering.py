@@ -186,7 +186,7 @@ def _usage(execution: Execution) -> tuple[int | None, float | None]:
     # A pair that is ready may not have begun it yet.
     execution.changed.wait_for(execution.is_decided, USAGE_PATIENCE)
     owner = execution.owner
-    if owner is None or not owner.keeper_pid:
+    if owner is None:
         return None, None
     at = time.monotonic()
     last = execution.usage

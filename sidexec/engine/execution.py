@@ -68,7 +68,7 @@ class Sample(NamedTuple):
 
 
 class Owner(Protocol):
-    """Who runs an execution: its pair, once it has one."""
+    """The pair that runs an execution."""
 
     keeper_pid: int
 
@@ -76,18 +76,8 @@ class Owner(Protocol):
     def wake(self) -> None: ...
 
 
-class _Nobody:
-    keeper_pid = 0
-
-    def ask(self, grace: float) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
-
-
 # Who owns an execution that no pair shall take any more, or that has ended: nothing runs then.
-NOBODY: Owner = _Nobody()
+NOBODY = object()
 _BEGUN = object()
 
 
@@ -140,7 +130,9 @@ class Execution:
 
     @property
     def owner(self) -> Owner | None:
-        return cast("Owner | None", self._claims.get("owner"))
+        """Its pair, while it has one."""
+        owner = self._claims.get("owner")
+        return None if owner is NOBODY else cast("Owner | None", owner)
 
     @property
     def stopping(self) -> Stop | None:
@@ -167,7 +159,7 @@ class Execution:
         """Whether nothing of it runs, nor will."""
         return self.state in (State.ENDED, State.REFUSED)
 
-    def claim(self, owner: Owner) -> bool:
+    def claim(self, owner: object) -> bool:
         """Make `owner` the owner; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner
 
@@ -193,10 +185,10 @@ class Execution:
         else:
             self.claim(NOBODY)
         owner = self.owner
-        if owner is NOBODY:
-            self.finish(End("stopped"))
-        elif owner is not None:
+        if owner is not None:
             owner.ask(grace)
+        elif self._claims.get("owner") is NOBODY:
+            self.finish(End("stopped"))
 
     def when_through(self, call: Callable[[], object]) -> None:
         """Call `call` once, when this has ended and `on_output` has had everything."""
@@ -260,7 +252,7 @@ class Execution:
         self._tell()
 
     def _tell(self) -> None:
-        is_nobodys = self.owner is NOBODY
+        is_nobodys = self._claims.get("owner") is NOBODY
         self._claims["owner"] = NOBODY  # lets go of the pair, and of what is left in it
         self.place = bool
         # What is remembered of it is what is counted: its output and its result.
