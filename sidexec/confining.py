@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import sys
 from typing import Any
 
@@ -113,10 +114,10 @@ class _Program:
 
     def __init__(self, column: int) -> None:
         self.column = column
-        self.code: list[tuple[int, int, int, int]] = []
+        self.code = b""
 
     def add(self, operation: int, value: int, yes: int = 0, no: int = 0) -> None:
-        self.code.append((operation, yes, no, value))
+        self.code += struct.pack("HBBI", operation, yes, no, value)
 
     def on(
         self, call: tuple[int, int], *checks: tuple[int, int, int, bool], last: int = _ALLOW
@@ -131,13 +132,6 @@ class _Program:
             self.add(operation, value, 1 if wanted else 0, 0 if wanted else 1)
             self.add(_ANSWER, _REFUSE)
         self.add(_ANSWER, last)
-
-    def pack(self) -> bytes:
-        order = sys.byteorder
-        return b"".join(
-            operation.to_bytes(2, order) + bytes((yes, no)) + value.to_bytes(4, order)
-            for operation, yes, no, value in self.code
-        )
 
 
 @functools.cache
@@ -181,4 +175,4 @@ def _filter(network: bool) -> bytes:
             add(_IF_EQUAL, value, 0, 1)
             add(_ANSWER, _NOT_SUPPORTED)
     add(_ANSWER, _ALLOW)
-    return program.pack()
+    return program.code
