@@ -46,11 +46,8 @@ class Input:
 
     # -- from the execution's thread
 
-    def wants_to_write(self) -> bool:
-        return self.writer is not None and bool(self._waiting)
-
-    def write(self) -> None:
-        """Write as much as there is room for, and close it after the last."""
+    def write(self) -> bool:
+        """Write as much as there is room for, and close it after the last; whether more waits."""
         writer = self.writer
         is_all = not self.is_open  # looked at first: what came before is there then
         while self._arrived:
@@ -72,6 +69,7 @@ class Input:
         if not self._waiting and is_all:
             self.end()
         self.changed.ring()
+        return bool(self._waiting)
 
     def end(self) -> None:
         """Nothing of it will be read any more."""

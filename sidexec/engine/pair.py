@@ -191,8 +191,7 @@ class Pair:
     def feed(self, input: Input) -> None:
         """Write what waits for the snippet's standard input, and wait for room for the rest."""
         fd = -1 if input.writer is None else input.writer.fd
-        input.write()
-        if input.wants_to_write():
+        if input.write():
             self._input_fd = fd
             for poll in (self._everything, self._urgent):  # `on_output` may wait for room
                 poll.register(fd, select.POLLOUT)
