@@ -88,7 +88,7 @@ def _parser() -> _Parser:
     timeout = "stop it after S seconds, as timed out (default: no limit)"
     add("--timeout", type=_seconds, metavar="S", help=timeout)
     grace = "seconds that it has to clean up when it is stopped (default: 5)"
-    add("--grace", type=_seconds, default=5.0, metavar="S", help=grace)
+    add("--grace", type=_seconds, default=5.0, metavar="S", dest="grace_period", help=grace)
     stop_after = "stop it after S seconds"
     add("--stop-after", type=_seconds, default=math.inf, metavar="S", help=stop_after)
     add("--cwd", metavar="DIR", help="the directory to run it in")
@@ -160,9 +160,7 @@ def _run(arguments: argparse.Namespace) -> int:
         code = _read_standard_input(parser)
     if (arguments.write or arguments.network) and not arguments.confine:
         parser.error("--write and --network need --confine")
-    options = {"cwd": arguments.cwd, "grace_period": arguments.grace}
-    if arguments.python is not None:
-        options["python"] = arguments.python
+    options = {name: getattr(arguments, name) for name in ("python", "cwd", "grace_period")}
     if not arguments.json:
         options["max_output"] = 1  # `on_output` gets all of it, and nobody asks again
     try:

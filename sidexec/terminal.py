@@ -105,10 +105,9 @@ class Screen:
     def end(self, lines: list[bytes], response: bytes) -> None:
         """Write the last lines to standard error, a response to standard output."""
         with self._lock:
-            while self._notices:  # their thread has yet to come
+            self._notices += lines  # after those whose thread has yet to come
+            while self._notices:
                 self._say(self._notices.popleft())
-            for line in lines:
-                self._say(line)
             self._clear()
             self.has_bar = False
             if response and self._line_is_open and STDOUT in self._terminals:
