@@ -255,7 +255,7 @@ class Engine:
             launcher.withdraw(execution)
         if execution.state is State.REFUSED or execution.is_forgotten:
             self.executions.pop(execution.id, None)
-        elif execution.is_first_to_count():
+        else:
             self._ended.append(execution)
         # Whoever does not get the lock leaves its own to whoever has it.
         while self._ended and self._counting.acquire(False):
@@ -267,8 +267,10 @@ class Engine:
     def _count_and_forget(self) -> None:
         while self._ended:
             execution = self._ended.popleft()
-            self._counted.append(execution)
-            self._bytes_held += execution.bytes_held
+            if not execution.is_counted:  # it may be told more than once that it has ended
+                execution.is_counted = True
+                self._counted.append(execution)
+                self._bytes_held += execution.bytes_held
         newest = 1  # the newest is always kept, however large it is
         while len(self._counted) > self._max_history or (
             self._bytes_held > MAX_REMEMBERED_BYTES and len(self._counted) > newest

@@ -113,7 +113,7 @@ class Execution:
         self.deadlines: list[float] = []  # of stops, and perhaps of such as came before that
         self.place: Callable[[], object] = bool  # finds a pair for it, and may wait for one
         self.umask: int | None = None  # the host's at its start
-        self.is_forgotten = False
+        self.is_counted = self.is_forgotten = False  # among those that have ended
         self.refusal: str | None = None  # why it could not be started
         self.progress: float | None = None
         self.reported: bytes | None = None  # JSON, checked once it has ended
@@ -162,11 +162,6 @@ class Execution:
     def claim(self, owner: object) -> bool:
         """Make `owner` the owner; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner
-
-    def is_first_to_count(self) -> bool:
-        """True for the first call only, which counts it among the ended executions."""
-        token = object()
-        return self._claims.setdefault("counted", token) is token
 
     def is_stopped(self) -> bool:
         """Whether it ends as stopped; if not, it can't be stopped from here on."""
