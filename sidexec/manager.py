@@ -333,10 +333,7 @@ class ExecutionManager(Lifetime):
         Later starts fail; the status of ended executions can still be read. A second call
         waits for the first one.
         """
-        seconds = self._grace_of(grace, False)
-        self._engine.is_closing = True
-        if self._engine.foreign is None:
-            self._engine.close(seconds, wait=True)
+        self._engine.close(self._grace_of(grace, False), wait=True)
 
     def _grace_of(self, grace: float | None, force: bool) -> float:
         own = self._grace if grace is None else checks.seconds("grace", grace)

@@ -175,6 +175,8 @@ class Engine:
     def close(self, grace: float, *, wait: bool) -> None:
         """Stop everything, then end the launchers; a second call hurries the first."""
         self.is_closing = True
+        if self.foreign is not None:
+            return
         running = self.running()
         for execution in running:
             execution.stop("closed", grace)
