@@ -129,7 +129,7 @@ def launcher(**options):
     with theirs:
         process = subprocess.Popen(command, stdin=theirs, close_fds=False, **options)
     ours.settimeout(60)
-    assert len(ours.recv(payload.GREETING)) == payload.GREETING
+    assert len(ours.recv(64)) == 4
     return process, ours
 
 

@@ -125,7 +125,6 @@ if t:
 """
     % MARK
 )
-GREETING = len(importlib.util.MAGIC_NUMBER)
 
 
 def options(python: str) -> list[str]:

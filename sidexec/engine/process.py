@@ -39,7 +39,6 @@ class Process:
         self.fds: list[int] = []  # that have come with PAIR, in order
         self._is_over = False
         self._said = b""  # the end of what it has written to its standard error
-        self._greeting = b""
         self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
         ours, theirs = (each.detach() for each in _socket.socketpair())
         self._sender: Sender | None = Sender(ours)
@@ -165,11 +164,9 @@ class Process:
         """Add what has come to `frames`."""
         try:
             data = self._receive_data()
-            if len(self._greeting) < payload.GREETING:
-                self._greeting += data
-                data = b""
-                if len(self._greeting) >= payload.GREETING:
-                    self._send_payload()
+            if data and not self.is_greeted:
+                self._send_payload(data)
+                return
             for kind, body in self._inbox.feed(data):
                 frames.append((kind, body.decode("utf-8", "replace")))
         except BlockingIOError:
@@ -191,9 +188,9 @@ class Process:
         self._is_over = self._is_over or not data
         return data
 
-    def _send_payload(self) -> None:
+    def _send_payload(self, greeting: bytes) -> None:
         try:
-            modules = payload.pack(self._greeting, self._config)
+            modules = payload.pack(greeting, self._config)
         except Exception as error:  # such as a package without its source, for another version
             self._fail(f"could not read this package's own code: {error}")
             return
