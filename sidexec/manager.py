@@ -199,15 +199,13 @@ class ExecutionManager(Lifetime):
         error = error or request.why_not()
         if error is not None:
             return request.answer(None, error)
-        engine = self._engine
         id = id or os.urandom(16).hex()
         try:
-            output = Output(self._max_output, self._texts)
-            execution = request.execution(id, output, engine.know, engine.on_end)
+            execution = request.execution(id, Output(self._max_output, self._texts))
         except OSError as problem:
             return request.answer(None, str(problem))
         environment = request.environment(self._default)
-        engine.start(execution, environment, is_default=request.env is None)
+        self._engine.start(execution, environment, is_default=request.env is None)
         if execution.state is State.REFUSED:
             return request.answer(None, execution.refusal)
         logger.debug("%s is started", id)

@@ -131,13 +131,7 @@ class Request:
             return missing()
         return None
 
-    def execution(
-        self,
-        id: str,
-        output: Output,
-        on_begin: Callable[[Execution], None],
-        on_end: Callable[[Execution], None],
-    ) -> Execution:
+    def execution(self, id: str, output: Output) -> Execution:
         """Raises `OSError`, which says what could not be opened."""
         descriptors: list[Descriptor] = []
         input = None
@@ -183,8 +177,6 @@ class Request:
             thread_id=self.thread_id,
             action_block=self.block,
             timeout=self.timeout,
-            on_begin=on_begin,
-            on_end=on_end,
         )
 
     def answer(self, execution: Execution | None, error: str | None) -> StartSideExecutionResponse:

@@ -54,6 +54,7 @@ class Engine:
         """
         self.process = self.process or os.getpid()
         try:
+            execution.on_begin, execution.on_end = self.know, self.on_end
             execution.place = lambda: self._place(execution, environment, is_default)
             if execution.delivery is None or self._begins(execution, execution.delivery.start):
                 execution.place()

@@ -89,13 +89,11 @@ class Execution:
         output: Output,
         delivery: Delivery | None,
         input: Input | None,
-        descriptors: Sequence[Descriptor] = (),
+        descriptors: Sequence[Descriptor],
         *,
         thread_id: str | None,
         action_block: str | None,
         timeout: float | None,
-        on_begin: Callable[[Execution], None],
-        on_end: Callable[[Execution], None],
     ) -> None:
         self.id = id
         self.request = request
@@ -111,7 +109,10 @@ class Execution:
         self.state = State.WAITING
         self.is_queued = False  # and so will begin, or be refused
         self.deadlines: list[float] = []  # of stops, and perhaps of such as came before that
-        self.place: Callable[[], object] = bool  # finds a pair for it, and may wait for one
+        # Set by its start: what finds a pair for it, and may wait for one; and who keeps it.
+        self.place: Callable[[], object] = bool
+        self.on_begin: Callable[[Execution], object] = bool
+        self.on_end: Callable[[Execution], object] = bool
         self.umask: int | None = None  # the host's at its start
         self.is_counted = self.is_forgotten = False  # among those that have ended
         self.refusal: str | None = None  # why it could not be started
@@ -119,8 +120,6 @@ class Execution:
         self.reported: bytes | None = None  # JSON, checked once it has ended
         self.usage: Sample | None = None  # set by readers, for readers
         self.changed = Bell()  # when the state has changed
-        self._on_begin = on_begin
-        self._on_end = on_end
         self._calls: list[Callable[[], object]] = []
         # Filled by `setdefault`, which is atomic: the first one is the one that counts. Only
         # the owner is replaced, at the end.
@@ -221,7 +220,7 @@ class Execution:
         if self._claims.setdefault("fate", _BEGUN) is not _BEGUN:
             return False
         self.place = bool  # it holds an environment
-        self._on_begin(self)
+        self.on_begin(self)
         self.state = State.RUNNING
         self.changed.ring()
         return True
@@ -255,7 +254,7 @@ class Execution:
         self.close_descriptors()
         if self.input is not None:
             self.input.end()
-        self._on_end(self)
+        self.on_end(self)
         self.changed.ring()
         self.output.changed.ring()
         if self.delivery is not None:
