@@ -132,12 +132,10 @@ def _load_dependencies(content: str) -> object:
     try:
         import tomllib
     except ImportError:  # before Python 3.11: an array of strings is a list in Python, too
-        table = _TABLE.search(content)
-        found = _DEPENDENCIES.search(content, 0, table.start() if table else len(content))
-        for end in re.finditer(r"\]", content[found.end() :]) if found else ():
-            assert found is not None
+        rest = "".join(_DEPENDENCIES.split(_TABLE.split(content, 1)[0], 1)[1:])
+        for end in re.finditer(r"\]", rest):
             with contextlib.suppress(SyntaxError):
-                return ast.literal_eval("[" + content[found.end() : found.end() + end.end()])
+                return ast.literal_eval("[" + rest[: end.end()])
         return []
     return tomllib.loads(content).get("dependencies", [])
 
