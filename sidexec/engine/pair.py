@@ -66,7 +66,6 @@ class Pair:
         self._inbox: Any = native("queue", "SimpleQueue")()
         self.streams: dict[int, Stream] = {out: STREAMS[0], err: STREAMS[1]}
         self._wide: set[int] = set()
-        self._input_fd = -1  # while it is waited for room there
         self._is_released = False  # and so takes none
         self._deadlines: list[float] = []
         self._keeper_inbox = protocol.Inbox(protocol.FROM_KEEPER)
@@ -190,14 +189,13 @@ class Pair:
 
     def feed(self, input: Input) -> None:
         """Write what waits for the snippet's standard input, and wait for room for the rest."""
-        fd = -1 if input.writer is None else input.writer.fd
-        if input.write():
-            self._input_fd = fd
-            for poll in (self._everything, self._urgent):  # `on_output` may wait for room
-                poll.register(fd, select.POLLOUT)
-        elif self._input_fd >= 0:
-            _unregister(self._input_fd, self._everything, self._urgent)
-            self._input_fd = -1
+        writer = input.writer
+        if writer is not None:
+            if input.write():
+                for poll in (self._everything, self._urgent):  # `on_output` may wait for room
+                    poll.register(writer.fd, select.POLLOUT)
+            else:
+                _unregister(writer.fd, self._everything, self._urgent)
 
     def wait(self, until: float | None, *, only_urgent: bool) -> list[int]:
         """The descriptors that can be read, once there are any; none when it is `until`.
