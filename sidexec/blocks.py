@@ -66,10 +66,14 @@ def _describe(directory: str) -> ActionBlock:
     file = os.path.join(directory, MAIN)
     source = _read(file)
     said = _constants(source)
-    try:
+    created_at = updated_at = None
+    # The last two are raised for a year that `datetime` does not have.
+    with contextlib.suppress(OSError, ValueError, OverflowError):
         status = os.stat(file)
-    except OSError:
-        status = None
+        # When it was created if the system tells, else when it last changed.
+        birth = getattr(status, "st_birthtime", min(status.st_ctime, status.st_mtime))
+        created_at = datetime.fromtimestamp(birth, timezone.utc)
+        updated_at = datetime.fromtimestamp(status.st_mtime, timezone.utc)
     return ActionBlock(
         name=os.path.basename(directory),
         path=directory,
@@ -77,8 +81,8 @@ def _describe(directory: str) -> ActionBlock:
         version=said.get("__version__"),
         author=said.get("__author__"),
         dependencies=_dependencies(source),
-        created_at=None if status is None else _time(_birth(status)),
-        updated_at=None if status is None else _time(status.st_mtime),
+        created_at=created_at,
+        updated_at=updated_at,
     )
 
 
@@ -138,16 +142,3 @@ def _load_dependencies(content: str) -> object:
                 return ast.literal_eval("[" + rest[: end.end()])
         return []
     return tomllib.loads(content).get("dependencies", [])
-
-
-def _birth(status: os.stat_result) -> float:
-    """When the file was created if the system tells, else when it last changed."""
-    birth: float = getattr(status, "st_birthtime", min(status.st_ctime, status.st_mtime))
-    return birth
-
-
-def _time(seconds: float) -> datetime | None:
-    try:
-        return datetime.fromtimestamp(seconds, timezone.utc)
-    except (ValueError, OverflowError):
-        return None  # a year that `datetime` does not have

@@ -13,7 +13,6 @@ from conftest import swept_manager as manager  # noqa: F401
 from programs import when_asked
 
 import sidexec
-from sidexec import blocks
 
 
 @pytest.fixture
@@ -266,8 +265,18 @@ def test_a_main_that_is_no_file_is_not_read(manager, tmp_path):
     assert block.description is None
 
 
-def test_a_year_that_datetime_does_not_have_is_none():
-    assert blocks._time(1e12) is None
+def test_a_year_that_datetime_does_not_have_is_none(describe, monkeypatch):
+    stat = os.stat
+
+    def stat_later(path, *args, **options):
+        status = stat(path, *args, **options)
+        if str(path).endswith("__main__.py"):
+            return os.stat_result((*status[:8], 10**12, status[9]))
+        return status
+
+    monkeypatch.setattr(os, "stat", stat_later)
+    block = describe("x = 1")
+    assert block.created_at is not None and block.updated_at is None
 
 
 def test_times_of_a_block(describe, manager, tmp_path):
