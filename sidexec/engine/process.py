@@ -54,13 +54,11 @@ class Process:
         self._poll = native("select", "poll")()
         self._poll.register(self._socket.fileno(), select.POLLIN)
         self._poll.register(self._errors.fd, select.POLLIN)
-        try:
-            # A worker that the host forks just now holds the launcher's end of the
-            # socket as well, which then never comes to its end of file.
-            self._pidfd = os.pidfd_open(self.pid)
+        # A worker that the host forks just now holds the launcher's end of the socket as
+        # well, which then never comes to its end of file.
+        self._pidfd = procfs.open_pidfd(self.pid)
+        if self._pidfd is not None:
             self._poll.register(self._pidfd, select.POLLIN)
-        except (AttributeError, OSError):
-            self._pidfd = -1
         with contextlib.suppress(Exception):  # which is told when it is sent
             payload.load()  # meanwhile the interpreter comes up
 
@@ -121,7 +119,7 @@ class Process:
         frames: list[tuple[bytes, str]] = []
         if self._socket.fileno() in ready:  # first: it may have said why it ends
             self._receive(frames)
-        elif self._pidfd in ready or (self._pidfd < 0 and self._popen.poll() is not None):
+        elif self._pidfd in ready or (self._pidfd is None and self._popen.poll() is not None):
             self._is_over = True
         return frames
 
@@ -144,7 +142,7 @@ class Process:
             pass
         self._sender = self._status = None
         self._errors.close()
-        close_all(fd for fd in (self._pidfd, *self.fds) if fd >= 0)
+        close_all(fd for fd in (self._pidfd, *self.fds) if fd is not None)
         return "it can't be killed" if code is None else describe_exit(code)
 
     def _wait(self, seconds: float) -> int | None:
