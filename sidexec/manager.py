@@ -322,7 +322,7 @@ class ExecutionManager(Lifetime):
         self, *, grace: float | None = None, force: bool = False
     ) -> list[StopSideExecutionResponse]:
         """Stop everything that runs, side by side; one response for each of them."""
-        running = [each.id for each in list(self._engine.executions.values()) if each.end is None]
+        running = [each.id for each in self._engine.running()]
         return self._stop(running, self._grace_of(grace, force))
 
     def close(self, *, grace: float | None = None) -> None:

@@ -38,7 +38,6 @@ class Engine:
         self.process: int | None = None  # in which it was first used
         self._settings = settings
         self._max_history = max_history
-        self._running: dict[str, Execution] = {}
         self._launchers: list[Launcher] = []
         self._ended: deque[Execution] = deque()
         # Only used by whoever holds the lock, for which nobody waits.
@@ -115,7 +114,6 @@ class Engine:
     def know(self, execution: Execution) -> None:
         """Add it to the executions; its start and the thread that begins it both do."""
         self.executions[execution.id] = execution
-        self._running[execution.id] = execution
         if execution.is_through():
             self.on_end(execution)  # which may have come before
 
@@ -171,7 +169,7 @@ class Engine:
         self._wait_for_callbacks(executions, grace)
 
     def running(self) -> list[Execution]:
-        return list(self._running.values())
+        return [each for each in list(self.executions.values()) if not each.is_through()]
 
     def close(self, grace: float, *, wait: bool) -> None:
         """Stop everything, then end the launchers; a second call hurries the first."""
@@ -253,7 +251,6 @@ class Engine:
 
     def on_end(self, execution: Execution) -> None:
         """It has ended, or was refused."""
-        self._running.pop(execution.id, None)
         for launcher in list(self._launchers):
             launcher.withdraw(execution)
         if execution.state is State.REFUSED or execution.is_forgotten:
