@@ -17,7 +17,6 @@ from .waiting import Bell
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 
-CHUNK = 256 * 1024
 # Writes smaller than this are put together, so that a chunk's own cost stays small.
 SMALL = 4096
 # With so many chunks, what one stream writes is put together even across what the
@@ -121,11 +120,7 @@ class Output:
     # -- from the execution's thread
 
     def add(self, stream: Stream, data: bytes) -> None:
-        for start in range(0, len(data), CHUNK):
-            self._add(self._kept[stream], data[start : start + CHUNK])
-        self.changed.ring()
-
-    def _add(self, kept: _Kept, data: bytes) -> None:
+        kept = self._kept[stream]
         if len(data) > self._limit:
             cut = len(data) - self._limit
             cut += _inside_character(data, cut)
@@ -133,15 +128,14 @@ class Output:
             data = data[cut:]
         chunks = kept.chunks
         self._make_room(kept, len(data))
-        last = chunks[-1] if chunks else None
-        if last is not None and len(last.data) < SMALL:
-            if last.sequence == self._sequence or len(chunks) >= MANY:
-                chunks[-1] = last._replace(data=last.data + data)
-                kept.end += len(data)
-                return
-        self._sequence += 1
-        chunks.append(_Chunk(self._sequence, kept.end, data))
+        last = chunks[-1] if chunks and len(chunks[-1].data) < SMALL else None
+        if last is not None and (last.sequence == self._sequence or len(chunks) >= MANY):
+            chunks[-1] = last._replace(data=last.data + data)
+        else:
+            self._sequence += 1
+            chunks.append(_Chunk(self._sequence, kept.end, data))
         kept.end += len(data)
+        self.changed.ring()
 
     def _make_room(self, kept: _Kept, size: int) -> None:
         chunks = kept.chunks
