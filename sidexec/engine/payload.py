@@ -164,26 +164,23 @@ def _load(name: str, as_source: bool) -> CodeType | str:
     full_name = f"{root}.{name}"
     package = name.rpartition(".")[0]
     places = [os.path.join(place, package) for place in sys.modules[root].__path__]
-    is_there = False
     # The others, such as that of a frozen program, whose modules stand in an archive.
     for finder in (importlib.machinery.PathFinder, *sys.meta_path):
         find_spec: Any = getattr(finder, "find_spec", None)
         spec = find_spec and find_spec(full_name, places)
         loader: Any = spec and spec.loader
         if hasattr(loader, "get_code"):
-            is_there = True
-            found: CodeType | str | None = (
+            code: CodeType | str | None = (
                 loader.get_source(full_name) if as_source else loader.get_code(full_name)
             )
-            if found is not None:
-                return found
-    if is_there and as_source:
-        version = "%d.%d" % sys.version_info[:2]
-        raise OSError(
-            f"the source of {name} is missing, which an interpreter of another version needs:"
-            f" pass as python an interpreter of this version, Python {version}, or install"
-            " this package with its sources"
-        )
+            if code is not None:
+                return code
+            version = "%d.%d" % sys.version_info[:2]
+            raise OSError(
+                f"the source of {name} is missing, which an interpreter of another version needs:"
+                f" pass as python an interpreter of this version, Python {version}, or install"
+                " this package with its sources"
+            )
     raise OSError(f"the module {name} is missing from {places}")
 
 
