@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import procfs
 from .engine.execution import NOT_ENDED, Execution, Sample, State
+from .engine.input import Input
 from .engine.results import parse_result
 from .responses import (
     ExecutionSummary,
@@ -84,12 +85,16 @@ def status_of_none(started: StartSideExecutionResponse) -> GetSideExecutionStatu
     )
 
 
-def not_sent(response: GetSideExecutionStatusResponse) -> GetSideExecutionStatusResponse:
-    """What `send_input` answers where nothing could be sent."""
-    if response.data.status == "running":
-        problem = "its standard input is not open: start it with stdin=subprocess.PIPE"
-    else:
+def not_sent(
+    response: GetSideExecutionStatusResponse, input: Input | None
+) -> GetSideExecutionStatusResponse:
+    """What `send_input` answers where not all of it could be sent."""
+    if response.data.status != "running":
         problem = f"the execution is {response.data.status}: it reads no more input"
+    elif input is None:
+        problem = "its standard input is empty: start it with stdin=subprocess.PIPE"
+    else:
+        problem = f"nothing more can be sent: {input.closed_by}"
     return dataclasses.replace(response, success=False, error=response.error or problem)
 
 

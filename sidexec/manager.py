@@ -271,7 +271,7 @@ class ExecutionManager(Lifetime):
 
         Blocks while more than a mebibyte waits to be read, until the execution ends. With
         `close`, this is the last of it. `success` is false where the execution has ended,
-        or its standard input is not open.
+        or its standard input is not open, before all of it could be written.
         """
         id = checks.text("side_execution_id", side_execution_id)
         data = text if isinstance(text, bytes) else checks.utf8("text", text).encode()
@@ -279,7 +279,9 @@ class ExecutionManager(Lifetime):
         execution = self._engine.executions.get(id)
         sent = execution is not None and self._engine.send_input(execution, data, is_last)
         response = answering.status_of(id, execution, self._engine.foreign)
-        return response if sent or execution is None else answering.not_sent(response)
+        if sent or execution is None:
+            return response
+        return answering.not_sent(response, execution.input)
 
     def _known(self, side_execution_id: str) -> Execution:
         id = checks.text("side_execution_id", side_execution_id)

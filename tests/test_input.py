@@ -2,9 +2,11 @@
 
 import collections
 import os
+import re
 import select
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import begin, descriptors, eventually
@@ -53,6 +55,27 @@ def test_a_prompt_is_seen_before_its_answer_is_sent(manager):
     assert manager.wait(id).data.result == "Ada"
 
 
+@pytest.mark.parametrize("first", ["os.close(0)", ""])
+def test_what_is_never_read_is_not_said_to_be_sent(manager, tmp_path, first):
+    flag = tmp_path / "flag"
+    code = f"import os, time\n{first}\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.01)"
+    id = manager.start_with_code(code, stdin=subprocess.PIPE).id
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(manager.send_input, id, "x" * 3_000_000)
+        try:
+            if not first:
+                input = manager._engine.executions[id].input
+                eventually(lambda: not input.has_room())
+                flag.touch()
+            answer = sending.result(20)
+        finally:
+            flag.touch()
+    # It may not be told yet that it has ended.
+    assert not answer.success
+    assert re.search("nobody reads its|completed: it reads no more", answer.error)
+    assert manager.wait(id).data.status == "completed"
+
+
 def test_who_sends_too_much_waits_until_it_is_read_or_all_is_over(manager):
     id = manager.start_with_code("import time; time.sleep(60)", stdin=subprocess.PIPE).id
     sent = []
@@ -68,6 +91,14 @@ def test_who_sends_too_much_waits_until_it_is_read_or_all_is_over(manager):
 def test_send_input_where_it_can_not_be_sent(manager):
     id = manager.start_with_code("import time; time.sleep(60)").id
     assert "start it with stdin=subprocess.PIPE" in manager.send_input(id, "x").error
+    for options, reason in (
+        ({"input": "x"}, "`input` was all of it"),
+        ({"stdin": subprocess.PIPE}, "was closed by an earlier call"),
+    ):
+        closed = manager.start_with_code("import time; time.sleep(60)", **options).id
+        if "stdin" in options:
+            assert manager.send_input(closed, "x", close=True).success
+        assert reason in manager.send_input(closed, "x").error
     assert manager.send_input("nobody", "x").data.status == "not_found"
     with pytest.raises(TypeError, match="text"):
         manager.send_input(id, 1)
@@ -136,7 +167,7 @@ def test_the_host_holds_no_end_but_its_own(manager):
 def test_what_comes_with_the_end_while_input_is_written_is_written_as_well():
     class Arrived(collections.deque):
         def __bool__(self):
-            if not len(self) and input.is_open:
+            if not len(self) and input.closed_by is None:
                 input.add(b"late", close=True)
                 return False
             return len(self) > 0

@@ -140,7 +140,7 @@ class Engine:
                 execution.delivery.wait(left)
 
     def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
-        """Returns whether its standard input is open; waits while too much is unread."""
+        """Returns whether its standard input takes it; waits while too much is unread."""
         input = execution.input
         if input is None or self.foreign is not None or not input.add(data, close=close):
             return False
@@ -149,7 +149,7 @@ class Engine:
             owner.wake()
         is_over = self.is_over(execution)
         input.changed.wait_for(lambda: input.has_room() or is_over())
-        return True
+        return not input.is_lost()
 
     def ask(self, execution: Execution, grace: float, caller: object = None) -> None:
         """Ask it to stop; never blocks."""

@@ -21,24 +21,31 @@ class Input:
         """`data` is all of it, unless it `is_open` for more."""
         os.set_blocking(writer.fd, False)
         self.writer: Descriptor | None = writer
-        self.is_open = is_open
+        # Why there can be no more of it, in words; None as long as it is open.
+        self.closed_by = None if is_open else "`input` was all of its standard input"
         self.changed = Bell()  # when there is less of it
         self._arrived: deque[bytes] = deque([data] if data else [])
         # These two are the execution's thread's own.
         self._waiting: deque[bytes] = deque()
         self._size = 0
+        self._has_lost = False
 
     # -- from any thread
 
     def add(self, data: bytes, *, close: bool) -> bool:
         """False if it is closed."""
-        if not self.is_open or self.writer is None:
+        if self.closed_by is not None or self.writer is None:
             return False
         if data:
             self._arrived.append(data)
         if close:
-            self.is_open = False
+            self.closed_by = "its standard input was closed by an earlier call"
         return True
+
+    def is_lost(self) -> bool:
+        """Whether it has ended before all that was added was written."""
+        # What is added beside the end, too late to be cleared, is still there.
+        return self._has_lost or (self.writer is None and bool(self._arrived))
 
     def has_room(self) -> bool:
         size = self._size + sum(map(len, self._arrived.copy()))
@@ -49,7 +56,7 @@ class Input:
     def write(self) -> bool:
         """Write as much as there is room for, and close it after the last; whether more waits."""
         writer = self.writer
-        is_all = not self.is_open  # looked at first: what came before is there then
+        is_all = self.closed_by is not None  # looked at first: what came before is there then
         while self._arrived:
             self._size += len(self._arrived[0])  # first, so that nobody sees too little
             self._waiting.append(self._arrived.popleft())
@@ -65,7 +72,8 @@ class Input:
         except BlockingIOError:
             pass
         except OSError:
-            self.end()  # nobody reads it any more
+            self.closed_by = "nobody reads its standard input any more"
+            self.end()
         if not self._waiting and is_all:
             self.end()
         self.changed.ring()
@@ -73,7 +81,7 @@ class Input:
 
     def end(self) -> None:
         """Nothing of it will be read any more."""
-        self.is_open = False
+        self._has_lost = bool(self._waiting or self._arrived) or self._has_lost
         writer, self.writer = self.writer, None
         if writer is not None:
             writer.close()
