@@ -52,7 +52,7 @@ def confine(wanted: dict[str, Any], fds: list[int]) -> None:
         # It would stay unconfined, and shares its memory with the code.
         raise OSError("could not be confined: a preloaded module has started a thread in it")
     if kernel.prctl(_PR_SET_NO_NEW_PRIVS, 1) != 0:
-        raise OSError("could not be confined: no_new_privs was refused")
+        raise OSError("could not be confined: _ctypes is missing, or no_new_privs was refused")
     _confine_files(fds[: wanted["write"]], fds[wanted["write"] :], wanted["read_all"])
     kernel.close_all(fds)
     _drop_capabilities()
@@ -75,12 +75,12 @@ def _words(*values: int) -> bytes:
 
 
 def _confine_files(write: list[int], read: list[int], read_all: bool) -> None:
-    version = kernel.syscall(_CREATE_RULESET, None, 0, _VERSION)
+    version = kernel.call("syscall", _CREATE_RULESET, None, 0, _VERSION)
     if version < 3:
         raise OSError("could not be confined: Landlock ABI 3 is missing (Linux 6.2)")
     handled = 0x7FFF | (_IOCTL_DEVICE if version >= 5 else 0)
     scopes = _SCOPES if version >= 6 else 0
-    ruleset = kernel.syscall(_CREATE_RULESET, _words(handled, 0, scopes), 24, 0)
+    ruleset = kernel.call("syscall", _CREATE_RULESET, _words(handled, 0, scopes), 24, 0)
     if ruleset < 0:
         raise OSError("could not be confined: no Landlock ruleset could be made")
     for fd in write:
@@ -94,7 +94,7 @@ def _confine_files(write: list[int], read: list[int], read_all: bool) -> None:
     else:
         _allow_paths(ruleset, [*_SYSTEM, *(f"/etc/{name}" for name in _ETC)], _READ)
         _allow_paths(ruleset, _interpreter(), _READ, _home())
-    if kernel.syscall(_RESTRICT_SELF, ruleset, 0) != 0:
+    if kernel.call("syscall", _RESTRICT_SELF, ruleset, 0) != 0:
         raise OSError("could not be confined: the Landlock ruleset was refused")
     os.close(ruleset)
 
@@ -133,7 +133,7 @@ def _allow(ruleset: int, fd: int, access: int) -> None:
     if os.fstat(fd).st_mode & 0o170000 != 0o040000:
         access &= _ON_FILES
     rule = access.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
-    if kernel.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0:
+    if kernel.call("syscall", _ADD_RULE, ruleset, 1, rule, 0) != 0:
         raise OSError("could not be confined: a Landlock rule was refused")
 
 
@@ -167,5 +167,5 @@ def _drop_capabilities() -> None:
     # It takes CAP_SETPCAP: who lacks that is kept by no_new_privs alone from regaining any.
     kernel.prctl(_PR_SET_SECUREBITS, _NO_ROOT)
     version_3 = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)
-    if kernel.capset(version_3, bytes(24)) != 0:
+    if kernel.call("capset", version_3, bytes(24)) != 0:
         raise OSError("could not be confined: capabilities could not be dropped")

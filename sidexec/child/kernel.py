@@ -39,22 +39,31 @@ def _find(name: str) -> int | None:
 
 
 # Looked up once, before any fork.
-_prctl = _find("prctl")
-_ptrace = _find("ptrace")
-_fflush = _find("fflush")
-_syscall = _find("syscall")
-_capset = _find("capset")
+_ADDRESSES = {name: _find(name) for name in ("prctl", "ptrace", "fflush", "syscall", "capset")}
+
+
+def call(name: str, *arguments: int | bytes | None) -> int:
+    """What a function of the C library returns; -1 for an error, and where it can't be called.
+
+    `bytes` stand for where they are.
+    """
+    address = _ADDRESSES[name]
+    result: int = -1 if address is None else _ctypes.call_function(address, arguments)
+    return result
+
+
+def prctl(*arguments: int | bytes) -> int:
+    return call("prctl", *arguments, *[0] * (5 - len(arguments)))
 
 
 def become_subreaper() -> bool:
     """Adopt the orphans among this process's descendants, instead of init."""
-    return _prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
+    return prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
 
 
 def be_continued_when_parent_ends() -> None:
     """Have the kernel continue this process when its parent ends: it may be stopped then."""
-    if _prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, _signal.SIGCONT)
+    prctl(_PR_SET_PDEATHSIG, _signal.SIGCONT)
 
 
 def set_name(name: bytes) -> None:
@@ -62,28 +71,7 @@ def set_name(name: bytes) -> None:
 
     Without a blank, which the interpreter takes for the next field of its `stat`.
     """
-    if _prctl is not None:
-        prctl(_PR_SET_NAME, name)
-
-
-def syscall(number: int, *arguments: int | bytes | None) -> int:
-    """What the call returns, -1 for an error; `bytes` stand for where they are."""
-    return _call(_syscall, number, *arguments)
-
-
-def prctl(*arguments: int | bytes) -> int:
-    return _call(_prctl, *arguments, *[0] * (5 - len(arguments)))
-
-
-def capset(header: bytes, data: bytes) -> int:
-    return _call(_capset, header, data)
-
-
-def _call(address: int | None, *arguments: int | bytes | None) -> int:
-    if address is None:
-        raise OSError("this interpreter lacks the module _ctypes, or its C library a function")
-    result: int = _ctypes.call_function(address, arguments)
-    return result
+    prctl(_PR_SET_NAME, name)
 
 
 def open_children() -> int:
@@ -169,9 +157,8 @@ def reap() -> tuple[int, int] | None:
             return pid, os.waitstatus_to_exitcode(status)
         # It has asked to be traced by its parent, and so is held at each signal. Once detached,
         # it gets this one, unless that was only sent because it executes a program.
-        if _ptrace is not None:
-            signum = os.WSTOPSIG(status)
-            _call(_ptrace, _PTRACE_DETACH, pid, None, 0 if signum == _signal.SIGTRAP else signum)
+        signum = os.WSTOPSIG(status)
+        call("ptrace", _PTRACE_DETACH, pid, None, 0 if signum == _signal.SIGTRAP else signum)
 
 
 def used_by_children() -> tuple[float, int]:
@@ -186,8 +173,7 @@ def used_by_children() -> tuple[float, int]:
 
 def flush_c() -> None:
     """Write out what C code of this process has printed and still buffers."""
-    if _fflush is not None:
-        _call(_fflush, None)
+    call("fflush", None)
 
 
 def set_limits(limits: dict[str, int]) -> list[tuple[int, tuple[int, int]]]:
