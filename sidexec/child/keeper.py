@@ -23,11 +23,6 @@ from .. import procfs
 from ..protocol import END, FAULT, FROM_HOST, READY, REFUSED, STOP, SWEEPING, Inbox, pack
 from . import kernel, sweeping
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import NoReturn
-
 # How often to check where no SIGCHLD comes, in seconds.
 GROUP_INTERVAL = 0.05
 # When to send the first SIGURG after an ask, and the longest interval between two.
@@ -70,13 +65,15 @@ class Keeper:
         self._forced = False
         self._is_orphaned = False  # its launcher or its host has ended
 
-    def run(
-        self, run_snippet: Callable[[], NoReturn], snippet_fds: list[int], *, rehearse: bool
-    ) -> NoReturn:
-        """Fork the snippet, look after it until nothing of it is left, and leave."""
-        pid = os.getpid()
+    def run(self, snippet_fds: list[int], *, rehearse: bool) -> None:
+        """Fork the snippet, look after it until nothing of it is left, and leave.
+
+        In the process of the snippet this returns.
+        """
         try:
-            wake_end = self._fork(run_snippet)
+            wake_end = self._fork()
+            if self._leader == 0:
+                return
             kernel.close_all(snippet_fds)
             self._send(READY, f"{self._leader} {int(self._has_tree)}")
             self._wake_poll.register(self._wake, select.POLLIN)
@@ -87,12 +84,10 @@ class Keeper:
             self._serve()
             os._exit(0)
         except BaseException as error:
-            if os.getpid() != pid:
-                raise  # in the snippet, whose standard error it goes to
             self._send(FAULT, kernel.describe(error))
             os._exit(1)  # for the launcher to sweep
 
-    def _fork(self, run_snippet: Callable[[], NoReturn]) -> int:
+    def _fork(self) -> int:
         """Fork the snippet; returns what wakes this process."""
         kernel.set_name(b"sidexec-keeper")
         self._has_tree = kernel.become_subreaper()
@@ -117,7 +112,6 @@ class Keeper:
             os.setsid()
             kernel.set_name(b"sidexec-snippet")
             kernel.close_all([*self._watched, *self._outputs, self._children, wake_end])
-            run_snippet()
         return wake_end
 
     def _serve(self) -> None:

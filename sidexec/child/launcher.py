@@ -41,7 +41,7 @@ from .snippet import Forked, Snippet
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any
 
 # What every snippet may need of the standard library: loaded once the first snippet
 # is on its way, so that later ones share it.
@@ -239,7 +239,11 @@ class Launcher:
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
             # The first one is waited for as it is.
-            keeper.run(lambda: self._run_snippet(*for_snippet), for_snippet, rehearse=self._is_warm)
+            keeper.run(for_snippet, rehearse=self._is_warm)
+            os.dup2(snippet_out, 1)
+            os.dup2(snippet_err, 2)
+            kernel.close_all([snippet_out, snippet_err])
+            raise Forked(Snippet(snippet_channel, self._path, self._preloaded), self._is_warm)
         self._keepers.add(pid)
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
         try:
@@ -251,12 +255,6 @@ class Launcher:
             reason = f"{int(ahead)} could not send descriptors: {error.strerror}"
             self.send(REFUSED, reason.encode())
         kernel.close_all(fds)  # with the host's ends gone, an unsent keeper ends by itself
-
-    def _run_snippet(self, channel: int, out: int, err: int) -> NoReturn:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        kernel.close_all([out, err])
-        raise Forked(Snippet(channel, self._path, self._preloaded), rehearse=self._is_warm)
 
     # -- reaping
 
@@ -309,7 +307,7 @@ def main(config: dict[str, Any], path: list[str]) -> Snippet | None:
     try:
         launcher.run()
     except Forked as forked:
-        snippet, rehearse = forked.snippet, forked.rehearse
+        snippet, rehearse = forked.args
     except BaseException as error:
         launcher.send(FAULT, kernel.describe(error).encode())
         raise

@@ -40,9 +40,7 @@ REHEARSAL: dict[str, Any] = {
 class Forked(BaseException):
     """Raised in a new snippet, to get from where it was forked to the bottom of the stack."""
 
-    def __init__(self, snippet: Snippet, *, rehearse: bool) -> None:
-        self.snippet = snippet
-        self.rehearse = rehearse
+    args: tuple[Snippet, bool]  # and whether it is to rehearse
 
 
 class Snippet:
