@@ -66,7 +66,7 @@ class Launcher:
         self._preloaded: list[Any] = []  # their objects that have finalizers
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
-        self._is_warm = False
+        self._cold = list(WARM)  # what is not loaded yet
         self._warm_up_at: float | None = None
         self._deadline: float | None = None  # for the keepers, once the host is gone
         self._poll = select.poll()
@@ -102,7 +102,6 @@ class Launcher:
             else:
                 self._hear_host()
         if self._warm_up_at is not None and time.monotonic() >= self._warm_up_at:
-            self._warm_up_at = None
             self._warm_up()
         if self._host is None and os.getppid() != self._config["host"]:
             self._on_host_gone()
@@ -167,12 +166,6 @@ class Launcher:
         self.send(LOADED)
         return True
 
-    def _is_host_gone(self) -> bool:
-        try:
-            return self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT) == b""
-        except OSError:
-            return False
-
     def _hear_host(self) -> None:
         try:
             data = self._socket.recv(65536)
@@ -181,7 +174,7 @@ class Launcher:
         for kind, payload in self._inbox.feed(data):
             if kind == FORK:
                 self._fork()
-            elif kind == FORK_AHEAD and self._is_warm:
+            elif kind == FORK_AHEAD and not self._cold:
                 self._fork(ahead=True)
             elif kind == FORK_AHEAD:
                 self._warm_up_at = time.monotonic() + WARM_UP_AFTER
@@ -202,6 +195,7 @@ class Launcher:
                 kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)
             self._lifeline_end = -1
+            self._warm_up_at = None
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGCONT)  # a stopped one would not notice
             self._deadline = time.monotonic() + self._config["grace"] + SWEEP_ALLOWANCE
@@ -209,14 +203,13 @@ class Launcher:
     # -- forking
 
     def _warm_up(self) -> None:
-        """Load what later snippets share, and fork the first of them."""
-        for name in WARM:
-            if self._is_host_gone():
-                return  # it waits for this launcher's end
-            library.module(name)
-        gc.collect()
-        self._is_warm = True
-        self._fork(ahead=True)
+        """Load the next module that later snippets share, or else fork the first of them."""
+        if self._cold:  # one at a time: a host that is gone waits for this launcher's end
+            library.module(self._cold.pop(0))
+        else:
+            self._warm_up_at = None
+            gc.collect()
+            self._fork(ahead=True)
 
     def _fork(self, *, ahead: bool = False) -> None:
         fds: list[int] = []
@@ -239,11 +232,11 @@ class Launcher:
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
             # The first one is waited for as it is.
-            keeper.run(for_snippet, rehearse=self._is_warm)
+            keeper.run(for_snippet, rehearse=not self._cold)
             os.dup2(snippet_out, 1)
             os.dup2(snippet_err, 2)
             kernel.close_all([snippet_out, snippet_err])
-            raise Forked(Snippet(snippet_channel, self._path, self._preloaded), self._is_warm)
+            raise Forked(Snippet(snippet_channel, self._path, self._preloaded), not self._cold)
         self._keepers.add(pid)
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
         try:
