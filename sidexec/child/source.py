@@ -48,6 +48,8 @@ def prepare(
     except SyntaxError as error:
         if error.msg != "'return' outside function":
             raise
+    global ast  # it costs what needs no tree some milliseconds
+    import ast
     import warnings
 
     # The compiler goes many times as deep; what makes a tree of nodes, and walks it, does not.
@@ -69,8 +71,6 @@ def _compile(source: Any, filename: str, flags: int = 0) -> Any:
 def _with_top_level_return(
     source: str | bytes, filename: str, namespace: dict[str, Any]
 ) -> tuple[CodeType, CodeType | None]:
-    import ast
-
     def parse() -> ast.Module:
         tree: ast.Module = _compile(source, filename, ast.PyCF_ONLY_AST)
         return tree
@@ -120,8 +120,6 @@ def _with_top_level_return(
 
 def _walruses(source: str | bytes, tree: ast.Module) -> list[str]:
     """What `:=` binds; in a comprehension, only that one's own code object has the name."""
-    import ast
-
     if b":=" not in source if isinstance(source, bytes) else ":=" not in source:
         return []  # a walk takes its time
     return [node.target.id for node in ast.walk(tree) if isinstance(node, ast.NamedExpr)]
@@ -131,8 +129,6 @@ class _Statements:
     """Rewrites what a function can't contain, or treats differently from a module."""
 
     def __init__(self, prelude: list[ast.stmt], namespace: dict[str, Any]) -> None:
-        import ast
-
         self._namespace = namespace
         self._annotated: list[tuple[ast.AnnAssign, ast.Constant]] = []
         self._has_text = any(  # annotations are kept as text, and at once
@@ -150,8 +146,6 @@ class _Statements:
         }
 
     def for_function(self, node: ast.stmt) -> list[ast.stmt] | None:
-        import ast
-
         if isinstance(node, ast.AnnAssign):
             made = self._annotation(node)
         elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
@@ -163,8 +157,6 @@ class _Statements:
         return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
 
     def _annotation(self, node: ast.AnnAssign) -> list[ast.stmt]:
-        import ast
-
         if not node.simple:
             # A module evaluated these before Python 3.14, though it kept them nowhere.
             is_skipped = self._has_text or self._is_lazy
@@ -212,8 +204,6 @@ class _Statements:
 
         All that can fail is C code, so that no frame of ours stands in a traceback.
         """
-        import ast
-
         update, pairs, load, scope = (ast.Constant(mark) for mark in self._objects)
         origin = [ast.Constant(node.module or ""), scope, ast.Constant(None)]
         what = [ast.Tuple([ast.Constant("*")], ast.Load()), ast.Constant(node.level)]
@@ -275,8 +265,6 @@ def _numbers_of_annotations(plain: CodeType) -> dict[int, Iterator[int]]:
 
 def _text(annotation: ast.expr) -> str:
     """An annotation as the compiler writes it as text; `ast.unparse` may differ."""
-    import ast
-
     note = ast.AnnAssign(ast.Name("note", ast.Store()), annotation, None, 1)
     tree = ast.Module([ast.fix_missing_locations(ast.copy_location(note, annotation))], [])
     scope: dict[str, Any] = {}
@@ -287,8 +275,6 @@ def _text(annotation: ast.expr) -> str:
 
 def _is_prelude(node: ast.stmt) -> bool:
     """Whether it is a docstring or a `__future__` import."""
-    import ast
-
     if isinstance(node, ast.ImportFrom):
         return node.module == "__future__" and not node.level
     value = node.value if isinstance(node, ast.Expr) else None
@@ -296,8 +282,6 @@ def _is_prelude(node: ast.stmt) -> bool:
 
 
 def _is_display(node: ast.AST) -> bool:
-    import ast
-
     kinds = (ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.expr_context)
     return isinstance(node, (*kinds, ast.UnaryOp, ast.USub))
 
