@@ -71,9 +71,8 @@ def _compile(source: Any, filename: str, flags: int = 0) -> Any:
 def _with_top_level_return(
     source: str | bytes, filename: str, namespace: dict[str, Any]
 ) -> tuple[CodeType, CodeType | None]:
-    def parse() -> ast.Module:
-        tree: ast.Module = _compile(source, filename, ast.PyCF_ONLY_AST)
-        return tree
+    def parse() -> Any:
+        return _compile(source, filename, ast.PyCF_ONLY_AST)
 
     # The same code less its returns is a plain module. It shows every other syntax
     # error as the compiler words it, which names are bound, and whether it awaits.
@@ -88,7 +87,7 @@ def _with_top_level_return(
         return [ast.copy_location(ast.Expr(node.value), node)]
 
     plain: CodeType = _compile(_rewrite(parse(), without_return), filename)
-    tree = parse()
+    tree: ast.Module = parse()
     namespace["__doc__"] = ast.get_docstring(tree, clean=False)
     prelude: list[ast.stmt] = []
     while tree.body and _is_prelude(tree.body[0]):
@@ -265,8 +264,8 @@ def _numbers_of_annotations(plain: CodeType) -> dict[int, Iterator[int]]:
 
 def _text(annotation: ast.expr) -> str:
     """An annotation as the compiler writes it as text; `ast.unparse` may differ."""
-    note = ast.AnnAssign(ast.Name("note", ast.Store()), annotation, None, 1)
-    tree = ast.Module([ast.fix_missing_locations(ast.copy_location(note, annotation))], [])
+    tree = ast.parse("note: 0")
+    vars(tree.body[0])["annotation"] = annotation
     scope: dict[str, Any] = {}
     exec(compile(tree, "", "exec", flags=CO_FUTURE_ANNOTATIONS, dont_inherit=True), scope)
     text: str = scope["__annotations__"]["note"]
@@ -288,8 +287,9 @@ def _is_display(node: ast.AST) -> bool:
 
 def _as_module(code: CodeType) -> CodeType:
     """Make a function's code object run as a module's does."""
-    code = _qualified(code)
-    return code.replace(co_flags=code.co_flags & ~(CO_OPTIMIZED | CO_NEWLOCALS))
+    code = code.replace(co_flags=code.co_flags & ~(CO_OPTIMIZED | CO_NEWLOCALS))
+    qualified: CodeType = _qualified(code)
+    return qualified
 
 
 def _with_imports_of(plain: CodeType, code: CodeType) -> CodeType:
@@ -315,20 +315,12 @@ def _with_imports_of(plain: CodeType, code: CodeType) -> CodeType:
     return code.replace(co_code=bytes(patched))
 
 
-def _qualified(code: CodeType) -> CodeType:
-    """Take the function's name off the qualified names of what stands in it."""
-    # Before 3.11 the qualified name is a constant beside the code, not part of it.
-    constants = tuple(
-        _qualified(each)
-        if isinstance(each, type(code))
-        else each[len(_LOCAL_PREFIX) :]
-        if isinstance(each, str) and each.startswith(_LOCAL_PREFIX)
-        else each
-        for each in code.co_consts
-    )
-    code = code.replace(co_consts=constants)
-    name: str = getattr(code, "co_qualname", "")
-    if name.startswith(_LOCAL_PREFIX):
-        replace: Any = code.replace
-        code = replace(co_qualname=name[len(_LOCAL_PREFIX) :])
-    return code
+def _qualified(part: Any) -> Any:
+    """Take the function's name off the qualified names in a code object, and in its constants."""
+    if isinstance(part, str):  # before 3.11, such a name is a constant beside its code object
+        return part.removeprefix(_LOCAL_PREFIX)
+    if hasattr(part, "co_consts"):
+        part = part.replace(co_consts=tuple(map(_qualified, part.co_consts)))
+        if hasattr(part, "co_qualname"):
+            part = part.replace(co_qualname=_qualified(part.co_qualname))
+    return part
