@@ -6,8 +6,10 @@ If more than a flush is left to do, it leaves that to the interpreter's own end.
 
 from __future__ import annotations
 
+import _functools  # type: ignore[import-not-found]
 import _signal  # type: ignore[import-not-found]
 import _thread
+import atexit
 import gc
 import io
 import os
@@ -15,7 +17,6 @@ import sys
 
 from . import kernel, library
 from .asking import LEAVING, SETTLING, Ask, StopRequested
-from .observers import Observers, get_tool, run_exit_handlers, set_events, set_profile, set_trace
 from .streams import Whole
 
 TYPE_CHECKING = False
@@ -38,6 +39,24 @@ _FILE = io.IOBase.__base__  # what all files are: it has the finalizer that clos
 
 # Not followed: through these, every object is reachable from every other.
 _OPAQUE = (type, type(sys), type(lambda: 0))
+
+# No functions of Python's, nor built-in ones, so that what observes the code sees no call.
+_set_trace = _functools.partial(sys.settrace)
+_set_profile = _functools.partial(sys.setprofile)
+_run_exit_handlers = _functools.partial(atexit._run_exitfuncs)
+_monitoring: Any = getattr(sys, "monitoring", None)
+_get_tool = _functools.partial(getattr(_monitoring, "get_tool", bool))
+_set_events = _functools.partial(getattr(_monitoring, "set_events", bool))
+
+
+class Observers:
+    """What observes the code at its end, as `payload.BOOT` has found it, and taken off."""
+
+    def __init__(self) -> None:
+        self.trace: Any = None
+        self.profile: Any = None
+        self.tools: dict[int, int] = {}  # of `sys.monitoring`, and the events of each
+        self.mask: set[int] | None = None  # the blocked signals
 
 
 def leave(
@@ -92,26 +111,26 @@ def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
             _end_workers()
         profile = observers.profile if callable(observers.profile) else None
         for tool, events in observers.tools.items():
-            set_events(tool, events)
-        set_trace(observers.trace)
-        set_profile(profile)
+            _set_events(tool, events)
+        _set_trace(observers.trace)
+        _set_profile(profile)
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
-        run_exit_handlers()
+        _run_exit_handlers()
         ask.phase = SETTLING
     except StopRequested:
-        run_exit_handlers()
+        _run_exit_handlers()
     except BaseException as error:
         ask.phase = SETTLING
         # Less this frame.
         BaseException.with_traceback(error, error.__traceback__ and error.__traceback__.tb_next)
         sys.excepthook(type(error), error, error.__traceback__)
-        run_exit_handlers()  # those that are left, if the wait for threads has raised
-    set_profile(None)
-    set_trace(None)
+        _run_exit_handlers()  # those that are left, if the wait for threads has raised
+    _set_profile(None)
+    _set_trace(None)
     for tool in observers.tools:
-        if get_tool(tool):
-            set_events(tool, 0)
+        if _get_tool(tool):
+            _set_events(tool, 0)
 
 
 def _end_workers() -> None:

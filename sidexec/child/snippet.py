@@ -21,7 +21,6 @@ from . import confinement, kernel, leaving, library, source
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
 from .failures import Failures
-from .observers import Observers
 from .results import to_json
 
 TYPE_CHECKING = False
@@ -54,7 +53,7 @@ class Snippet:
         self.returned: dict[int, object] = {}
         self.clean_up: Callable[[], object] | None = None
         self.failure: BaseException | None = None
-        self.observers = Observers()
+        self.observers = leaving.Observers()
         self._channel = Channel(channel)
         self._failures = Failures()
         self._path = path

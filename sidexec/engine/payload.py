@@ -28,7 +28,6 @@ _MODULES = (
     "child.streams",
     "child.loops",
     "child.asking",
-    "child.observers",
     "child.leaving",
     "child.channel",
     "child.failures",
