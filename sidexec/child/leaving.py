@@ -107,8 +107,10 @@ def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
     try:
         ask.phase = LEAVING
         _signal.pthread_sigmask(_signal.SIG_SETMASK, observers.mask or ())
-        if ask.has_come and is_snippet:
-            _end_workers()
+        if ask.has_come and is_snippet and "multiprocessing.process" in sys.modules:
+            # Else it would wait for these; the sweep would terminate them, too.
+            for child in sys.modules["multiprocessing.process"].active_children():
+                child.terminate()
         profile = observers.profile if callable(observers.profile) else None
         for tool, events in observers.tools.items():
             _set_events(tool, events)
@@ -133,14 +135,6 @@ def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
             _set_events(tool, 0)
 
 
-def _end_workers() -> None:
-    """Terminate the children that `multiprocessing` would wait for, as the sweep would."""
-    processes = sys.modules.get("multiprocessing.process")
-    if processes is not None:
-        for child in processes.active_children():
-            child.terminate()
-
-
 def let_go(take_globals: Callable[[], object]) -> None:
     """Run the finalizers of globals, in the order that an interpreter runs them in."""
     if not finish([], may_close=True):
@@ -163,7 +157,10 @@ def finish(preloaded: list[Any], *, may_close: bool) -> bool:
     # buffered for it is written.
     for each in reversed(_from_inside_out(left) if special else []):
         if id(each) in special:
-            close(each)
+            try:
+                each.close()
+            except Exception:
+                pass  # an interpreter's own end would pass over it, too
     flush_buffers(left)
     return True
 
@@ -221,13 +218,6 @@ def _is_done(each: Any) -> bool:
         names = ("gi_frame", "cr_frame", "ag_frame")
         return all(getattr(each, name, None) is None for name in names)
     return False
-
-
-def close(file: Any) -> None:
-    try:
-        file.close()
-    except Exception:
-        pass  # an interpreter's own end would pass over it, too
 
 
 def flush(files: list[Any]) -> None:
