@@ -28,6 +28,7 @@ WAITING = 0  # for its request: the process exits at once
 RUNNING = 1  # user code: it raises
 LEAVING = 2  # exit handlers, joining threads: it raises in those that take long
 SETTLING = 3  # our own code at the end: nothing, until it is LEAVING
+MAY_RAISE = (RUNNING, LEAVING)
 
 # How long an exit handler or a callback that begins after the ask may take, in seconds. It
 # is over by then, or takes long.
@@ -66,7 +67,7 @@ class Ask:
             after_in_child=self._after_fork_in_child,
         )
 
-    def rehearse(self, frame: FrameType) -> NoReturn:
+    def rehearse(self, frame: FrameType) -> None:
         """Raise what an ask raises, and leave nothing changed.
 
         Another `Ask` raises it, so that a real ask at this moment still ends the process.
@@ -76,7 +77,6 @@ class Ask:
         another.phase = RUNNING
         try:
             another._on_ask(_signal.SIGTERM, frame)
-            raise AssertionError("an ask has been passed over")
         finally:
             sys.unraisablehook = report
 
@@ -98,7 +98,7 @@ class Ask:
             # It was raised in a finalizer or an exit handler, and has ended that.
             if unraisable.exc_type is not StopRequested:
                 report(unraisable)
-            elif self._may_raise():
+            elif self.phase in MAY_RAISE:
                 self._interrupt(sys._getframe(1), at_once=False)
 
         sys.unraisablehook = raise_again
@@ -148,7 +148,7 @@ class Ask:
         # the handler, callback or task holds it up, and may do so for ever.
         due_at = self._due_at
         is_due = self._is_scheduled if due_at is None else time.monotonic() >= due_at
-        if is_due and self._may_raise():
+        if is_due and self.phase in MAY_RAISE:
             self._due_at = None
             try:
                 self._disarm()
@@ -161,7 +161,6 @@ class Ask:
 
     def _raise_if_scheduled(self) -> None:
         if self._is_scheduled:
-            self._disarm()
             self._raise()
 
     def _prepare_loop(self, loop: Any) -> None:
@@ -204,7 +203,6 @@ class Ask:
                 return None
             if event != "opcode":
                 return trace
-            self._disarm()
             self._raise()
 
         def disarm() -> None:
@@ -228,10 +226,8 @@ class Ask:
             undo, self._undo_trace = self._undo_trace, None
             undo()
 
-    def _may_raise(self) -> bool:
-        return self.phase in (RUNNING, LEAVING)
-
     def _raise(self) -> NoReturn:
+        self._disarm()
         if self._loop is not None and not self._has_raised:
             for handle in (*self._loop._ready.copy(), *self._loop._scheduled.copy()):
                 self._guard(handle)
