@@ -149,13 +149,8 @@ def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
 @functools.lru_cache
 def load(as_source: bool = False) -> list[tuple[str, bool, CodeType | str]]:
     """The modules, whether each is a package, and their code."""
-    modules: list[tuple[str, bool, CodeType | str]] = [
-        (_ROOT, True, ""),
-        (f"{_ROOT}.child", True, ""),
-    ]
-    for name in _MODULES:
-        modules.append((f"{_ROOT}.{name}", False, _load(name, as_source)))
-    return modules
+    packages = [(_ROOT, True, ""), (f"{_ROOT}.child", True, "")]
+    return packages + [(f"{_ROOT}.{name}", False, _load(name, as_source)) for name in _MODULES]
 
 
 def _load(name: str, as_source: bool) -> CodeType | str:
