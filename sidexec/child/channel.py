@@ -62,7 +62,7 @@ class Channel:
             for _, _, each in rights
             for at in range(0, len(each), 4)
         ]
-        return data + self.read(size - len(data)) if data else self.read(size), fds
+        return data + self.read(size - len(data)), fds
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame, or leave it to the call that this one has interrupted."""

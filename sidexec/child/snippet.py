@@ -139,7 +139,6 @@ class Snippet:
                 pass  # the code has lowered it for good
         # Before threads are waited for: one that is no daemon may take for ever.
         if os.getpid() == self._pid:
-            self._flush()
             failure = self._send_result(failure)
         if failure is not None:
             self._send_error(self._failures.report(failure, self.observers.mask or ()))
@@ -222,6 +221,10 @@ class Snippet:
 
     def _send_result(self, failure: BaseException | None) -> BaseException | None:
         """Send the result, if there is one; returns the failure, perhaps a new one."""
+        try:
+            self._channel.flush()
+        except OSError:
+            pass  # the snippet closed the channel
         candidates: list[tuple[str, Callable[[], object]]] = []
         returned = self.returned.get(0)
         if returned is not None:
@@ -229,8 +232,7 @@ class Snippet:
         asked = self.ask.has_come
         if asked and self._reported is not None:
             candidates.append(("the reported value", lambda: self._reported))
-        if asked and self._partial is not None and self._reported is None:
-            partial = self._partial
+        elif asked and (partial := self._partial) is not None:
             candidates.append(("the partial result", lambda: eval(partial, self._namespace)))
         for what, candidate in candidates:
             try:
@@ -255,12 +257,6 @@ class Snippet:
         except Exception:
             pass  # its standard error is gone; the exit code still tells
         return 1
-
-    def _flush(self) -> None:
-        try:
-            self._channel.flush()
-        except OSError:
-            pass  # the snippet closed the channel
 
     def _send_error(self, text: str) -> None:
         if os.getpid() == self._pid:
