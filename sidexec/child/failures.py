@@ -11,10 +11,6 @@ import sys
 
 from . import library
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 FILENAME = "<snippet>"
 
 
@@ -35,7 +31,7 @@ class Failures:
         text = (self.text or "").replace("\r\n", "\n").replace("\r", "\n")
         return [line + "\n" for line in text.split("\n")]
 
-    def report(self, error: BaseException, mask: Iterable[int]) -> str:
+    def report(self, error: BaseException, mask: set[int]) -> str:
         """Write an uncaught error to standard error; returns the text for the host.
 
         `mask` are the signals that are blocked while the user's hook is called.
@@ -72,7 +68,7 @@ class Failures:
             if error.lineno is not None and 0 < error.lineno <= len(lines):
                 error.text = lines[error.lineno - 1]
 
-    def _call_excepthook(self, error: BaseException, formatted: str, mask: Iterable[int]) -> str:
+    def _call_excepthook(self, error: BaseException, formatted: str, mask: set[int]) -> str:
         """Call the user's hook; returns what is still to be written."""
         blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
         try:

@@ -276,7 +276,7 @@ class Keeper:
                 self._exit_code = ended[1]
 
     def _adopted_strays(self) -> set[int]:
-        found = kernel.children(self._children)
+        found = kernel.children(self._children, set())
         return found if self._leader_reaped else found - {self._leader}
 
     def _group_strays(self) -> set[int]:

@@ -12,10 +12,6 @@ import sys
 
 from .. import procfs
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Set
-
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
@@ -86,7 +82,7 @@ def open_children() -> int:
         return -1
 
 
-def children(fd: int, known: Set[int] = frozenset()) -> set[int]:
+def children(fd: int, known: set[int]) -> set[int]:
     """The pids of this process's children, zombies too; at least one that is not known.
 
     /proc may miss a child while another one ends: that nothing is left, only `waitpid`
@@ -101,7 +97,7 @@ def children(fd: int, known: Set[int] = frozenset()) -> set[int]:
         return _find_children(known)
 
 
-def _find_children(known: Set[int]) -> set[int]:
+def _find_children(known: set[int]) -> set[int]:
     """The same without /proc: `waitid` says of any number whether it is a child's."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -117,7 +113,7 @@ def _find_children(known: Set[int]) -> set[int]:
     return _search(os.getpid(), youngest, known)
 
 
-def _search(own: int, youngest: int, known: Set[int]) -> set[int]:
+def _search(own: int, youngest: int, known: set[int]) -> set[int]:
     """Find the children of the process `own`: they are younger than it.
 
     Once the numbers have gone round, they may be anywhere, and to try each takes 10 seconds.

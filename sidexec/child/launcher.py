@@ -153,7 +153,7 @@ class Launcher:
             return False
         finally:
             sys.path[:] = library.PATH
-        self._bystanders = kernel.children(self._children)
+        self._bystanders = kernel.children(self._children, set())
         if self._config["preload"]:
             self._preloaded = leaving.find_open()
             # Else every snippet would write what is in their buffers.

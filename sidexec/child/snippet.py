@@ -141,7 +141,7 @@ class Snippet:
         if os.getpid() == self._pid:
             failure = self._send_result(failure)
         if failure is not None:
-            self._send_error(self._failures.report(failure, self.observers.mask or ()))
+            self._send_error(self._failures.report(failure, self.observers.mask or set()))
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             if self._failures.exit is not None:
                 exit_code, self._failures.exit = self._take_exit_code(self._failures.exit), None
