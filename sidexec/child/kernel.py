@@ -1,7 +1,4 @@
-"""System calls, for all processes of this side, and what the `os` module does not have.
-
-On a platform without subreapers, callers fall back on the process group.
-"""
+"""System calls, for all processes of this side, and what the `os` module does not have."""
 
 from __future__ import annotations
 

@@ -5,9 +5,7 @@ and adopts the orphans of keepers that are killed. It is single-threaded, runs n
 code but the modules to preload, and never reads what a snippet sends: it passes the
 descriptors of each keeper and snippet to the host at once.
 
-It reads FORK, FORK_AHEAD and KILL from its socket and answers with PAIR, REFUSED, SWEEPING,
-LOST and FAULT. When its host is gone it closes the lifeline, which tells every keeper, and
-waits for them. It kills those that take too long, and then exits.
+When its host is gone it closes the lifeline, which tells every keeper, and waits for them.
 """
 
 from __future__ import annotations
@@ -115,13 +113,10 @@ class Launcher:
 
         A host's ignored and blocked signals would be the snippets' as well.
         """
-        for signum in _signal.valid_signals():
-            inherited = _signal.getsignal(signum) == _signal.SIG_IGN
-            if inherited and signum not in (_signal.SIGPIPE, _signal.SIGXFSZ):
-                interrupt = signum == _signal.SIGINT
-                _signal.signal(
-                    signum, _signal.default_int_handler if interrupt else _signal.SIG_DFL
-                )
+        usual = {_signal.SIGINT: _signal.default_int_handler}
+        for signum in _signal.valid_signals() - {_signal.SIGPIPE, _signal.SIGXFSZ}:
+            if _signal.getsignal(signum) == _signal.SIG_IGN:
+                _signal.signal(signum, usual.get(signum, _signal.SIG_DFL))
         everything = _signal.valid_signals() - {_signal.SIGCHLD}
         _signal.pthread_sigmask(_signal.SIG_SETMASK, everything)
         os.set_blocking(self._wake, False)
