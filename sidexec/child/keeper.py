@@ -29,6 +29,7 @@ GROUP_INTERVAL = 0.05
 FIRST_NUDGE = 0.005
 LAST_NUDGE = 1.0
 MAX_TIMEOUT = 86400.0  # the most that `poll` takes
+NEVER = float("inf")
 # How long a keeper stays after its END, in milliseconds: ending a process costs about 0.5 ms
 # of CPU time, and the host has just been woken on this very processor.
 LINGER = 1
@@ -61,7 +62,7 @@ class Keeper:
         self._asked_at: float | None = None
         self._nudge_at = 0.0
         self._asked_strays: set[int] = set()
-        self._deadline: float | None = None
+        self._deadline = NEVER
         self._forced = False
         self._is_orphaned = False  # its launcher or its host has ended
 
@@ -140,7 +141,7 @@ class Keeper:
         The pages that this writes to need not be copied later, while somebody waits.
         """
         self._obey(pack(STOP, b"0"))
-        self._deadline = None
+        self._deadline = NEVER
         kernel.signal_process(os.getpid(), _signal.SIGCHLD)
         control, self._control = self._control, wake_end
         self._send(END, self._describe_end([]))
@@ -159,7 +160,7 @@ class Keeper:
                 return True
             if self._leader_reaped:
                 self._ask_strays(self._strays())
-            if self._deadline is not None and time.monotonic() >= self._deadline:
+            if time.monotonic() >= self._deadline:
                 self._forced = True
                 return False
             self._wait()
@@ -168,9 +169,7 @@ class Keeper:
 
     def _stop(self, grace: float) -> None:
         """Ask once; further calls can only shorten the grace period."""
-        deadline = time.monotonic() + grace
-        if self._deadline is None or deadline < self._deadline:
-            self._deadline = deadline
+        self._deadline = min(self._deadline, time.monotonic() + grace)
         if grace <= 0 or self._leader_reaped:
             return
         # The leader alone: its cleanup may need the helpers that it has started.
@@ -190,7 +189,7 @@ class Keeper:
         self._nudge_at = now + min(2 * (waited + FIRST_NUDGE), LAST_NUDGE)
 
     def _ask_strays(self, strays: set[int]) -> None:
-        if self._deadline is None:
+        if self._deadline == NEVER and self._asked_at is None:  # else that is its grace period
             self._deadline = time.monotonic() + self._grace
         # The group as one, and once: a second SIGTERM would abort a member's cleanup.
         targets = {self._target(pid) for pid in strays} - self._asked_strays
@@ -212,17 +211,15 @@ class Keeper:
     # -- waiting
 
     def _wait(self) -> None:
-        timeout = None
-        if self._deadline is not None:
-            now = time.monotonic()
-            timeout = min(max(0.0, self._deadline - now), MAX_TIMEOUT)
-            if self._leader_reaped:
-                timeout = min(timeout, GROUP_INTERVAL)
-            elif self._asked_at is not None:
-                if now >= self._nudge_at:
-                    self._nudge(now, now - self._asked_at)
-                timeout = min(timeout, self._nudge_at - now)
-        for fd, _ in self._poll.poll(None if timeout is None else 1000 * timeout):
+        now = time.monotonic()
+        timeout = min(max(0.0, self._deadline - now), MAX_TIMEOUT)
+        if self._leader_reaped:
+            timeout = min(timeout, GROUP_INTERVAL)
+        elif self._asked_at is not None:
+            if now >= self._nudge_at:
+                self._nudge(now, now - self._asked_at)
+            timeout = min(timeout, self._nudge_at - now)
+        for fd, _ in self._poll.poll(1000 * timeout):
             if fd == self._wake:
                 _read(fd)
             elif fd == self._control:

@@ -34,7 +34,7 @@ from ..protocol import (
     pack,
 )
 from . import kernel, leaving, library, streams, sweeping
-from .keeper import MAX_TIMEOUT, Keeper
+from .keeper import MAX_TIMEOUT, NEVER, Keeper
 from .snippet import Forked, Snippet
 
 TYPE_CHECKING = False
@@ -65,8 +65,8 @@ class Launcher:
         self._wake, self._wake_end = os.pipe()
         self._host: int | None = None
         self._cold = list(WARM)  # what is not loaded yet
-        self._warm_up_at: float | None = None
-        self._deadline: float | None = None  # for the keepers, once the host is gone
+        self._warm_up_at = NEVER
+        self._deadline = NEVER  # for the keepers, once the host is gone
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -86,11 +86,8 @@ class Launcher:
             self._step()
 
     def _step(self) -> None:
-        timeout = 1.0 if self._host is None else MAX_TIMEOUT
-        if self._deadline is not None:
-            timeout = min(max(0.0, self._deadline - time.monotonic()), MAX_TIMEOUT)
-        if self._warm_up_at is not None:
-            timeout = min(timeout, max(0.0, self._warm_up_at - time.monotonic()))
+        timeout = max(0.0, min(self._deadline, self._warm_up_at) - time.monotonic())
+        timeout = min(timeout, 1.0 if self._host is None else MAX_TIMEOUT)
         for fd, _ in self._poll.poll(1000 * timeout):
             if fd == self._wake:
                 os.read(fd, 65536)
@@ -99,14 +96,14 @@ class Launcher:
                 self._on_host_gone()
             else:
                 self._hear_host()
-        if self._warm_up_at is not None and time.monotonic() >= self._warm_up_at:
+        if time.monotonic() >= self._warm_up_at:
             self._warm_up()
         if self._host is None and os.getppid() != self._config["host"]:
             self._on_host_gone()
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if time.monotonic() >= self._deadline:
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGKILL)
-            self._deadline = float("inf")
+            self._deadline = NEVER
 
     def _set_signals(self) -> None:
         """Ignore signals that are meant for others, and reset the rest for the snippets.
@@ -190,7 +187,7 @@ class Launcher:
                 kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)
             self._lifeline_end = -1
-            self._warm_up_at = None
+            self._warm_up_at = NEVER
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGCONT)  # a stopped one would not notice
             self._deadline = time.monotonic() + self._config["grace"] + SWEEP_ALLOWANCE
@@ -202,7 +199,7 @@ class Launcher:
         if self._cold:  # one at a time: a host that is gone waits for this launcher's end
             library.module(self._cold.pop(0))
         else:
-            self._warm_up_at = None
+            self._warm_up_at = NEVER
             gc.collect()
             self._fork(ahead=True)
 
