@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # The first attribute that its type has says how a value is converted.
 _CONVERSIONS = (
+    ("__index__", "convert it with int()"),
+    ("__float__", "convert it with float()"),
     ("isoformat", "convert it with .isoformat()"),
     ("to_dict", "convert it with .to_dict()"),
     ("__dataclass_fields__", "convert it with dataclasses.asdict()"),
@@ -104,9 +106,6 @@ def _conversion(kind: type) -> str:
         return "convert it with .tolist()"
     if "bool" in kind.__name__:
         return "convert it with bool()"
-    for name, function in (("__index__", "int"), ("__float__", "float")):
-        if hasattr(kind, name):
-            return f"convert it with {function}()"
     found = (advice for name, advice in _CONVERSIONS if hasattr(kind, name))
     return next(found, _OTHERWISE)
 
