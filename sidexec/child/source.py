@@ -105,13 +105,15 @@ def _with_top_level_return(
     function.body = [ast.Global(names), *body] if names else body
     shell.body = [*prelude, function]
     exec(_compile(ast.fix_missing_locations(shell), filename), namespace)
-    code = statements.put_objects(_as_module(namespace.pop(_MODULE).__code__))
+    code = statements.as_module(namespace.pop(_MODULE).__code__)
     if sys.version_info >= (3, 15):
         code = _with_imports_of(plain, code)
 
     last = max(returns, key=lambda node: (node.lineno, node.col_offset)).value
     partial = None
-    if last is not None and all(_is_display(node) for node in ast.walk(last)):
+    displays = (ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple)
+    kinds = (*displays, ast.UnaryOp, ast.USub, ast.expr_context)
+    if last is not None and all(isinstance(node, kinds) for node in ast.walk(last)):
         expression = ast.Expression(last)
         partial = compile(expression, filename, "eval", dont_inherit=True)
     return code, partial
@@ -199,7 +201,7 @@ class _Statements:
             self._namespace.setdefault(_CONDITIONAL, set())
 
     def _star_import(self, node: ast.ImportFrom) -> ast.stmt:
-        """`update(pairs(__import__(...)))`, of the objects that `put_objects` puts there.
+        """`update(pairs(__import__(...)))`, of the objects that `as_module` puts there.
 
         All that can fail is C code, so that no frame of ours stands in a traceback.
         """
@@ -209,11 +211,13 @@ class _Statements:
         module = ast.Call(load, [*origin, *what], [])
         return ast.Expr(ast.Call(update, [ast.Call(pairs, [module], [])], []))
 
-    def put_objects(self, code: CodeType) -> CodeType:
-        """Put the objects in the place of the constants that stand for them."""
+    def as_module(self, code: CodeType) -> CodeType:
+        """Make the function's code run as a module's does, with the objects in their places."""
+        code = _qualified(code)
         get = self._objects.get
         constants = (get(each, each) if type(each) is str else each for each in code.co_consts)
-        return code.replace(co_consts=tuple(constants))
+        flags = code.co_flags & ~(CO_OPTIMIZED | CO_NEWLOCALS)
+        return code.replace(co_consts=tuple(constants), co_flags=flags)
 
 
 def _rewrite(tree: ast.Module, replace: Callable[[ast.stmt], list[ast.stmt] | None]) -> ast.Module:
@@ -278,18 +282,6 @@ def _is_prelude(node: ast.stmt) -> bool:
         return node.module == "__future__" and not node.level
     value = node.value if isinstance(node, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _is_display(node: ast.AST) -> bool:
-    kinds = (ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.expr_context)
-    return isinstance(node, (*kinds, ast.UnaryOp, ast.USub))
-
-
-def _as_module(code: CodeType) -> CodeType:
-    """Make a function's code object run as a module's does."""
-    code = code.replace(co_flags=code.co_flags & ~(CO_OPTIMIZED | CO_NEWLOCALS))
-    qualified: CodeType = _qualified(code)
-    return qualified
 
 
 def _with_imports_of(plain: CodeType, code: CodeType) -> CodeType:
