@@ -55,8 +55,6 @@ class Keeper:
         self._poll = select.poll()
         self._wake_poll = select.poll()
         self._inbox = Inbox(FROM_HOST)
-        self._wake = -1
-        self._leader = 0
         self._leader_reaped = False
         self._exit_code: int | None = None
         self._asked_at: float | None = None

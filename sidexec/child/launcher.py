@@ -215,8 +215,6 @@ class Launcher:
             self.send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
             return
         control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
-        for_host = [control, channel, out, err]
-        for_snippet = [snippet_channel, snippet_out, snippet_err]
         if pid == 0:
             launchers = [self._wake, self._wake_end, self._lifeline_end, self._children]
             kernel.close_all([*launchers, self._socket.detach(), control, channel])
@@ -224,12 +222,13 @@ class Launcher:
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
             # The first one is waited for as it is.
-            keeper.run(for_snippet, rehearse=not self._cold)
+            keeper.run([snippet_channel, snippet_out, snippet_err], rehearse=not self._cold)
             os.dup2(snippet_out, 1)
             os.dup2(snippet_err, 2)
             kernel.close_all([snippet_out, snippet_err])
             raise Forked(Snippet(snippet_channel, self._path, self._preloaded), not self._cold)
         self._keepers.add(pid)
+        for_host = (control, channel, out, err)
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in for_host)
         try:
             self._socket.sendmsg(
