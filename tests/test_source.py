@@ -126,6 +126,34 @@ def test_a_syntax_error_reads_as_that_of_a_file(run, name, as_file):
         assert data.error == f"{data.error_output.splitlines()[-1]}\n\n{data.error_output}"
 
 
+WARNING = "<snippet>:{}: SyntaxWarning: "
+
+
+@pytest.mark.parametrize(
+    "code, lines",
+    [
+        ("x = 1 is 1", [1]),
+        ("y = 2\nx = 1 is 1", [2]),
+        ("return 1 is 1", [1]),
+        ("x = 1 is 1\nif x: return 1 is 1\nx is 2\nassert (x, 'text')", [1, 2, 3, 4]),
+        ("if 0: return 1 is 1; 2 is 2\ndef f():\n    return 1 is 1", [1, 1, 3]),
+        ("x = '\\d'\nreturn 1 is 1\nx = '\\e'", [1, 2, 3] if NEW >= (3, 12) else [2]),
+    ],
+)
+def test_what_the_compiler_warns_of_is_told_once(manager, code, lines):
+    for _ in range(2):  # the second one in a snippet that was forked ahead
+        data = finish(manager, code)
+        told = [int(each) for each in re.findall(WARNING.format(r"(\d+)"), data.error_output)]
+        assert (data.status, sorted(told)) == ("completed", lines)
+        assert data.error_output.count("\n") == len(lines)  # no source lines, as by `python -c`
+
+
+@pytest.mark.parametrize("code", ["x = 1 is 1", "return 1 is 1", "return 0\n1 is 1"])
+def test_what_the_compiler_warns_of_is_an_error_where_warnings_are(make_manager, code):
+    manager = make_manager(env={**ENVIRONMENT, "PYTHONWARNINGS": "error"})
+    assert finish(manager, code).error.startswith('SyntaxError: "is" with ')
+
+
 # -- failures
 
 

@@ -20,7 +20,7 @@ from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT
 from . import confinement, kernel, leaving, library, source
 from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
 from .channel import Channel
-from .failures import Failures
+from .failures import FILENAME, Failures
 from .results import to_json
 
 TYPE_CHECKING = False
@@ -84,6 +84,7 @@ class Snippet:
             leaving.finish([], may_close=True)
             kernel.flush_c()
             sys.path[:] = path
+            library.module("linecache").cache.pop(FILENAME, None)  # the lines of this code
         header, self._descriptors = self._channel.receive(HEADER)
         length = int.from_bytes(header[1:], "big")
         umask, request = marshal.loads(self._channel.read(length))

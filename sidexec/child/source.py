@@ -19,6 +19,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ast
+    import warnings
     from collections.abc import Callable, Iterator
     from types import CodeType
     from typing import Any
@@ -48,7 +49,7 @@ def prepare(
     except SyntaxError as error:
         if error.msg != "'return' outside function":
             raise
-    global ast  # it costs what needs no tree some milliseconds
+    global ast, warnings  # they cost what needs no tree some milliseconds
     import ast
     import warnings
 
@@ -56,9 +57,7 @@ def prepare(
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, DEEP))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the first attempt has given them
-            return _with_top_level_return(source, filename, namespace)
+        return _with_top_level_return(source, filename, namespace)
     finally:
         sys.setrecursionlimit(limit)
 
@@ -86,8 +85,38 @@ def _with_top_level_return(
             return [ast.copy_location(ast.Pass(), node)]  # a constant could be a docstring
         return [ast.copy_location(ast.Expr(node.value), node)]
 
-    plain: CodeType = _compile(_rewrite(parse(), without_return), filename)
-    tree: ast.Module = parse()
+    with warnings.catch_warnings(record=True) as told:
+        plain: CodeType = _compile(_rewrite(parse(), without_return), filename)
+    if told:
+        _warn_of_the_rest(told, parse, filename)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _as_function(parse(), source, filename, namespace, plain, returns)
+
+
+def _warn_of_the_rest(told: list[Any], parse: Callable[[], Any], filename: str) -> None:
+    """Warn of what the first attempt has not come to: it ended at the first `return`."""
+    with warnings.catch_warnings(record=True) as given:
+        try:
+            _compile(parse(), filename)
+        except SyntaxError:
+            pass
+    before = [(each.lineno, str(each.message)) for each in given]
+    for each in told:
+        if (each.lineno, str(each.message)) in before:
+            before.remove((each.lineno, str(each.message)))
+        else:
+            warnings.warn_explicit(each.message, each.category, filename, each.lineno)
+
+
+def _as_function(
+    tree: ast.Module,
+    source: str | bytes,
+    filename: str,
+    namespace: dict[str, Any],
+    plain: CodeType,
+    returns: list[ast.Return],
+) -> tuple[CodeType, CodeType | None]:
     namespace["__doc__"] = ast.get_docstring(tree, clean=False)
     prelude: list[ast.stmt] = []
     while tree.body and _is_prelude(tree.body[0]):
