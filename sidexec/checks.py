@@ -86,6 +86,25 @@ def count(name: str, value: object, least: int) -> int:
     return value
 
 
+def function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}")
+    import inspect
+
+    if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(type(value).__call__):
+        raise TypeError(
+            f"{name} must be a plain function, not an asynchronous one: from it, call"
+            " loop.call_soon_threadsafe"
+        )
+
+
+def options(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """As Python says it of a function's own parameters."""
+    for each in given:
+        if each not in known:
+            raise TypeError(f"{name}() got an unexpected keyword argument {each!r}")
+
+
 def names(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be names of modules, such as ['json'], not {value!r}")

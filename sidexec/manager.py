@@ -27,7 +27,7 @@ from .responses import (
     StartSideExecutionResponse,
     StopSideExecutionResponse,
 )
-from .starting import DEFAULT, Default, Path, Request, interpreter
+from .starting import DEFAULT, Default, Path, Request, StartOptions, interpreter
 
 if os.name == "posix":  # elsewhere the constructor says so, not an import
     from .engine.engine import CLOSED, Engine
@@ -36,6 +36,8 @@ if os.name == "posix":  # elsewhere the constructor says so, not an import
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from typing_extensions import Unpack  # which type checkers bring
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +169,7 @@ class ExecutionManager(Lifetime):
         timeout: float | None | Literal[Default.DEFAULT] = DEFAULT,
         *,
         check: bool = False,
-        **options: Any,
+        **options: Unpack[StartOptions],
     ) -> GetSideExecutionStatusResponse:
         """Start Python source, wait for its end, and return its status.
 
@@ -176,6 +178,7 @@ class ExecutionManager(Lifetime):
         and the status `failed`. With `check`, `SideExecutionError` is raised unless the
         execution has completed.
         """
+        checks.options("run", options, StartOptions.__annotations__)
         checks.instance("check", check, bool)
         id = os.urandom(16).hex()
         request = Request(checks.text("code", code), None, (), params, timeout, **options)

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 from .manager import ExecutionManager
 from .responses import GetSideExecutionStatusResponse
+from .starting import DEFAULT, Default, Path, StartOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # which type checkers bring
+
+
+class RunOptions(StartOptions, total=False):
+    check: bool
+    python: Path | None
+    default_timeout: float | None
+    grace_period: float
+    max_output: int
+    max_history: int
+    preload: Iterable[str]
 
 
 def run(
     code: str,
     params: dict[str, Any] | None = None,
-    timeout: float | None = 300.0,
-    **options: Any,
+    timeout: float | None | Literal[Default.DEFAULT] = DEFAULT,
+    **options: Unpack[RunOptions],
 ) -> GetSideExecutionStatusResponse:
     """Run Python source in a new manager, close the manager, and return the status.
 
-    `options` are those of `ExecutionManager` and of its method `run`.
+    `timeout` is in seconds, 300 by default, None for no limit. `options` are those of
+    `ExecutionManager` and of its method `run`.
     """
-    manager_only = {
-        "python",
-        "grace_period",
-        "default_timeout",
-        "max_output",
-        "max_history",
-        "preload",
-    }
-    own = {name: options.pop(name) for name in manager_only & options.keys()}
+    given: dict[str, Any] = dict(options)
+    of_manager = RunOptions.__annotations__.keys() - StartOptions.__annotations__.keys() - {"check"}
+    own = {name: given.pop(name) for name in of_manager & given.keys()}
     with ExecutionManager(**own) as manager:
-        return manager.run(code, params, timeout, **options)
+        return manager.run(code, params, timeout, **given)

@@ -10,8 +10,8 @@ import enum
 import marshal
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, Literal, Union
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict, Union
 
 from . import checks
 from .confinement import Confinement
@@ -37,6 +37,20 @@ class Default(enum.Enum):
 
 DEFAULT: Literal[Default.DEFAULT] = Default.DEFAULT
 """As a `timeout`: the one that the manager was made with."""
+
+
+class StartOptions(TypedDict, total=False):
+    """What `run` takes beside its own arguments, as `start_with_code` does."""
+
+    thread_id: str | None
+    cwd: Path | None
+    env: Mapping[str, str] | None
+    limits: Limits | None
+    confinement: Confinement | None
+    on_output: Callable[[OutputChunk], object] | None
+    input: str | bytes | None
+    stdin: int | None
+    stderr: int | None
 
 
 # For `stdin`, from the command line alone: what this process has.
@@ -94,9 +108,8 @@ class Request:
             checks.instance("limits", self.limits, Limits)
         if self.confinement is not None:
             checks.instance("confinement", self.confinement, Confinement)
-        if self.on_output is not None and not callable(self.on_output):
-            kind = type(self.on_output).__name__
-            raise TypeError(f"on_output must be callable, not {kind}")
+        if self.on_output is not None:
+            checks.function("on_output", self.on_output)
 
         if isinstance(self.input, str):
             self.input = checks.utf8("input", self.input).encode()

@@ -43,6 +43,15 @@ class BytesPath:
         return b"/tmp"
 
 
+async def asynchronous(chunk):
+    pass
+
+
+class Asynchronous:
+    async def __call__(self, chunk):
+        pass
+
+
 # -- wrong types and impossible values
 
 TIMES = ("5", b"5", True, [5], -1, -0.001, NAN, float("-inf"), HUGE)
@@ -63,7 +72,7 @@ START = {
     "cwd": PATHS,
     "env": VARIABLES,
     "limits": ({"memory": 5}, 5, Limits),
-    "on_output": (5, "print", [print]),
+    "on_output": (5, "print", [print], asynchronous, Asynchronous()),
     "confinement": ({}, []),
 }
 # For each call its arguments, and values that they can't have.

@@ -41,10 +41,17 @@ def test_a_run_that_can_not_be_started(manager):
 def test_misuse_of_run_raises(manager):
     with pytest.raises(TypeError, match="check"):
         manager.run("pass", check=1)
-    with pytest.raises(TypeError, match="nonsense"):
-        manager.run("pass", nonsense=1)
+    for run in manager.run, sidexec.run:
+        for name in "nonsense", "args", "path", "block":
+            with pytest.raises(TypeError, match=rf"^run\(\) got an unexpected .* '{name}'$"):
+                run("pass", **{name: ["x"]})
     with pytest.raises(TypeError, match="code"):
         sidexec.run(1)
+
+
+def test_a_run_of_its_own_has_the_timeouts_of_both():
+    for options in {"default_timeout": 0.2}, {"timeout": 0.2, "default_timeout": 30}:
+        assert sidexec.run("import time; time.sleep(60)", **options).data.stop_reason == "timeout"
 
 
 def test_a_run_of_its_own_leaves_nothing():
