@@ -26,7 +26,7 @@ from .results import to_json
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from types import CodeType, ModuleType
+    from types import CodeType
     from typing import Any, NoReturn
 
 REHEARSAL: dict[str, Any] = {
@@ -154,8 +154,7 @@ class Snippet:
 
     def _take_globals(self) -> dict[str, Any]:
         namespace, self._namespace = self._namespace, {}
-        self._partial = self._reported = self._coroutine = None
-        self.clean_up = None
+        self._partial = self._reported = self._coroutine = self.clean_up = None
         self.returned = {}
         self._request.clear()
         return namespace
@@ -165,8 +164,7 @@ class Snippet:
     def _load(self, request: dict[str, Any]) -> CodeType:
         if request["cwd"] is not None:
             os.chdir(request["cwd"])
-        main: ModuleType = type(sys)("__main__")
-        sys.modules["__main__"] = main
+        sys.modules["__main__"] = main = type(sys)("__main__")
         self._namespace = namespace = vars(main)
         namespace["__builtins__"] = sys.modules["builtins"]
         if sys.version_info < (3, 14):
