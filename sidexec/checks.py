@@ -126,17 +126,20 @@ def arguments(name: str, value: object) -> tuple[str, ...]:
     return tuple(map("".join, value))  # of plain `str`: `marshal` takes no subclass
 
 
-def environment(name: str, value: object) -> dict[str, str]:
+def environment(name: str, value: object) -> dict[bytes, bytes]:
+    """As the system has it."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping of str to str, not {type(value).__name__}")
-    checked = {text(f"each key of {name}", k): text(f"{name}[{k!r}]", v) for k, v in value.items()}
-    for key, item in checked.items():
+    given = {text(f"each key of {name}", k): text(f"{name}[{k!r}]", v) for k, v in value.items()}
+    checked = {}
+    for key, item in given.items():
         try:
             encoded = os.fsencode(key), os.fsencode(item)
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} can't hold the variable {key!r}: {error}") from None
         if not key or "=" in key or any(b"\0" in each for each in encoded):
             raise ValueError(f"{name} can't hold the variable {key!r}")
+        checked[encoded[0]] = encoded[1]
     return checked
 
 

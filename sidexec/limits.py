@@ -42,4 +42,5 @@ class Limits:
             "RLIMIT_NPROC": self.processes,
             "RLIMIT_NOFILE": self.open_files,
         }
-        return {name: value for name, value in wanted.items() if value is not None}
+        # As plain `int`: `marshal` takes no subclass.
+        return {name: int(value) for name, value in wanted.items() if value is not None}

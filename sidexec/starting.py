@@ -228,12 +228,12 @@ def interpreter(python: Path | None) -> str:
     return checks.absolute(path) if os.sep in path else path
 
 
-def _current_environment() -> dict[Any, Any]:
-    # As the system has it, where `os.environ` keeps that: its own copy decodes each item.
-    raw: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
+def _current_environment() -> Environment:
+    # Where `os.environ` keeps what the system has: to decode and encode each item takes longer.
+    raw: Environment | None = getattr(os.environ, "_data", None)
     while True:
         try:
-            return dict(os.environ if raw is None else raw)
+            return dict(os.environb if raw is None else raw)
         except (KeyError, RuntimeError):
             pass  # another thread has just changed it
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish, run_as_host
+from conftest import HOST_ENVIRONMENT, ROOT, finish, run_as_host
 
 from sidexec import ExecutionManager
 from sidexec.engine import payload
@@ -25,6 +25,28 @@ import os
 print([os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in range(3, 256)
        if os.path.lexists(f"/proc/self/fd/{fd}")])
 """
+
+
+def test_a_default_timeout_of_sockets_does_not_concern_the_launcher(make_manager):
+    socket.setdefaulttimeout(1e-3)
+    try:
+        assert finish(make_manager(), "return 7").result == 7
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_a_host_in_which_bytes_and_str_are_never_compared():
+    code = f"""{NESTED.replace("return manager", "print(manager").rstrip()})
+import os
+with sidexec.ExecutionManager(env=dict(os.environ)) as manager:
+    print(manager.run("return 6").check().data.result)
+    print(manager.run("return 7", env={{"PATH": os.defpath}}).check().data.result)
+with sidexec.ExecutionManager(python=os.path.basename(sys.executable)) as manager:
+    print(manager.run("return 8").data.status)
+"""
+    command = [sys.executable, "-bb", "-c", code]
+    done = subprocess.run(command, env=HOST_ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split()[:3], done.stderr) == (["5", "6", "7"], "")
 
 
 # -- python

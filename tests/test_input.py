@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import begin, descriptors, eventually
+from conftest import begin, descriptors, eventually, within
 from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
@@ -74,6 +74,22 @@ def test_what_is_never_read_is_not_said_to_be_sent(manager, tmp_path, first):
     assert not answer.success
     assert re.search("nobody reads its|completed: it reads no more", answer.error)
     assert manager.wait(id).data.status == "completed"
+
+
+def test_to_write_a_large_input_in_small_parts_copies_it_no_further(monkeypatch):
+    reader, writer = map(Descriptor, os.pipe())
+    written = bytearray()
+
+    def write(fd, data):
+        written.extend(data[:100])
+        return len(data[:100])
+
+    input = Input(writer, b"x" * 16_000_000, is_open=False)
+    monkeypatch.setattr(os, "write", write)
+    with within(20):  # of 1,280 GB that would have to be copied
+        input.write()
+    assert len(written) == 16_000_000 and input.writer is None
+    reader.close()
 
 
 def test_who_sends_too_much_waits_until_it_is_read_or_all_is_over(manager):

@@ -1,6 +1,7 @@
 """What is said when a manager is made, what it remembers, and how it ends."""
 
 import concurrent.futures
+import enum
 import functools
 import gc
 import glob
@@ -192,6 +193,15 @@ def test_the_bytes_that_are_remembered_are_bounded(make_manager, monkeypatch, co
     statuses = [manager.get_status(id).data.status for id in ids]
     assert statuses == ["not_found"] * (4 - kept) + ["completed"] * kept
     assert "5000" not in code or len(manager.get_status(ids[-1]).data.output) == 5001
+
+
+def test_the_bytes_of_errors_are_bounded_as_well(make_manager, monkeypatch):
+    monkeypatch.setattr(sidexec.engine.engine, "MAX_REMEMBERED_BYTES", 1000)
+    manager = make_manager()
+    code = "import sys\nsys.stderr = None\nraise ValueError('x' * 400)"
+    ids = [finish(manager, code).side_execution_id for _ in range(3)]
+    statuses = [manager.get_status(id).data.status for id in ids]
+    assert statuses == ["not_found", "not_found", "failed"]
 
 
 # -- close
@@ -433,6 +443,12 @@ def test_limits_are_frozen_and_comparable():
     assert limits == eval(repr(limits)) != Limits(memory=10)
     with pytest.raises(AttributeError):
         limits.memory = 5
+
+
+def test_limits_may_be_of_a_subclass_of_int(run):
+    many = enum.IntEnum("Many", {"FILES": 100}).FILES
+    code = "import resource\nreturn resource.getrlimit(resource.RLIMIT_NOFILE)[0]"
+    assert run(code, limits=Limits(open_files=many)).result == 100
 
 
 # -- threads and hosts

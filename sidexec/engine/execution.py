@@ -143,8 +143,9 @@ class Execution:
 
     @property
     def bytes_held(self) -> int:
-        """The bytes of output and result that are kept of it, once it has ended."""
-        return self.output.size + len(self.reported or b"")
+        """What is kept of it once it has ended, in bytes: output, result and error."""
+        error = (self.end and self.end.error) or ""
+        return self.output.size + len(self.reported or b"") + len(error)
 
     @property
     def end(self) -> End | None:

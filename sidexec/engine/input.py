@@ -26,7 +26,7 @@ class Input:
         self.changed = Bell()  # when there is less of it
         self._arrived: deque[bytes] = deque([data] if data else [])
         # These two are the execution's thread's own.
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[memoryview] = deque()
         self._size = 0
         self._has_lost = False
 
@@ -59,7 +59,7 @@ class Input:
         is_all = self.closed_by is not None  # looked at first: what came before is there then
         while self._arrived:
             self._size += len(self._arrived[0])  # first, so that nobody sees too little
-            self._waiting.append(self._arrived.popleft())
+            self._waiting.append(memoryview(self._arrived.popleft()))
         try:
             while writer is not None and self._waiting:
                 data = self._waiting[0]

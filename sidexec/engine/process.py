@@ -21,7 +21,7 @@ from .descriptors import Descriptor, Sender, close_all
 from .execution import describe_exit
 from .waiting import native, native_subprocess
 
-Environment = dict[Any, Any]  # of str, or of bytes
+Environment = dict[bytes, bytes]
 MAX_FDS = 64
 # How long it may take to read the code that it is sent, in seconds.
 PAYLOAD_LIMIT = 20.0
@@ -40,9 +40,10 @@ class Process:
         self._is_over = False
         self._said = b""  # the end of what it has written to its standard error
         self._inbox = protocol.Inbox(protocol.FROM_LAUNCHER)
-        ours, theirs = (each.detach() for each in _socket.socketpair())
-        self._sender: Sender | None = Sender(ours)
-        stdin = Descriptor(theirs)
+        ours, theirs = _socket.socketpair()
+        theirs.setblocking(True)  # the host may have set a default timeout
+        self._sender: Sender | None = Sender(ours.detach())
+        stdin = Descriptor(theirs.detach())
         self._errors, stderr = map(Descriptor, os.pipe())
         self._spawn(environment, stdin.fd, stderr.fd)
         stdin.close()
@@ -73,7 +74,7 @@ class Process:
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            env={**environment, payload.MARK: "1"},
+            env={**environment, payload.MARK.encode(): b"1"},
             close_fds=False,
         )
 
@@ -231,5 +232,5 @@ def _find(python: str, environment: Environment) -> str:
         return python
     import shutil
 
-    path = environment.get("PATH") or environment.get(b"PATH")
+    path = environment.get(b"PATH")
     return shutil.which(python, path=None if path is None else os.fsdecode(path)) or python
