@@ -271,6 +271,11 @@ ENDS = {
     "signals at the end": "import atexit, signal, sys\ndef show(*a): print(signal.pthread_sigmask(0, ()))\n"
     "signal.pthread_sigmask(0, [signal.SIGUSR1])\natexit.register(show)\n"
     "def hook(*error):\n    show()\n    sys.__excepthook__(*error)\nsys.excepthook = hook\n1 / 0",
+    "signals while an exit code is told": "import signal\nclass C:\n    def __str__(self):\n"
+    "        return str(signal.pthread_sigmask(0, ()))\nraise SystemExit(C())",
+    "never awaited": "async def f(): pass\nc = f()",
+    "never awaited, in a cycle": "async def f(): pass\nclass C: pass\nc = C()\nc.c = c\nc.f = f()",
+    "never awaited, returned by a function": "async def f(): pass\ndef g(x=f()): pass",
     "profiled to the end": "import atexit, sys\ndef profile(*a):\n"
     "    print(a[1], a[0].f_code.co_name, getattr(a[2], '__name__', ''))\n"
     "atexit.register(lambda: 0)\nsys.setprofile(profile)",

@@ -379,3 +379,29 @@ def test_without_a_thread_left_a_start_says_so(
         chunks = []
         assert finish(manager, "print('hello')", on_output=chunks.append).status == "completed"
         assert "".join(chunk.text for chunk in chunks) == "hello\n"
+
+
+def test_an_error_is_told_where_no_more_files_can_be_opened(make_manager):
+    code = "files = []\nwhile True: files.append(open('/dev/null'))"
+    for _ in range(2):  # in a first execution what describes an error is still to be loaded
+        data = finish(make_manager(), code, limits=Limits(open_files=50))
+        assert data.error.startswith("OSError: [Errno 24] Too many open files: '/dev/null'")
+        assert "Traceback" in data.error_output
+
+
+@limits_memory
+def test_code_that_has_filled_its_memory_ends_as_any_other(run):
+    code = """
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (300_000_000, 300_000_000))
+    held = []
+    try:
+        while True: held.append(bytearray(4000))
+    except MemoryError:
+        print("full")
+    return True
+    """
+    data = run(code)
+    assert (data.status, data.result, data.output) == ("completed", True, "full\n"), data
+    data = run(code.replace("except MemoryError", "finally"))
+    assert data.error.startswith("MemoryError") and "leaving" not in data.error_output, data

@@ -195,9 +195,15 @@ def test_a_result_that_is_too_large_says_so(run, call):
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.0001, 0.0003])
-def test_the_result_comes_though_a_signal_handler_raises_once_the_code_is_through(run, delay):
+@pytest.mark.parametrize(
+    "others", ["", "threading.Thread(target=time.sleep, args=(60,), daemon=True)"]
+)
+def test_the_result_comes_though_a_signal_handler_raises_once_the_code_is_through(
+    run, delay, others
+):
     code = f"""
-    import signal
+    import signal, threading, time
+    {others and others + ".start()"}
     def alarm(signum, frame):
         if frame.f_code.co_filename != "<snippet>":
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,10 +6,13 @@ standard error. It sends nothing.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
 import sys
 
 from . import library
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .leaving import Observers
 
 FILENAME = "<snippet>"
 
@@ -31,11 +34,8 @@ class Failures:
         text = (self.text or "").replace("\r\n", "\n").replace("\r", "\n")
         return [line + "\n" for line in text.split("\n")]
 
-    def report(self, error: BaseException, mask: set[int]) -> str:
-        """Write an uncaught error to standard error; returns the text for the host.
-
-        `mask` are the signals that are blocked while the user's hook is called.
-        """
+    def report(self, error: BaseException, observers: Observers) -> str:
+        """Write an uncaught error to standard error; returns the text for the host."""
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
             trace = trace.tb_next
@@ -52,13 +52,26 @@ class Failures:
             # `traceback` imports some modules only when it meets what it needs them for.
             with library.OwnImports():
                 headline, formatted = self._describe(error)
+        except Exception:
+            return self._report_plainly(error)
+        try:
             # Without a traceback, the first line is the one that a user looks for.
             text = formatted if formatted.startswith(headline) else f"{headline}\n\n{formatted}"
             if sys.excepthook is not sys.__excepthook__:
-                formatted = self._call_excepthook(error, formatted, mask)
+                formatted = self._call_excepthook(error, formatted, observers)
             sys.stderr.write(formatted)
         except BaseException:
             pass  # its standard error is gone; the exit code still tells
+        return text
+
+    def _report_plainly(self, error: BaseException) -> str:
+        """The same with what there is: no file may be opened any more, or no memory be left."""
+        text = type(error).__name__
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+            text += f": {error}"
+        except BaseException:
+            pass
         return text
 
     def _add_line(self, error: SyntaxError) -> None:
@@ -68,11 +81,10 @@ class Failures:
             if error.lineno is not None and 0 < error.lineno <= len(lines):
                 error.text = lines[error.lineno - 1]
 
-    def _call_excepthook(self, error: BaseException, formatted: str, mask: set[int]) -> str:
+    def _call_excepthook(self, error: BaseException, formatted: str, observers: Observers) -> str:
         """Call the user's hook; returns what is still to be written."""
-        blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
         try:
-            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+            observers.take_signals()
             sys.excepthook(type(error), error, error.__traceback__)
             return ""
         except SystemExit as another:
@@ -82,7 +94,7 @@ class Failures:
             failed = self._describe(another)[1]
             return f"Error in sys.excepthook:\n{failed}\nOriginal exception was:\n{formatted}"
         finally:
-            _signal.pthread_sigmask(_signal.SIG_SETMASK, blocked)
+            observers.put_off_signals()
 
     def _describe(self, error: BaseException) -> tuple[str, str]:
         traceback = library.module("traceback")

@@ -40,6 +40,16 @@ _FILE = io.IOBase.__base__  # what all files are: it has the finalizer that clos
 # Not followed: through these, every object is reachable from every other.
 _OPAQUE = (type, type(sys), type(lambda: 0))
 
+# Frees what `take` returns, and what is garbage. What Python warns of meanwhile, such as a
+# coroutine that was never awaited, names the place that it names at an interpreter's own end,
+# where it can't import `tracemalloc` either, to advise using that.
+_NOWHERE = ("<sys>", 0) if sys.version_info >= (3, 13) else ("sys", 1)
+_free = eval(
+    compile("lambda take=bool: (take(), None)[1] or collect()", _NOWHERE[0], "eval"),
+    {"collect": gc.collect},
+)
+_free.__code__ = _free.__code__.replace(co_firstlineno=_NOWHERE[1])
+
 # No functions of Python's, nor built-in ones, so that what observes the code sees no call.
 _set_trace = _functools.partial(sys.settrace)
 _set_profile = _functools.partial(sys.setprofile)
@@ -50,13 +60,35 @@ _set_events = _functools.partial(getattr(_monitoring, "set_events", bool))
 
 
 class Observers:
-    """What observes the code at its end, as `payload.BOOT` has found it, and taken off."""
+    """What observes the code at its end, as `payload.BOOT` has found it, and taken off.
+
+    So are its signal handlers.
+    """
 
     def __init__(self) -> None:
         self.trace: Any = None
         self.profile: Any = None
         self.tools: dict[int, int] = {}  # of `sys.monitoring`, and the events of each
-        self.mask: set[int] | None = None  # the blocked signals
+        self._handlers: dict[int, Any] = {}  # of signals, that are put off
+        self._late: dict[int, object] = {}  # the signals that have come meanwhile
+
+    def put_off_signals(self) -> None:
+        """Have no signal handler of the user's run until `take_signals`.
+
+        Were the signals blocked, what the user's code starts meanwhile would inherit that; and
+        one that comes to another thread has its handler run in this one all the same.
+        """
+        for number in _signal.valid_signals() - {_signal.SIGTERM, _signal.SIGURG}:
+            handler = _signal.getsignal(number)
+            if callable(handler) and number not in self._handlers:
+                self._handlers[number] = handler
+                _signal.signal(number, self._late.setdefault)
+
+    def take_signals(self) -> None:
+        while self._handlers:
+            _signal.signal(*self._handlers.popitem())
+        while self._late:
+            _signal.raise_signal(self._late.popitem()[0])
 
 
 def leave(
@@ -78,15 +110,19 @@ def leave(
         vars(sys).pop(name, None)  # as the interpreter does: their frames hold the globals
     # Not while threads run, which would lose their globals: the interpreter's end waits for them.
     is_quick = not _thread._count()
-    if is_quick:
-        let_go(take_globals)
-    else:
-        take_globals()
-    flush([getattr(sys, name, None) for name in ("stdout", "stderr")])
-    if not finish(preloaded, may_close=is_quick):
-        is_quick = False
+    try:
+        if is_quick:
+            sys.modules.setdefault("tracemalloc", None)  # type: ignore[arg-type]  # see `_free`
+            let_go(take_globals)
+        else:
+            take_globals()
+        flush([getattr(sys, name, None) for name in ("stdout", "stderr")])
+        is_done = finish(preloaded, may_close=is_quick)
+    except MemoryError:
+        is_done = False
+    if not is_done:
         gc.unfreeze()  # else what is reachable only from an older module would be missed
-    if not is_quick:
+    if not is_done or not is_quick:
         library.loaded.clear()  # what a module keeps open is closed first if nothing refers to it
         # They are the launcher's: other snippets still need its temporary files, for example.
         kernel.keep_for_ever([each for each in preloaded if not _is_file(each)])
@@ -106,7 +142,7 @@ def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
     """Wait for threads and run exit handlers, observed as the code has left it."""
     try:
         ask.phase = LEAVING
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, observers.mask or ())
+        observers.take_signals()
         if ask.has_come and is_snippet and "multiprocessing.process" in sys.modules:
             # Else it would wait for these; the sweep would terminate them, too.
             for child in sys.modules["multiprocessing.process"].active_children():
@@ -140,10 +176,9 @@ def let_go(take_globals: Callable[[], object]) -> None:
     if not finish([], may_close=True):
         # A collection reorders its objects: the next one then finds a buffer before the file
         # that it writes to.
-        gc.collect()
+        _free()
     sys.modules.pop("__main__", None)
-    take_globals()  # only their own functions still refer to them
-    gc.collect()
+    _free(take_globals)  # only their own functions still refer to them
 
 
 def finish(preloaded: list[Any], *, may_close: bool) -> bool:

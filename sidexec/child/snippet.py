@@ -142,7 +142,7 @@ class Snippet:
         if os.getpid() == self._pid:
             failure = self._send_result(failure)
         if failure is not None:
-            self._send_error(self._failures.report(failure, self.observers.mask or set()))
+            self._send_error(self._failures.report(failure, self.observers))
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             if self._failures.exit is not None:
                 exit_code, self._failures.exit = self._take_exit_code(self._failures.exit), None
@@ -152,12 +152,13 @@ class Snippet:
             self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, self.observers
         )
 
-    def _take_globals(self) -> dict[str, Any]:
-        namespace, self._namespace = self._namespace, {}
+    def _take_globals(self) -> object:
+        """Take what the user's code may have a reference to, for the caller to free."""
+        held = (self._namespace, self._reported, self._coroutine, self.clean_up, self.returned)
+        self._namespace, self.returned = {}, {}
         self._partial = self._reported = self._coroutine = self.clean_up = None
-        self.returned = {}
         self._request.clear()
-        return namespace
+        return held
 
     # -- what the user's code finds
 
@@ -252,7 +253,7 @@ class Snippet:
             text = str(error.code)
             if error is not self._failures.exit:  # else the failure itself has been told
                 self._send_error(f"exit code 1: {text}")
-            print(text, file=sys.stderr)
+            print(text, file=sys.stderr or sys.__stderr__)
         except Exception:
             pass  # its standard error is gone; the exit code still tells
         return 1

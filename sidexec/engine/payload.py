@@ -53,13 +53,14 @@ MARK = "EXECUTION_MANAGER_LAUNCHER"
 # are lazy, theirs are not: they could not be found any more. In a snippet's process `main`
 # returns, and its code is called from here, so that this frame is the only one below it.
 # 3 is `asking.SETTLING`. What observes the code (a trace or profile function, a monitoring
-# tool) is then taken off, by calls that none of these sees, and signals are blocked: what a
-# handler raises would cost the result. That may take a second try, after what is due now.
+# tool) is then taken off, by calls that none of these sees, and signal handlers are put off:
+# what one raises would cost the result. That may take a second try, after what is due now,
+# and must have no loop in its `try`: what is raised where a loop jumps back can pass that by.
 BOOT = (
     """\
 import sys
 if sys.version_info<(3,10):sys.exit("Python 3.10 or newer is needed, this is "+sys.version)
-import os,marshal,_signal,_frozen_importlib_external as e
+import os,marshal,_frozen_importlib_external as e
 from _functools import partial as q
 os.environ.pop("%s",None)
 try:os.setsid()
@@ -98,11 +99,10 @@ for n,k,s in l:
  exec(compile(s,n,"exec",dont_inherit=True)if type(s) is str else s,m.__dict__)
 for n,k,s in l:del sys.modules[n]
 if z:sys.set_lazy_imports(z)
-h=sys.gettrace,sys.settrace,sys.getprofile,sys.setprofile,_signal.pthread_sigmask
-g,u,h,v,k=map(q,h)
+g,u,h,v=map(q,(sys.gettrace,sys.settrace,sys.getprofile,sys.setprofile))
 w=getattr(sys,"monitoring",0)
 i,j,w=[q(getattr(w,x,{}.get))for x in("get_tool","get_events","set_events")]
-a=_signal.valid_signals()
+L,F,D,Z,M=list,filter,dict,zip,map
 t=m.main(c,p)
 if t:
  o=t.observers
@@ -114,13 +114,14 @@ if t:
  except b["BaseException"]as e:t.failure=e
  for x in 0,1,2:
   try:
-   if o.mask is None:o.mask=k(0,())
-   k(0,a)
+   n=L(F(i,(0,1,2,3,4,5)))
+   o.tools=o.tools or D(Z(n,M(j,n)));L(M(w,n,[0]*6))
+   o.profile=o.profile or h();v(None)
+   o.trace=o.trace or g();u(None)
+   o.put_off_signals()
    break
   except b["BaseException"]:pass
- for x in 0,1,2,3,4,5:
-  if i(x):o.tools[x]=j(x);w(x,0)
- o.profile=h();v(None);o.trace=g();u(None);t.end()
+ t.end()
 """
     % MARK
 )
