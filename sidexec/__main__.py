@@ -67,7 +67,7 @@ def _parser() -> _Parser:
         description="Run Python on the side, and be able to stop it.",
     )
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
-    commands = parser.add_subparsers(prog=parser.prog, metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog=parser.prog, metavar="{run,blocks}", required=True)
     run = commands.add_parser(
         "run",
         help="run Python code or an action block",
@@ -76,7 +76,8 @@ def _parser() -> _Parser:
         " a second one by force.",
         epilog="Exit code: the code's own (128 + n where signal n killed it); 0 where"
         " --stop-after stopped it; 2 bad usage; 124 timed out; 125 could not be started;"
-        " 130 stopped by Ctrl-C; 143 by SIGTERM.",
+        " 130 stopped by Ctrl-C; 143 by SIGTERM; 141 nobody reads the output; 1 it can't be"
+        " written.",
     )
     run.set_defaults(call=_run, parser=run)
     add = run.add_argument
@@ -85,11 +86,11 @@ def _parser() -> _Parser:
     add("block", nargs="...", metavar="PATH [ARG...]", help=f"{path} standard input")
     params = "`params` as a JSON object, or @FILE with one"
     add("--params", type=_params, metavar="JSON", help=params)
-    timeout = "stop it after S seconds, as timed out (default: no limit)"
+    timeout = "a limit: after S seconds stop it, and exit with 124 (default: none)"
     add("--timeout", type=_seconds, metavar="S", help=timeout)
     grace = "seconds that it has to clean up when it is stopped (default: 5)"
     add("--grace", type=_seconds, default=5.0, metavar="S", dest="grace_period", help=grace)
-    stop_after = "stop it after S seconds"
+    stop_after = "let it run for S seconds, then stop it, and exit with 0"
     add("--stop-after", type=_seconds, default=math.inf, metavar="S", help=stop_after)
     add("--cwd", metavar="DIR", help="the directory to run it in")
     add("--python", metavar="EXE", help="the interpreter to run it with")
@@ -154,7 +155,9 @@ def _run(arguments: argparse.Namespace) -> int:
     code, block = arguments.code, arguments.block
     if block[:1] == ["--"]:
         del block[0]
-    if (code is None) == (not block) or (block[:1] == ["-"] and block[1:]):
+    if (code is not None and block) or (block[:1] == ["-"] and block[1:]):
+        parser.error("-c CODE and - take no PATH and no arguments: pass them by --params")
+    if code is None and not block:
         parser.error("pass either -c CODE, or PATH, or - for code from standard input")
     if block == ["-"]:
         code = _read_standard_input(parser)

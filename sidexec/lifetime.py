@@ -32,8 +32,8 @@ class Lifetime:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"a {type(self).__name__} can't be copied or pickled: it belongs to the process"
-            " that has made it; make one where it is used"
+            "a manager can't be copied or pickled: it belongs to the process that has made it;"
+            " make one where it is used"
         )
 
     def __del__(self) -> None:

@@ -12,8 +12,8 @@ from . import checks
 class Limits:
     """What one execution's processes may each use, by the system's own limits.
 
-    memory: bytes of address space; more is a `MemoryError`.
-    cpu: seconds of processor time; at the limit, SIGXCPU.
+    memory: bytes of address space; more is a `MemoryError`. Not on a free-threaded Python.
+    cpu: seconds of processor time, rounded up to whole ones; at the limit, SIGXCPU.
     processes: how many the user may have when one more is forked (root is exempt).
     open_files: the number of descriptors.
 

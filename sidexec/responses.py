@@ -25,8 +25,9 @@ StopReason = Literal["requested", "timeout", "closed"]
 
 
 class SideExecutionError(Exception):
-    """What `raise_for_error` and `check` raise, and `follow` for an unknown id.
+    """What `raise_for_error`, `check` and a failed start's `id` raise.
 
+    So do `run(check=True)`, and `follow` and `future` for an unknown id.
     `response` is the response, and the text its `error`. If it is made from text alone, as
     task queues do, its response has only this text.
     """
@@ -106,7 +107,9 @@ class StatusData(_Wire):
 
     `duration` is in seconds and runs until the end. `memory_usage` is in bytes and
     `cpu_usage` in percent of one core, both None after the end; `peak_memory` in bytes, of
-    the largest process, and `cpu_time` in seconds, both None before it.
+    the largest process, and `cpu_time` in seconds, both None before it. `progress` is from 0
+    to 100. `exit_code` is negative if a signal killed it. `output_dropped` counts the bytes
+    of output that are not kept.
     """
 
     side_execution_id: str
@@ -250,7 +253,7 @@ class StartSideExecutionResponse(Response):
 
 
 class GetSideExecutionStatusResponse(Response):
-    """What `get_status` and `wait` return."""
+    """What `get_status`, `wait`, `run`, `send_input` and a future return."""
 
     type: ClassVar[str] = "getSideExecutionStatusResponse"
     data: StatusData
