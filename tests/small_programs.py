@@ -276,6 +276,7 @@ ENDS = {
     "never awaited": "async def f(): pass\nc = f()",
     "never awaited, in a cycle": "async def f(): pass\nclass C: pass\nc = C()\nc.c = c\nc.f = f()",
     "never awaited, returned by a function": "async def f(): pass\ndef g(x=f()): pass",
+    "exit with a text without a stream": "import sys\nsys.stderr = None\nsys.exit('x')",
     "profiled to the end": "import atexit, sys\ndef profile(*a):\n"
     "    print(a[1], a[0].f_code.co_name, getattr(a[2], '__name__', ''))\n"
     "atexit.register(lambda: 0)\nsys.setprofile(profile)",
