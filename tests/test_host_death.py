@@ -91,7 +91,9 @@ def running_host(trace, *codes, grace=GRACE, options=(), prelude=""):
         try:
             pid = int(host.stdout.readline() or host.stderr.read())
             worker = Process(pid) if pid else None
-            yield host, [Process(each) for each in tree(host.pid) if each != pid], worker
+            # The list may miss some while another process, or a thread of the host, ends.
+            found = eventually(lambda: tree(host.pid) == tree(host.pid) and tree(host.pid))
+            yield host, [Process(each) for each in found if each != pid], worker
         finally:
             host.kill()
             host.wait()
