@@ -155,6 +155,26 @@ def test_callbacks_of_futures_can_close_the_manager(make_manager):
         manager.close()
 
 
+def test_callbacks_of_futures_have_the_signal_mask_of_whoever_asked_for_the_future(make_manager):
+    """What a process that they start inherits; all threads of the library block all signals."""
+    manager = make_manager()
+    masks = []
+
+    def note(future):
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    own = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        for on_output in (None, lambda chunk: None):
+            id = begin(manager, when_asked("pass"), on_output=on_output)
+            manager.future(id).add_done_callback(note)
+            manager.future(id).cancel()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, own)
+    eventually(lambda: len(masks) == 2)
+    assert masks == [{*own, signal.SIGUSR2}] * 2
+
+
 def test_a_start_that_comes_while_a_launcher_is_let_go_of_is_not_stopped(make_manager, monkeypatch):
     retire, is_late, has_begun = Launcher.retire, threading.Event(), threading.Event()
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import _thread
 import logging
 import queue
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .output import STREAMS, Decoder, OutputChunk, Stream
-from .waiting import Bell, native, note_end, start_thread
+from .waiting import Bell, mask, masked, native, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,7 @@ class Delivery:
         self._when_over: Callable[[], object] | None = None
         self._over = Bell()
         self._thread: int | None = None
-        # The caller's signal mask, which threads that the callback starts inherit.
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._mask = mask()  # the caller's, for the callback
         self._wake: Callable[[], object] | None = None
 
     def start(self) -> None:
@@ -125,12 +123,10 @@ class Delivery:
 
     def _hand_over(self, chunks: Iterator[OutputChunk]) -> None:
         for chunk in chunks:
-            blocked = signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             try:
-                self._call(chunk)
+                with masked(self._mask):
+                    self._call(chunk)
             except BaseException:
                 # Even `SystemExit`: it would end this thread, and the output after it
                 # would be lost.
                 logger.exception("on_output of %s raised", self._id)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

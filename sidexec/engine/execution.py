@@ -21,7 +21,7 @@ from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
 from .output import Output
-from .waiting import Bell, note_end, start_thread
+from .waiting import Bell, mask, masked, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Execution:
         self.reported: bytes | None = None  # JSON, checked once it has ended
         self.usage: Sample | None = None  # set by readers, for readers
         self.changed = Bell()  # when the state has changed
-        self._calls: list[Callable[[], object]] = []
+        self._calls: list[tuple[set[int], Callable[[], object]]] = []  # with what signal mask
         # Filled by `setdefault`, which is atomic: the first one is the one that counts. Only
         # the owner is replaced, at the end.
         self._claims: dict[str, object] = {}
@@ -186,8 +186,11 @@ class Execution:
             self.finish(End("stopped"))
 
     def when_through(self, call: Callable[[], object]) -> None:
-        """Call `call` once, when this has ended and `on_output` has had everything."""
-        self._calls.append(call)
+        """Call `call` once, when this has ended and `on_output` has had everything.
+
+        It has the signal mask of this thread, whichever calls it.
+        """
+        self._calls.append((mask(), call))
         self._call_if_through()
 
     def _call_if_through(self) -> None:
@@ -196,11 +199,12 @@ class Execution:
             if self.delivery is not None and not self.delivery.is_over:
                 return
             try:
-                call = self._calls.pop(0)
+                own, call = self._calls.pop(0)
             except IndexError:
                 return
             try:
-                call()
+                with masked(own):
+                    call()
             except BaseException:  # of a callback of the user's: the others want theirs
                 logger.exception("a callback of a future of %s raised", self.id)
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Python 3.10 may crash if the interpreter ends while a thread does.
@@ -66,6 +66,21 @@ def _run(run: Callable[..., object], arguments: tuple[object, ...]) -> None:
     faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
     run(*arguments)
+
+
+def mask() -> set[int]:
+    """The calling thread's signal mask."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@contextlib.contextmanager
+def masked(mask: set[int]) -> Iterator[None]:
+    """Have this mask, which threads and processes that are started meanwhile inherit."""
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def note_end() -> None:
