@@ -20,6 +20,7 @@ from conftest import (
     ENVIRONMENT,
     FOREVER,
     IS_FREE_THREADED,
+    alarm,
     begin,
     eventually,
     finish,
@@ -260,6 +261,21 @@ def test_with_closes_and_close_stops_everything():
         with pytest.raises(ZeroDivisionError), ExecutionManager() as manager:
             manager.start_with_code(FOREVER)
             1 / 0
+
+
+def test_a_close_that_is_interrupted_leaves_nothing_once_all_has_ended(tmp_path):
+    def interrupt(signum, frame):
+        if "asked" in manager.get_status(id).data.output:
+            raise KeyboardInterrupt
+
+    code = "print('asked', flush=True)\nwhile not os.path.exists(params['go']): time.sleep(0.01)"
+    with nothing_left():
+        manager = ExecutionManager(grace_period=60)
+        id = begin(manager, when_asked(code), {"go": str(tmp_path / "go")})
+        with pytest.raises(KeyboardInterrupt), alarm(interrupt, 0.05, 0.05):
+            manager.close()
+        assert manager.get_status(id).data.status == "running"
+        (tmp_path / "go").touch()
 
 
 def test_a_manager_that_is_dropped_stops_what_runs(tmp_path):

@@ -180,9 +180,10 @@ class Engine:
         for execution in running:
             execution.stop("closed", grace)
         self._give_up_what_is_cut_off()
+        # Before the waits: what a signal handler raises may end those, and nobody closes again.
+        for launcher in list(self._launchers):
+            launcher.let_go()
         if not wait:
-            for launcher in list(self._launchers):
-                launcher.let_go()
             return
         for execution in running:
             execution.changed.wait_for(self.is_over(execution))
