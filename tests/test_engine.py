@@ -387,7 +387,7 @@ def test_an_internal_error_fails_one_execution(manager, monkeypatch, caplog):
         patch.setattr(thread._Run, "_hear_snippet", lambda *args: 1 / 0)
         data = manager.run("print()").data
     assert (data.status, data.error) == ("failed", "internal error: see the log")
-    assert "ZeroDivisionError" in caplog.text
+    eventually(lambda: "ZeroDivisionError" in caplog.text)
     assert result_of(manager, "return 1") == 1
 
 
@@ -603,6 +603,81 @@ def test_managers_are_closed_side_by_side_and_each_three_times_at_once(make_mana
             for manager in managers:
                 assert result_of(manager, "return 1") == 1
             list(pool.map(lambda manager: manager.close(), managers * 3))
+
+
+# -- logs that raise
+
+
+class Raising(logging.Handler):
+    """As the default one does where `sys.stderr` is closed."""
+
+    def emit(self, record):
+        raise ValueError("I/O operation on closed file.")
+
+
+@pytest.fixture
+def raising_log(monkeypatch):
+    """Handlers that raise; what raises in the end of a thread would be shown."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    handler, loggers = Raising(), [logging.getLogger(), logging.getLogger("sidexec")]
+    for each in loggers:
+        each.addHandler(handler)
+    yield
+    for each in loggers:
+        each.removeHandler(handler)
+    assert shown == []
+
+
+def raise_error(*args):
+    raise ZeroDivisionError
+
+
+def test_where_the_log_raises_all_callbacks_are_called_though_they_raise(manager, raising_log):
+    got, done = [], []
+
+    def on_output(chunk):
+        got.append(chunk)
+        raise_error()
+
+    id = begin(manager, FOREVER, on_output=on_output)
+    futures = [manager.future(id) for _ in range(3)]
+    for each in futures:
+        each.add_done_callback(lambda each: done.append(each) or raise_error())
+    assert manager.stop(id).data.status == "stopped"
+    assert [each.result(20).data.status for each in futures] == ["stopped"] * 3
+    eventually(lambda: done == futures and got)
+
+
+def test_where_the_log_raises_what_on_output_loses_keeps_no_stop(manager, raising_log):
+    over = threading.Event()
+    ids = [
+        begin(manager, FOREVER, on_output=lambda chunk: over.wait(60)),
+        begin(manager, FOREVER, on_output=lambda chunk: over.wait(60)),
+    ]
+    for id in ids:
+        eventually(lambda id=id: manager._engine.executions[id].delivery._taken)
+        manager._engine.executions[id].delivery.put("stdout", b"never passed on")
+    try:
+        assert [each.data.status for each in manager.stop_all(grace=0.1)] == ["stopped"] * 2
+    finally:
+        over.set()
+
+
+def test_where_the_log_raises_a_launcher_or_a_pair_that_fails_keeps_nobody(
+    make_manager, preloading, monkeypatch, raising_log
+):
+    manager = preloading({"no_forks": "import os; os.fork = None"})
+    with within(20):
+        assert "has failed" in manager.start_with_code("pass").error
+        manager.close()
+    manager = make_manager()
+    with monkeypatch.context() as patch, within(20):
+        patch.setattr(Process, "hear", raise_error)
+        assert "internal error" in manager.start_with_code("pass").error
+    with monkeypatch.context() as patch, within(20):
+        patch.setattr(Pair, "watch", raise_error)
+        assert manager.run("pass").data.error == "internal error: see the log"
 
 
 # -- threads that are none

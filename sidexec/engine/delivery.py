@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .output import STREAMS, Decoder, OutputChunk, Stream
-from .waiting import Bell, mask, masked, native, note_end, start_thread
+from .waiting import Bell, log, mask, masked, native, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Delivery:
 
     def _log_loss(self, size: int) -> None:
         if size:
-            logger.warning("on_output of %s never got %d bytes", self._id, size)
+            log(logger, logging.WARNING, "on_output of %s never got %d bytes", self._id, size)
 
     def _hand_over(self, chunks: Iterator[OutputChunk]) -> None:
         for chunk in chunks:
@@ -129,4 +129,4 @@ class Delivery:
             except BaseException:
                 # Even `SystemExit`: it would end this thread, and the output after it
                 # would be lost.
-                logger.exception("on_output of %s raised", self._id)
+                log(logger, logging.ERROR, "on_output of %s raised", self._id, exc_info=True)

@@ -21,7 +21,7 @@ from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
 from .output import Output
-from .waiting import Bell, mask, masked, note_end, start_thread
+from .waiting import Bell, log, mask, masked, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,8 @@ class Execution:
                 with masked(own):
                     call()
             except BaseException:  # of a callback of the user's: the others want theirs
-                logger.exception("a callback of a future of %s raised", self.id)
+                message = "a callback of a future of %s raised"
+                log(logger, logging.ERROR, message, self.id, exc_info=True)
 
     # -- from its owner
 

@@ -19,7 +19,7 @@ from .execution import Execution
 from .pair import LOOK_INTERVAL, NO_DESCRIPTORS, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
-from .waiting import Bell, native, note_end, start_thread
+from .waiting import Bell, log, native, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +193,11 @@ class Launcher:
         except OSError as error:
             self._failure = _explain(error, python)
         except Exception as error:
-            logger.exception("internal error in the thread of a launcher")
             self._failure = f"internal error: {error!r}"
-        self._end()
+            message = "internal error in the thread of a launcher"
+            log(logger, logging.ERROR, message, exc_info=True)
+        finally:
+            self._end()
 
     def _serve(self, process: Process) -> None:
         loaded_by = time.monotonic() + BOOT_LIMIT
@@ -217,7 +219,7 @@ class Launcher:
                     self.requests.miss(is_ahead == "1", reason)
                 elif kind == protocol.FAULT:
                     self._failure = f"the launcher (pid {process.pid}) has failed: {text}"
-                    logger.error("%s", self._failure)
+                    log(logger, logging.ERROR, "%s", self._failure)
                 elif kind == protocol.SWEEPING:
                     for each in list(self._pairs.values()):
                         each.swept_at = time.monotonic()

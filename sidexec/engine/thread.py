@@ -24,6 +24,7 @@ from .execution import End, Execution, describe_exit
 from .pair import Pair, Pids
 from .requests import Requests
 from .results import parse_result
+from .waiting import log
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,9 @@ def main(pair: Pair, launcher: Launcher) -> None:
         if execution is not None:
             _Run(execution, pair, launcher).run()
     except Exception:
-        logger.exception("internal error in the thread of a pair")
         if execution is not None and execution.end is None:
             execution.finish(End("failed", error="internal error: see the log"))
+        log(logger, logging.ERROR, "internal error in the thread of a pair", exc_info=True)
     finally:
         pair.close()
         launcher.release(pair)
@@ -283,7 +284,7 @@ class _Run:
         # Afterwards, since whoever waits may hold the lock of a log's handler.
         if self._fault is not None:
             level = logging.ERROR if self._keeper_fault else logging.WARNING
-            logger.log(level, "%s: %s", execution.id, self._fault)
+            log(logger, level, "%s: %s", execution.id, self._fault)
         level = logging.WARNING if end.stuck else logging.INFO if end.forced else logging.DEBUG
         how = "by force" if end.forced else "as asked" if execution.stopping else "by itself"
-        logger.log(level, "%s is %s, %s", execution.id, status, how)
+        log(logger, level, "%s is %s, %s", execution.id, status, how)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -81,6 +82,17 @@ def masked(mask: set[int]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def log(
+    logger: logging.Logger, level: int, message: str, *values: object, exc_info: bool = False
+) -> None:
+    """Log where others wait for this thread: what a handler raises must not end what it does.
+
+    The one of the standard library raises where `sys.stderr` is closed.
+    """
+    with contextlib.suppress(Exception):
+        logger.log(level, message, *values, exc_info=exc_info, stacklevel=2)
 
 
 def note_end() -> None:
