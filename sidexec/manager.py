@@ -134,7 +134,7 @@ class ExecutionManager(Lifetime):
         """
         code = checks.text("code", code)
         options = (thread_id, cwd, env, limits, confinement, on_output, input, stdin, stderr)
-        return self._start(Request(code, None, (), params, timeout, *options))
+        return self._start(Request(code, None, (), params, timeout, *options))[0]
 
     def start_with_action_block(
         self,
@@ -160,7 +160,7 @@ class ExecutionManager(Lifetime):
         """
         block = checks.path("path", path)
         options = (thread_id, cwd, env, limits, confinement, on_output, input, stdin, stderr)
-        return self._start(Request(None, block, args, params, timeout, *options))
+        return self._start(Request(None, block, args, params, timeout, *options))[0]
 
     def run(
         self,
@@ -180,20 +180,18 @@ class ExecutionManager(Lifetime):
         """
         checks.options("run", options, StartOptions.__annotations__)
         checks.instance("check", check, bool)
-        id = os.urandom(16).hex()
         request = Request(checks.text("code", code), None, (), params, timeout, **options)
         try:
-            started = self._start(request, id)
-            if started.success:
-                response = self.wait(id)
-            else:
-                response = answering.status_of_none(started)
+            started, execution = self._start(request)
+            response = answering.status_of_none(started)
+            if execution is not None:
+                response = self._wait(execution, None)
         except BaseException:
-            self._stop([id], self._grace)
+            self._stop([request.id], self._grace)
             raise
         return response.check() if check else response
 
-    def _start(self, request: Request, id: str | None = None) -> StartSideExecutionResponse:
+    def _start(self, request: Request) -> tuple[StartSideExecutionResponse, Execution | None]:
         request.fill_from(self._default)
         request.check()
         error = CLOSED if self._engine.is_closing else self._engine.foreign
@@ -201,18 +199,17 @@ class ExecutionManager(Lifetime):
             error = SHUTTING_DOWN
         error = error or request.why_not()
         if error is not None:
-            return request.answer(None, error)
-        id = id or os.urandom(16).hex()
+            return request.answer(None, error), None
         try:
-            execution = request.execution(id, Output(self._max_output, self._texts))
+            execution = request.execution(Output(self._max_output, self._texts))
         except OSError as problem:
-            return request.answer(None, str(problem))
+            return request.answer(None, str(problem)), None
         environment = request.environment(self._default)
         self._engine.start(execution, environment, is_default=request.env is None)
         if execution.state is State.REFUSED:
-            return request.answer(None, execution.refusal)
-        logger.debug("%s is started", id)
-        return request.answer(execution, None)
+            return request.answer(None, execution.refusal), None
+        logger.debug("%s is started", request.id)
+        return request.answer(execution, None), execution
 
     def get_status(self, side_execution_id: str) -> GetSideExecutionStatusResponse:
         """What is known of an execution now: status, output, result, progress, usage.
@@ -233,10 +230,12 @@ class ExecutionManager(Lifetime):
         id = checks.text("side_execution_id", side_execution_id)
         limit = checks.seconds_or_none("timeout", timeout)
         execution = self._engine.executions.get(id)
-        if execution is not None:
-            self._engine.wait(execution, limit)
-        # This execution may be forgotten by now: look it up no second time.
-        return answering.status_of(id, execution, self._engine.foreign)
+        return self._wait(execution, limit) if execution else answering.status_of(id, None, None)
+
+    def _wait(self, execution: Execution, limit: float | None) -> GetSideExecutionStatusResponse:
+        # Not by its id, which may be forgotten as soon as it has ended.
+        self._engine.wait(execution, limit)
+        return answering.status_of(execution.id, execution, self._engine.foreign)
 
     def future(self, side_execution_id: str) -> Future[GetSideExecutionStatusResponse]:
         """A future of what `wait` returns; it takes no thread.

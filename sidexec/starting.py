@@ -75,6 +75,7 @@ class Request:
     input: Any = None
     stdin: Any = None
     stderr: Any = None
+    id: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
 
     def fill_from(self, default: Request) -> None:
         """Take what is not given from what the manager was made with."""
@@ -144,7 +145,7 @@ class Request:
             return missing()
         return None
 
-    def execution(self, id: str, output: Output) -> Execution:
+    def execution(self, output: Output) -> Execution:
         """Raises `OSError`, which says what could not be opened."""
         descriptors: list[Descriptor] = []
         input = None
@@ -181,10 +182,10 @@ class Request:
         except ValueError:  # it takes less than `json` does, since Python 3.12
             raise ValueError("params must be JSON: it is nested too deeply") from None
         return Execution(
-            id,
+            self.id,
             request,
             output,
-            None if self.on_output is None else Delivery(id, self.on_output),
+            None if self.on_output is None else Delivery(self.id, self.on_output),
             input,
             descriptors,
             thread_id=self.thread_id,

@@ -182,6 +182,21 @@ def test_without_history_stop_and_wait_still_answer_for_what_they_waited_for(mak
     assert (data.status, data.result) == ("completed", 5)
 
 
+def test_without_history_run_still_answers_for_what_has_ended_before_it_waits(
+    make_manager, monkeypatch
+):
+    manager = make_manager(max_history=0)
+    start = manager._engine.start
+
+    def start_and_end(execution, *args, **options):
+        start(execution, *args, **options)
+        eventually(lambda: execution.is_forgotten)
+
+    monkeypatch.setattr(manager._engine, "start", start_and_end)
+    data = manager.run("print(1)\nreturn 5").check().data
+    assert (data.status, data.result, data.output) == ("completed", 5, "1\n")
+
+
 @pytest.mark.parametrize(
     "code, kept",
     [("print('x' * 399)", 2), ("return 'x' * 398", 2), ("print('x' * 5000)", 1)],
