@@ -703,6 +703,21 @@ def patch():
         originals[module.__name__, name] = getattr(module, name)
         setattr(module, name, forbidden)
     subprocess._fork_exec = None
+    originals["_thread", "allocate_lock"] = _thread.allocate_lock
+    _thread.allocate_lock = Lock
+class Lock:
+    # gevent's raises LoopExit where all greenlets wait without a limit.
+    def __init__(self):
+        self._lock = originals["_thread", "allocate_lock"]()
+        self.release = self._lock.release
+    def acquire(self, blocking=True, timeout=-1):
+        if blocking and timeout < 0 and self._lock.locked():
+            raise AssertionError("a wait without a limit")
+        return self._lock.acquire(blocking, timeout)
+    def __enter__(self):
+        return self.acquire()
+    def __exit__(self, *exc_info):
+        self.release()
 mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 place = os.path.dirname(sys.argv[1])
 with open(os.path.join(place, "ends_late.py"), "w") as file:

@@ -24,6 +24,9 @@ from typing import Any
 MUST_JOIN = sys.version_info < (3, 11) and hasattr(_thread, "get_native_id")
 # How long to wait for threads that have nothing left to do, in seconds.
 JOIN_LIMIT = 1.0
+# How long to wait at a time where gevent may have replaced locks, in seconds: without a limit,
+# its loop would end with `LoopExit`, since it does not know of threads that may ring.
+MAX_WAIT = 3600.0
 
 _ending: deque[int] = deque(maxlen=64)  # threads of ours, by what the system calls them
 
@@ -141,7 +144,7 @@ class Bell:
                     return True
                 if sys.is_finalizing():
                     return False  # no other thread runs any more, so none will ring
-                left = -1.0
+                left = MAX_WAIT if "gevent.monkey" in sys.modules else -1.0
                 if deadline is not None:
                     left = deadline - time.monotonic()
                     if left <= 0:
