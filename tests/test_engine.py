@@ -446,14 +446,22 @@ def test_a_start_needs_no_lock_of_the_import_system(with_spare):
             _imp.release_lock()
 
 
-def test_what_is_forgotten_is_freed_at_once(make_manager):
+@pytest.mark.parametrize("use", ["wait", "on_output", "future", "stop"])
+def test_what_is_forgotten_is_freed_at_once(make_manager, use):
     manager = make_manager(max_history=2)
-    executions = []
+    on_output = (lambda chunk: None) if use == "on_output" else None
+    executions, futures = [], []
     gc.disable()
     try:
         for _ in range(10):
-            id = manager.start_with_code("print('x')").id
+            id = begin(manager, "input()", stdin=subprocess.PIPE, ready="", on_output=on_output)
             executions.append(weakref.ref(manager._engine.executions[id]))
+            if use == "future":
+                futures.append(manager.future(id))  # which the host may keep
+            if use == "stop":
+                manager.stop(id)
+            else:
+                manager.send_input(id, "x\n")
             manager.wait(id)
         eventually(lambda: sum(each() is not None for each in executions) <= 3)
     finally:

@@ -64,6 +64,8 @@ class Delivery:
     def end(self, when_over: Callable[[], object]) -> None:
         """No more output follows; `when_over` is called when all has been passed on."""
         self._when_over = when_over
+        if self.is_over:  # it was abandoned, perhaps before that: the caller sees it
+            self._when_over = None
         self._queue.put(None)
 
     # -- from any thread
@@ -89,8 +91,9 @@ class Delivery:
         self._call = bool  # which the execution would keep as long as it is remembered
         self.is_over = True
         self._over.ring()
-        if self._when_over is not None:
-            self._when_over()
+        when_over, self._when_over = self._when_over, None  # it holds the execution
+        if when_over is not None:
+            when_over()
 
     # -- its own thread
 
