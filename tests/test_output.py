@@ -415,6 +415,28 @@ def test_on_output_may_call_the_manager(manager):
     assert said == ["running", "running", 1, ("stopped", False), "stopped"]
 
 
+def test_on_output_may_wait_for_the_end_of_more_than_it_lets_wait(manager, tmp_path):
+    """The snippet would wait for it to go on, and it for the end of the snippet."""
+    got, said, ids = [], [], []
+    known = threading.Event()
+
+    def on_output(chunk):
+        got.append(chunk)
+        known.wait(20)
+        if not said:
+            said.append(manager.wait(ids[0], 0.01).data.status)
+            go_on(tmp_path, 0)
+            said.append(manager.wait(ids[0]).data.status)
+
+    code = IN_STEPS.replace("bytes(text)", "b'x' * 5_000_000")
+    params = {"dir": str(tmp_path), "pieces": [[1, ""]]}
+    ids.append(manager.start_with_code(code, params, timeout=20, on_output=on_output).id)
+    known.set()
+    data = manager.wait(ids[0]).data
+    assert (data.status, said) == ("completed", ["running", "completed"])
+    assert texts(got)[0] == data.output == "x" * 5_000_000
+
+
 def test_on_output_may_start_and_close(make_manager):
     manager = make_manager()
     said = []

@@ -2,13 +2,15 @@
 
 Every chunk is passed on, in order. While the callback is far behind, no more output is
 read, and the snippet waits as it would for any slow reader; but not once it is asked to
-stop, since that may have been done by this very callback. The bytes that are never passed
+stop, since that may have been done by this very callback, nor while this callback waits
+for the end. The bytes that are never passed
 on are counted in the log.
 """
 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import logging
 import queue
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ class Delivery:
         self._queue: Any = native("queue", "SimpleQueue")()
         self._put = self._taken = self._dropped = 0
         self._is_abandoned = False
+        self._waits = False  # the callback, for the end of this very execution
         self.is_over = False
         self._when_over: Callable[[], object] | None = None
         self._over = Bell()
@@ -55,11 +58,12 @@ class Delivery:
 
     def is_full(self, wake: Callable[[], object]) -> bool:
         """Whether to read no further; `wake` is called when there is room."""
-        if self._backlog <= PAUSE_AT:
+        if self._backlog <= PAUSE_AT or self._waits:
             return False
         self._wake = wake
-        # Check again: the other thread may have made room before `wake` was set.
-        return self._backlog > PAUSE_AT // 2
+        # Check again: the other thread may have made room, or begun to wait for the end,
+        # before `wake` was set.
+        return self._backlog > PAUSE_AT // 2 and not self._waits
 
     def end(self, when_over: Callable[[], object]) -> None:
         """No more output follows; `when_over` is called when all has been passed on."""
@@ -74,9 +78,25 @@ class Delivery:
     def _backlog(self) -> int:
         return self._put - self._taken - self._dropped
 
+    def _is_own_thread(self) -> bool:
+        return self._thread == _thread.get_ident()
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """The calling thread waits for the end; in its own thread, nothing makes room then."""
+        is_own = self._is_own_thread()
+        if is_own:
+            self._waits = True
+            self._wake_reader()
+        try:
+            yield
+        finally:
+            if is_own:
+                self._waits = False
+
     def wait(self, timeout: float | None) -> bool:
         """Wait until all is passed on, but not in its own thread; returns whether it is."""
-        if self._thread == _thread.get_ident():
+        if self._is_own_thread():
             return True
         return self._over.wait_for(lambda: self.is_over, timeout)
 
@@ -109,16 +129,20 @@ class Delivery:
                 continue
             self._taken += len(data)
             self._hand_over(decoders[stream].feed(data))
-            wake = self._wake
-            if wake is not None and self._backlog <= PAUSE_AT // 2:
-                self._wake = None
-                wake()
+            if self._backlog <= PAUSE_AT // 2:
+                self._wake_reader()
         if not self._is_abandoned:
             for decoder in decoders.values():
                 self._hand_over(decoder.feed(b"", final=True))
             note_end()
             self._finish()
             self._log_loss(self._dropped)
+
+    def _wake_reader(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            self._wake = None
+            wake()
 
     def _log_loss(self, size: int) -> None:
         if size:

@@ -7,6 +7,7 @@ that they share changes in one atomic step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -134,10 +135,11 @@ class Engine:
     def wait(self, execution: Execution, limit: float | None) -> None:
         """Wait until it has ended and `on_output` has had everything, at most so long."""
         until = None if limit is None else time.monotonic() + limit
-        if execution.changed.wait_for(self.is_over(execution), limit):
-            if execution.delivery is not None and self.foreign is None:
-                left = None if until is None else max(0.0, until - time.monotonic())
-                execution.delivery.wait(left)
+        delivery = execution.delivery
+        with contextlib.nullcontext() if delivery is None else delivery.waited_for():
+            is_over = execution.changed.wait_for(self.is_over(execution), limit)
+        if is_over and delivery is not None and self.foreign is None:
+            delivery.wait(None if until is None else max(0.0, until - time.monotonic()))
 
     def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
         """Returns whether its standard input takes it; waits while too much is unread."""
