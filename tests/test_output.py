@@ -509,6 +509,31 @@ def test_what_waits_for_an_on_output_that_blocks_is_bounded(monkeypatch, caplog)
     assert record.message == f"on_output of x never got {100_000 - size} bytes"
 
 
+def test_on_output_is_told_what_it_has_lost_of_each_stream(monkeypatch):
+    monkeypatch.setattr("sidexec.engine.delivery.MOST", 10_000)
+    on_output, release, got = blocked()
+    delivery = Delivery("x", on_output)
+    delivery.start()
+    text = "é€" * 20_000
+    written = {"stdout": "x".encode() + text.encode(), "stderr": b"y" * 3000}
+    delivery.put("stdout", written["stdout"][:2])  # half a character is left
+    eventually(lambda: delivery._taken)
+    delivery.put("stderr", written["stderr"])  # all of it is lost, and nothing follows
+    for start in range(2, len(written["stdout"]), 999):
+        delivery.put("stdout", written["stdout"][start : start + 999])
+    release.set()
+    delivery.end(bool)
+    assert delivery.wait(20)
+    stdout, stderr = texts(got)
+    assert stdout[0] == "x" and text.endswith(stdout[1:]) and stderr == ""
+    for stream, dropped in (
+        ("stdout", [0, len(written["stdout"]) - len(stdout.encode())]),
+        ("stderr", [3000]),
+    ):
+        told = [chunk.dropped for chunk in got if chunk.stream == stream]
+        assert told == dropped + [0] * (len(told) - len(dropped))
+
+
 def test_room_that_on_output_makes_just_before_it_is_waited_for_is_seen():
     class Late(Delivery):
         """Whoever has found no room says what to call only once all has been passed on."""

@@ -32,6 +32,7 @@ class Delivery:
         self._call = call
         self._queue: Any = native("queue", "SimpleQueue")()
         self._put = self._taken = self._dropped = 0
+        self._ends = {stream: 0 for stream in STREAMS}  # how much each has brought
         self._is_abandoned = False
         self._waits = False  # the callback, for the end of this very execution
         self.is_over = False
@@ -49,10 +50,11 @@ class Delivery:
 
     def put(self, stream: Stream, data: bytes) -> None:
         self._put += len(data)
-        self._queue.put((stream, data))
+        self._queue.put((stream, self._ends[stream], data))
+        self._ends[stream] += len(data)
         while self._backlog > MOST:
             try:
-                self._dropped += len(self._queue.get_nowait()[1])
+                self._dropped += len(self._queue.get_nowait()[2])
             except queue.Empty:
                 break
 
@@ -124,16 +126,16 @@ class Delivery:
             item = self._queue.get()
             if item is None:
                 break
-            stream, data = item
+            stream, offset, data = item
             if self._is_abandoned:
                 continue
             self._taken += len(data)
-            self._hand_over(decoders[stream].feed(data))
+            self._hand_over(decoders[stream].feed(offset, data))
             if self._backlog <= PAUSE_AT // 2:
                 self._wake_reader()
         if not self._is_abandoned:
-            for decoder in decoders.values():
-                self._hand_over(decoder.feed(b"", final=True))
+            for stream, decoder in decoders.items():
+                self._hand_over(decoder.feed(self._ends[stream], b"", final=True))
             note_end()
             self._finish()
             self._log_loss(self._dropped)

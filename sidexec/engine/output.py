@@ -29,7 +29,7 @@ class OutputChunk:
     """A piece of an execution's output: which `stream` it came on, and its `text`.
 
     `dropped` is the number of bytes of that stream that were dropped just before this
-    chunk, because its reader was slower than `max_output` allows; 0 as a rule.
+    chunk, because its reader was too slow; 0 as a rule.
     """
 
     stream: Stream
@@ -44,18 +44,24 @@ class Decoder:
         self._stream: Stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._dropped = 0
+        self.position = 0  # of what comes next, in bytes
 
-    def feed(self, data: bytes, *, final: bool = False) -> Iterator[OutputChunk]:
-        """The chunk that `data` makes, if it makes one; with `final`, what was kept back."""
+    def feed(self, offset: int, data: bytes, *, final: bool = False) -> Iterator[OutputChunk]:
+        """The chunk that `data` makes, if it makes one; with `final`, what was kept back.
+
+        What is missing before `offset` is counted, with the characters that it has torn.
+        """
+        if offset > self.position:
+            torn = _inside_character(data, 0)
+            begun = len(self._decoder.getstate()[0])
+            self._dropped += begun + offset - self.position + torn
+            self._decoder.reset()
+            offset, data = offset + torn, data[torn:]
+        self.position = offset + len(data)
         text = self._decoder.decode(data, final)
         if text or (final and self._dropped):
             dropped, self._dropped = self._dropped, 0
             yield OutputChunk(self._stream, text, dropped)
-
-    def skip(self, count: int) -> None:
-        """`count` bytes are missing here, and with them the character begun before."""
-        self._dropped += count + len(self._decoder.getstate()[0])
-        self._decoder.reset()
 
 
 def by_lines(chunks: Iterable[OutputChunk]) -> Iterator[OutputChunk]:
@@ -186,32 +192,26 @@ class Output:
         `time.monotonic()`.
         """
         decoders = {stream: Decoder(stream) for stream in STREAMS}
-        positions = {stream: 0 for stream in STREAMS}
         while True:
             over = is_over()  # checked first: what came before the end is then there
             news = sorted(
                 (chunk.sequence, stream, chunk)
                 for stream in STREAMS
-                for chunk in self._since(stream, positions[stream])
+                for chunk in self._since(stream, decoders[stream].position)
             )
             for _, stream, chunk in news:
-                missing, torn = chunk.offset - positions[stream], 0
-                if missing:
-                    torn = _torn(chunk)
-                    decoders[stream].skip(missing + torn)
-                positions[stream] = chunk.offset + len(chunk.data)
-                yield from decoders[stream].feed(chunk.data[torn:])
+                yield from decoders[stream].feed(chunk.offset, chunk.data)
             if over:
                 break
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError("the execution has not ended in time")
-            self.changed.wait_for(lambda: is_over() or self._is_news(positions), left)
+            self.changed.wait_for(lambda: is_over() or self._is_news(decoders), left)
         for decoder in decoders.values():
-            yield from decoder.feed(b"", final=True)
+            yield from decoder.feed(decoder.position, b"", final=True)
 
-    def _is_news(self, positions: dict[Stream, int]) -> bool:
-        return any(self._kept[stream].end > positions[stream] for stream in STREAMS)
+    def _is_news(self, decoders: dict[Stream, Decoder]) -> bool:
+        return any(self._kept[stream].end > decoders[stream].position for stream in STREAMS)
 
     def _since(self, stream: Stream, position: int) -> list[_Chunk]:
         found = []
