@@ -17,6 +17,7 @@ from programs import when_asked
 
 from sidexec.engine import pair as pairs
 from sidexec.engine.delivery import Delivery
+from sidexec.engine.output import OutputChunk, by_lines
 from sidexec.engine.pair import Pair
 
 POLITE = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
@@ -338,6 +339,21 @@ def test_what_begins_in_the_middle_of_a_character_begins_after_it(
     got = list(follower)
     assert texts(got)[0] == character + data.output
     assert {chunk.dropped for chunk in got} == {0}
+
+
+def test_a_line_that_comes_in_many_chunks_takes_no_time_of_its_own():
+    part, count = "x" * 16_384, 4000
+    chunks = [OutputChunk("stdout", part)] * count
+    with within(10):  # minutes, where what has come of it is copied with each chunk
+        (line,) = by_lines(chunks)
+    assert line == OutputChunk("stdout", part * count)
+    ends = [OutputChunk("stdout", "\n", 1), OutputChunk("stderr", "a\nb"), chunks[0]]
+    assert [*by_lines([*chunks, *ends])] == [
+        OutputChunk("stdout", part * count + "\n", 1),
+        OutputChunk("stderr", "a\n"),
+        OutputChunk("stdout", part),
+        OutputChunk("stderr", "b"),
+    ]
 
 
 # -- on_output

@@ -66,22 +66,25 @@ class Decoder:
 
 def by_lines(chunks: Iterable[OutputChunk]) -> Iterator[OutputChunk]:
     """The same output in whole lines, the last of each stream perhaps without its newline."""
-    begun = {stream: "" for stream in STREAMS}
+    begun: dict[Stream, list[str]] = {stream: [] for stream in STREAMS}
     dropped = {stream: 0 for stream in STREAMS}
 
-    def take(stream: Stream, line: str) -> OutputChunk:
+    def take(stream: Stream, *rest: str) -> OutputChunk:
+        parts, begun[stream] = begun[stream], []
         count, dropped[stream] = dropped[stream], 0
-        return OutputChunk(stream, line, count)
+        return OutputChunk(stream, "".join((*parts, *rest)), count)
 
     for chunk in chunks:
         stream = chunk.stream
         dropped[stream] += chunk.dropped
-        *lines, begun[stream] = (begun[stream] + chunk.text).split("\n")
+        *lines, rest = chunk.text.split("\n")
         for line in lines:
-            yield take(stream, line + "\n")
+            yield take(stream, line, "\n")
+        if rest:
+            begun[stream].append(rest)
     for stream in STREAMS:
         if begun[stream] or dropped[stream]:
-            yield take(stream, begun[stream])
+            yield take(stream)
 
 
 class _Chunk(NamedTuple):
