@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from typing import TYPE_CHECKING, Any, cast
 
 from . import procfs
 from .engine.execution import NOT_ENDED, Execution, Sample, State
 from .engine.input import Input
 from .engine.results import parse_result
+from .engine.waiting import monotonic
 from .responses import (
     ExecutionSummary,
     GetSideExecutionStatusResponse,
@@ -52,7 +52,7 @@ def status_of(
         status=end.status,
         start_time=execution.start_time,
         end_time=end.time,
-        duration=time.monotonic() - execution.started_at if end is NOT_ENDED else end.duration,
+        duration=monotonic() - execution.started_at if end is NOT_ENDED else end.duration,
         result=_parse(execution.reported),
         output=execution.output.text("stdout"),
         error=end.error,
@@ -203,7 +203,7 @@ def _usage(execution: Execution) -> tuple[int | None, float | None]:
     owner = execution.owner
     if owner is None:
         return None, None
-    at = time.monotonic()
+    at = monotonic()
     last = execution.usage
     if last is not None and at - last.at < USAGE_AGE:
         return last.memory, last.percent

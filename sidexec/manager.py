@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import answering, checks
 from .confinement import Confinement
 from .engine.output import Output, OutputChunk, Stream, by_lines
+from .engine.waiting import monotonic
 from .lifetime import Lifetime
 from .limits import Limits
 from .responses import (
@@ -262,7 +262,7 @@ class ExecutionManager(Lifetime):
         """
         execution = self._known(side_execution_id)
         limit = checks.seconds_or_none("timeout", timeout)
-        deadline = None if limit is None else time.monotonic() + limit
+        deadline = None if limit is None else monotonic() + limit
         chunks = execution.output.follow(self._engine.is_over(execution), deadline)
         return by_lines(chunks) if checks.instance("lines", lines, bool) else chunks
 

@@ -485,6 +485,19 @@ def test_limits_may_be_of_a_subclass_of_int(run):
 # -- threads and hosts
 
 
+def test_time_that_tests_of_the_host_have_frozen_does_not_concern_executions(
+    make_manager, monkeypatch
+):
+    manager = make_manager()
+    running = begin(manager, FOREVER, timeout=100)
+    monkeypatch.setattr(time, "monotonic", lambda: 10.0**9)
+    data = finish(manager, "import time; time.sleep(5)", timeout=0.1)
+    assert (data.status, data.stop_reason) == ("stopped", "timeout")
+    assert manager.wait(running, timeout=0.1).data.status == "running"
+    monkeypatch.undo()
+    assert manager.stop(running).data.status == "stopped"
+
+
 def test_managers_do_not_know_of_each_other(make_manager):
     one, two = make_manager(), make_manager()
     id = begin(one, FOREVER)

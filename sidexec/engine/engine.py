@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import resource
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from .execution import NOBODY, Execution, State
 from .launcher import Launcher, Settings
 from .pair import LOOK_INTERVAL
 from .process import Environment
-from .waiting import join_ending, native
+from .waiting import join_ending, monotonic, native
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class Engine:
 
     def _place(self, execution: Execution, environment: Environment, is_default: bool) -> None:
         """Hand it to a pair that is ready, or wait until one has begun it."""
-        until = time.monotonic() + START_LIMIT
+        until = monotonic() + START_LIMIT
         is_placed = False
         while not is_placed and not execution.is_decided():
             if self.is_closing and self._refuse(execution, CLOSED):
@@ -103,11 +102,11 @@ class Engine:
         while not is_placed and not execution.is_decided() and launcher.is_up:
             if execution.changed.wait_for(execution.is_decided, LOOK_INTERVAL):
                 return True
-            if execution.deadlines and min(execution.deadlines) <= time.monotonic():
+            if execution.deadlines and min(execution.deadlines) <= monotonic():
                 self._refuse(execution, "")  # it was to stop meanwhile, and so it has
             elif launcher.is_stopped():
                 launcher.abandon("was stopped by a signal: try again")
-            elif time.monotonic() >= until:
+            elif monotonic() >= until:
                 launcher.abandon(f"did not answer for {START_LIMIT:g} s: try again")
                 self._refuse(execution, f"it could not be started within {START_LIMIT:g} s")
         return is_placed
@@ -134,12 +133,12 @@ class Engine:
 
     def wait(self, execution: Execution, limit: float | None) -> None:
         """Wait until it has ended and `on_output` has had everything, at most so long."""
-        until = None if limit is None else time.monotonic() + limit
+        until = None if limit is None else monotonic() + limit
         delivery = execution.delivery
         with contextlib.nullcontext() if delivery is None else delivery.waited_for():
             is_over = execution.changed.wait_for(self.is_over(execution), limit)
         if is_over and delivery is not None and self.foreign is None:
-            delivery.wait(None if until is None else max(0.0, until - time.monotonic()))
+            delivery.wait(None if until is None else max(0.0, until - monotonic()))
 
     def send_input(self, execution: Execution, data: bytes, close: bool) -> bool:
         """Returns whether its standard input takes it; waits while too much is unread."""
@@ -199,10 +198,10 @@ class Engine:
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
         """Wait for `on_output` to get the rest, at most `grace` seconds; the rest is lost."""
-        until = time.monotonic() + grace
+        until = monotonic() + grace
         for execution in executions:
             delivery = execution.delivery
-            if delivery is not None and not delivery.wait(max(0.0, until - time.monotonic())):
+            if delivery is not None and not delivery.wait(max(0.0, until - monotonic())):
                 delivery.abandon()
 
     # -- launchers

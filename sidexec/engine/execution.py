@@ -11,7 +11,6 @@ import contextlib
 import enum
 import logging
 import signal
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple, Protocol, cast
@@ -21,7 +20,7 @@ from .delivery import Delivery
 from .descriptors import Descriptor
 from .input import Input
 from .output import Output
-from .waiting import Bell, log, mask, masked, note_end, start_thread
+from .waiting import Bell, log, mask, masked, monotonic, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class Execution:
         self.action_block = action_block
         self.timeout = timeout
         self.start_time = now()
-        self.started_at = time.monotonic()
+        self.started_at = monotonic()
         self.state = State.WAITING
         self.is_queued = False  # and so will begin, or be refused
         self.deadlines: list[float] = []  # of stops, and perhaps of such as came before that
@@ -176,7 +175,7 @@ class Execution:
         if self._claims.setdefault("stop", Stop(reason, caller)) is None:
             return  # it has come to its end by itself
         if self._claims.get("promise"):
-            self.deadlines.append(time.monotonic() + grace)  # for the pair that begins it
+            self.deadlines.append(monotonic() + grace)  # for the pair that begins it
         else:
             self.claim(NOBODY)
         owner = self.owner
@@ -246,7 +245,7 @@ class Execution:
 
     def finish(self, end: End) -> None:
         """Set how it ended; the first call counts, and every call wakes those who wait."""
-        duration = time.monotonic() - self.started_at
+        duration = monotonic() - self.started_at
         self._claims.setdefault("end", end._replace(time=now(), duration=duration))
         self.state = State.ENDED
         self._tell()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from .execution import Execution
 from .pair import LOOK_INTERVAL, NO_DESCRIPTORS, Pair
 from .process import EXIT_LIMIT, Environment, Process
 from .requests import Requests
-from .waiting import Bell, log, native, note_end, start_thread
+from .waiting import Bell, log, monotonic, native, note_end, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +166,8 @@ class Launcher:
 
     def _send(self, frame: bytes) -> None:
         process = self._process
-        until = time.monotonic() + LOOK_INTERVAL
-        while process is not None and not process.send(frame) and time.monotonic() < until:
+        until = monotonic() + LOOK_INTERVAL
+        while process is not None and not process.send(frame) and monotonic() < until:
             native("time", "sleep")(0.001)
 
     # -- its own thread
@@ -200,9 +199,9 @@ class Launcher:
             self._end()
 
     def _serve(self, process: Process) -> None:
-        loaded_by = time.monotonic() + BOOT_LIMIT
+        loaded_by = monotonic() + BOOT_LIMIT
         while True:
-            limit = None if self._is_loaded else loaded_by - time.monotonic()
+            limit = None if self._is_loaded else loaded_by - monotonic()
             frames = process.hear(limit)
             if frames is None:
                 return
@@ -222,14 +221,14 @@ class Launcher:
                     log(logger, logging.ERROR, "%s", self._failure)
                 elif kind == protocol.SWEEPING:
                     for each in list(self._pairs.values()):
-                        each.swept_at = time.monotonic()
+                        each.swept_at = monotonic()
                 elif kind == protocol.LOST:
                     pid, code, *stuck = map(int, text.split())
                     pair = self._pairs.get(pid)
                     if pair is not None:
                         pair.lost = code, tuple(stuck)
                         pair.wake()
-            if not self._is_loaded and time.monotonic() >= loaded_by:
+            if not self._is_loaded and monotonic() >= loaded_by:
                 python = self._settings.python
                 self._failure = f"the interpreter {python!r} was not up after {BOOT_LIMIT:g} s"
                 return

@@ -7,12 +7,11 @@ immutable and know their offset. Nothing here reads descriptors.
 from __future__ import annotations
 
 import codecs
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .waiting import Bell
+from .waiting import Bell, monotonic
 
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
@@ -206,7 +205,7 @@ class Output:
                 yield from decoders[stream].feed(chunk.offset, chunk.data)
             if over:
                 break
-            left = None if deadline is None else deadline - time.monotonic()
+            left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError("the execution has not ended in time")
             self.changed.wait_for(lambda: is_over() or self._is_news(decoders), left)

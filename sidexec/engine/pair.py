@@ -14,7 +14,6 @@ import queue
 import select
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from .descriptors import READ_SIZE, Sender, Wake, close_all, read
 from .execution import Execution
 from .input import Input
 from .output import STREAMS, Stream
-from .waiting import native
+from .waiting import monotonic, native
 
 CONTROL_SIZE = 4096
 PIPE_SIZE = 1024 * 1024
@@ -82,7 +81,7 @@ class Pair:
 
     def ask(self, grace: float) -> None:
         """Tell the keeper to ask the snippet, and kill it after `grace` seconds. Never blocks."""
-        self._deadlines.append(time.monotonic() + grace)
+        self._deadlines.append(monotonic() + grace)
         control = self._control
         if control is not None:
             # A keeper that is stopped, or gone, is left to the deadline.
@@ -140,8 +139,8 @@ class Pair:
             return NO_DESCRIPTORS
         keeper = f"the keeper (pid {self.keeper_pid})"
         fault = ""
-        until = time.monotonic() + READY_LIMIT
-        while time.monotonic() < until:
+        until = monotonic() + READY_LIMIT
+        while monotonic() < until:
             # The launcher's thread may have had nothing to wake this one with.
             is_faulty = self.launcher_fault is not None
             if not is_faulty and not self._urgent.poll(LOOK_INTERVAL * 1000):
@@ -203,7 +202,7 @@ class Pair:
         There may be none earlier: when another thread calls `wake`, or where there is room
         for input.
         """
-        seconds = MAX_WAIT if until is None else until - time.monotonic()
+        seconds = MAX_WAIT if until is None else until - monotonic()
         if self._is_busy and not only_urgent:
             self._is_busy = False
             seconds = min(seconds, BUSY_PAUSE)
@@ -266,7 +265,7 @@ class Pair:
         return data or b""
 
     def _pace(self, fd: int, size: int) -> None:
-        now = time.monotonic()
+        now = monotonic()
         is_close = now - self._read_at < BUSY_GAP
         self._quick_reads = self._quick_reads + 1 if is_close else 0
         self._read_at = now

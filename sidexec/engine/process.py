@@ -12,14 +12,13 @@ import contextlib
 import os
 import select
 import signal
-import time
 from typing import Any
 
 from .. import procfs, protocol
 from . import payload
 from .descriptors import Descriptor, Sender, close_all
 from .execution import describe_exit
-from .waiting import native, native_subprocess
+from .waiting import monotonic, native, native_subprocess
 
 Environment = dict[bytes, bytes]
 MAX_FDS = 64
@@ -148,9 +147,9 @@ class Process:
 
     def _wait(self, seconds: float) -> int | None:
         """Its exit code; None if it has not ended in time. `Popen.wait` is not native."""
-        until = time.monotonic() + seconds
+        until = monotonic() + seconds
         code: int | None = self._popen.poll()
-        while code is None and time.monotonic() < until:
+        while code is None and monotonic() < until:
             native("time", "sleep")(0.001)
             code = self._popen.poll()
         return code

@@ -14,7 +14,6 @@ import enum
 import logging
 import os
 import signal
-import time
 from typing import Protocol
 
 from .. import procfs, protocol
@@ -24,7 +23,7 @@ from .execution import End, Execution, describe_exit
 from .pair import Pair, Pids
 from .requests import Requests
 from .results import parse_result
-from .waiting import log
+from .waiting import log, monotonic
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +95,10 @@ class _Run:
             return
         pair.send(execution)
         for deadline in list(execution.deadlines):
-            pair.ask(max(0.0, deadline - time.monotonic()))
+            pair.ask(max(0.0, deadline - monotonic()))
         pair.watch()
         self._launcher.requests.fork_ahead()
-        began = time.monotonic()
+        began = monotonic()
         times_out = None if execution.timeout is None else began + execution.timeout
         while self._keeper is not Keeper.DONE:
             if execution.input is not None:
@@ -109,7 +108,7 @@ class _Run:
             until = times_out if not is_asked and self._patience is None else self._patience
             # Before the wait: this thread may lose seconds after it, on a busy machine, and
             # what has come meanwhile is heard before anybody is judged.
-            now = time.monotonic()
+            now = monotonic()
             for fd in pair.wait(until, only_urgent=waits):
                 if fd == pair.control_fd:
                     self._hear_keeper()
@@ -146,13 +145,13 @@ class _Run:
                 self._is_orphaned = orphaned == "1"
                 self._keeper = Keeper.DONE
             elif kind == protocol.SWEEPING:
-                self._pair.swept_at = time.monotonic()
+                self._pair.swept_at = monotonic()
             elif kind == protocol.FAULT:
                 self._keeper_fault = text
         if not is_open and self._keeper is not Keeper.DONE:
             # The launcher sweeps what it has left, and says LOST; where it can't, we do.
             self._keeper = Keeper.GONE
-            self._patience = time.monotonic() + 2 * SWEEP_ALLOWANCE
+            self._patience = monotonic() + 2 * SWEEP_ALLOWANCE
             if not self._pair.has_tree:
                 self._kill_group()
 
@@ -213,7 +212,7 @@ class _Run:
                 # The keeper notices as well, and asks and sweeps: its END is still to come.
                 self._fault = pair.launcher_fault
                 self._keeper = Keeper.KILLED
-                self._patience = time.monotonic() + self._launcher.grace + SWEEP_ALLOWANCE
+                self._patience = monotonic() + self._launcher.grace + SWEEP_ALLOWANCE
         if self._keeper is Keeper.AT_WORK and pair.deadline is not None:
             self._patience = pair.deadline + SWEEP_ALLOWANCE
         if self._patience is None:
@@ -224,7 +223,7 @@ class _Run:
         if self._keeper is Keeper.AT_WORK:
             self._launcher.kill_keeper(pair.keeper_pid)
             self._keeper = Keeper.KILLED
-            self._patience = time.monotonic() + SWEEP_ALLOWANCE
+            self._patience = monotonic() + SWEEP_ALLOWANCE
         else:
             self._end = self._end._replace(stuck=(pair.keeper_pid,))
             self._keeper = Keeper.DONE

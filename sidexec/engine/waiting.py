@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -27,6 +28,11 @@ JOIN_LIMIT = 1.0
 # How long to wait at a time where gevent may have replaced locks, in seconds: without a limit,
 # its loop would end with `LoopExit`, since it does not know of threads that may ring.
 MAX_WAIT = 3600.0
+
+# Not `time.monotonic`, which some libraries for tests replace in their host, to freeze time.
+monotonic: Callable[[], float] = time.monotonic
+if hasattr(time, "clock_gettime"):
+    monotonic = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
 _ending: deque[int] = deque(maxlen=64)  # threads of ours, by what the system calls them
 
@@ -106,9 +112,9 @@ def note_end() -> None:
 
 def join_ending() -> None:
     """Wait until threads that have said so have ended, where that makes a difference."""
-    until = time.monotonic() + JOIN_LIMIT
+    until = monotonic() + JOIN_LIMIT
     for id in set(_ending) - {_thread.get_native_id()}:
-        while os.path.exists(f"/proc/self/task/{id}") and time.monotonic() < until:
+        while os.path.exists(f"/proc/self/task/{id}") and monotonic() < until:
             native("time", "sleep")(0.0002)
         with contextlib.suppress(ValueError):  # another thread that closes was first
             _ending.remove(id)
@@ -133,7 +139,7 @@ class Bell:
         """Wait until `condition()` holds, at most `timeout` seconds; whether it does."""
         if condition():
             return True
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + timeout
         while True:
             lock = _thread.allocate_lock()
             lock.acquire()
@@ -146,7 +152,7 @@ class Bell:
                     return False  # no other thread runs any more, so none will ring
                 left = MAX_WAIT if "gevent.monkey" in sys.modules else -1.0
                 if deadline is not None:
-                    left = deadline - time.monotonic()
+                    left = deadline - monotonic()
                     if left <= 0:
                         return False
                     left = min(left, _thread.TIMEOUT_MAX)
