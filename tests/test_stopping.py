@@ -702,6 +702,51 @@ def test_the_cleanup_of_the_tasks_of_a_group_is_cut_short_by_nothing(manager, st
         assert sorted(data.output.splitlines()) == [*(f"out {n}" for n in range(6)), "ready"]
 
 
+CANCELLING = """
+import asyncio
+async def worker(n):
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.02)
+        print(f"out {n}")
+async def main():
+    tasks = [asyncio.create_task(worker(n)) for n in range(2)]
+    await asyncio.sleep(0)
+    try:
+        asyncio.get_running_loop().call_soon(print, "ready")  # once this task waits
+        await asyncio.sleep(60)
+    finally:
+        BODY
+        print("out main")
+"""
+CANCEL = """
+        await asyncio.sleep(0.005)
+        for task in tasks: task.cancel()
+"""
+# What the main task does with the others in its cleanup, and whether they end before it does.
+CANCELLING_BODIES = {
+    "cancels them": (CANCEL + "        await asyncio.gather(*tasks, return_exceptions=True)", True),
+    "cancels them and does not wait": (CANCEL, False),
+    "waits for them": ("await asyncio.wait(tasks)", True),
+    "leaves them": ("await asyncio.sleep(0.005)", False),
+}
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="tasks do not tell whether they are cancelled"
+)
+@pytest.mark.parametrize("name", CANCELLING_BODIES)
+def test_what_the_main_task_cancels_itself_is_cancelled_once(manager, start, name):
+    body, ends_last = CANCELLING_BODIES[name]
+    for call in ("await main()", "asyncio.run(main())"):
+        data = manager.stop(start(CANCELLING.replace("BODY", body) + call)).data
+        is_graceful(data)
+        lines = data.output.splitlines()
+        assert sorted(lines) == ["out 0", "out 1", "out main", "ready"]
+        assert lines.index("out main") == (3 if ends_last else 1)
+
+
 RANDOM = """
 import asyncio, os, sys
 WORK = params["work"]

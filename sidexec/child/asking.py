@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-from . import library, loops
+from . import library, loops, tasks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Ask:
             running = events._get_running_loop()
             loop = running or loops.loop_about_to_run(frame)
             if loop is not None:
-                self._prepare_loop(loop)
+                self._prepare_loop(loop, loops.main_task_of(frame))
             caller = frame
             while caller is not None and caller.f_globals.get("__name__") == "selectors":
                 caller = caller.f_back  # the loop's, or the code's own
@@ -163,7 +163,7 @@ class Ask:
         if self._is_scheduled:
             self._raise()
 
-    def _prepare_loop(self, loop: Any) -> None:
+    def _prepare_loop(self, loop: Any, main: Any) -> None:
         """Let every task finish its cleanup, whichever of them was asked.
 
         The task in which the exception is raised ends with it, and passes it on to
@@ -184,7 +184,9 @@ class Ask:
             pass  # a loop that is no Python object
         runners = sys.modules.get("asyncio.runners")
         if hasattr(runners, "_cancel_all_tasks"):
-            runners._cancel_all_tasks = _cancel_all_tasks  # type: ignore[union-attr]
+            runners._cancel_all_tasks = (  # type: ignore[union-attr]
+                lambda loop: tasks.cancel_all(loop, main, PATIENCE)
+            )
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:
         """Raise at the next opcode, not at the jump that ends a loop's iteration.
@@ -275,45 +277,6 @@ class Ask:
             self._disarm()
             _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
         self._after_fork_in_parent()
-
-
-def _cancel_all_tasks(loop: Any) -> None:
-    """Cancel all tasks, each of them once, and let them finish their cleanup.
-
-    A task group cancels its tasks when the task that it belongs to leaves it: before that, they
-    would be cancelled twice, and the second time would cut their cleanup short. Only where that
-    task stays in the group, to wait for the others or to clean up first, they are cancelled here.
-    """
-    tasks = sys.modules["asyncio"].all_tasks(loop)
-    left, waiting = set(tasks), set(tasks)
-    parents = {task: loops.parent_of(task) for task in tasks}
-
-    def cancel_outermost() -> None:
-        for task in [each for each in waiting if parents[each] not in waiting]:
-            waiting.remove(task)
-            if parents[task] is None or not task.cancelling():
-                task.cancel()
-        if waiting:
-            loop.call_later(PATIENCE, cancel_outermost)
-
-    def on_done(task: Any) -> None:
-        left.discard(task)
-        if not left:
-            loop.stop()
-
-    cancel_outermost()
-    for task in tasks:
-        task.add_done_callback(on_done)
-    while left:
-        try:
-            loop.run_forever()
-        except SystemExit:
-            pass  # passed on by a task
-    for task in tasks:
-        if not task.cancelled() and task.exception() is not None:
-            message = "unhandled exception during the stop"
-            context = {"message": message, "exception": task.exception(), "task": task}
-            loop.call_exception_handler(context)
 
 
 def _backward_jumps() -> set[int]:

@@ -5,8 +5,6 @@ Looks only: it neither imports asyncio nor changes anything.
 
 from __future__ import annotations
 
-import sys
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
@@ -56,11 +54,11 @@ def maker_of_a_loop(frame: FrameType | None) -> FrameType | None:
     return found
 
 
-def parent_of(task: Any) -> Any:
-    """The task in whose task group this one is; None if it is in none."""
-    kind = getattr(sys.modules["asyncio"], "TaskGroup", ())
-    for callback, *_ in getattr(task, "_callbacks", None) or ():
-        group = getattr(callback, "__self__", None)
-        if isinstance(group, kind):
-            return getattr(group, "_parent_task", None)
+def main_task_of(frame: FrameType | None) -> Any:
+    """The task for whose end a loop runs; None if it runs for ever, or is no loop of asyncio's."""
+    while frame is not None:
+        if frame.f_code.co_name == "run_until_complete":
+            if frame.f_globals.get("__name__") == "asyncio.base_events":
+                return frame.f_locals.get("future")
+        frame = frame.f_back
     return None

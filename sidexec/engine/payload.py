@@ -27,6 +27,7 @@ _MODULES = (
     "child.source",
     "child.streams",
     "child.loops",
+    "child.tasks",
     "child.asking",
     "child.leaving",
     "child.channel",
