@@ -78,7 +78,14 @@ BLOCKING = {
     "report_result": "ready()\nwhile True: report_result(list(range(1000)))",
     "busy loop with a profile function": "sys.setprofile(lambda *args: None)\nready()\n"
     "try:\n    while True: pass\nfinally: assert sys.getprofile()",
+    "busy loop under cProfile": "import cProfile\np = cProfile.Profile(); p.enable()\nready()\n"
+    "while True: pass",
+    "busy loop under a monitoring tool": "m = sys.monitoring\nm.use_tool_id(3, 'a tool')\n"
+    "m.register_callback(3, m.events.PY_START, lambda *args: None)\nm.set_events(3, m.events.PY_START)\n"
+    "ready()\nwhile True: pass",
 }
+if sys.version_info < (3, 12):
+    del BLOCKING["busy loop under a monitoring tool"]
 
 
 def cleanup_of(code):

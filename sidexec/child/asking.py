@@ -107,7 +107,9 @@ class Ask:
         else:
             self._interrupt(frame)
 
-    def _interrupt(self, frame: FrameType | None, *, at_once: bool = True) -> None:
+    def _interrupt(
+        self, frame: FrameType | None, *, at_once: bool = True, is_late: bool = False
+    ) -> None:
         """Raise the exception at a place where the code around it can handle it."""
         events = sys.modules.get("asyncio.events")
         if events is not None:
@@ -135,9 +137,12 @@ class Ask:
                 return
         if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
             self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
-        elif frame is not None and (
-            not at_once or frame.f_code.co_code[frame.f_lasti] in _backward_jumps()
+        elif (
+            frame is not None
+            and not is_late
+            and (not at_once or frame.f_code.co_code[frame.f_lasti] in _backward_jumps())
         ):
+            self._put_off()  # what observes the code may keep opcodes from being events
             self._raise_at_next_opcode(frame)
         else:
             self._raise()  # at once, or a blocking call would just be resumed
@@ -150,9 +155,10 @@ class Ask:
         is_due = self._is_scheduled if due_at is None else time.monotonic() >= due_at
         if is_due and self.phase in MAY_RAISE:
             self._due_at = None
+            is_late = due_at is not None and self._undo_trace is not None
             try:
                 self._disarm()
-                self._interrupt(frame)
+                self._interrupt(frame, is_late=is_late)
             except RecursionError:  # see `_on_ask`
                 self._is_scheduled = True
 
@@ -215,11 +221,14 @@ class Ask:
                 sys.setprofile(profiler)
 
         self._undo_trace = disarm
-        asked.f_trace_opcodes = True
+        # From CPython 3.13 on, last: where a tool of `sys.monitoring` such as cProfile is on, no
+        # opcode would be an event otherwise. Before, first, or the first opcode would be none.
+        asked.f_trace_opcodes = sys.version_info < (3, 13)
         asked.f_trace = trace
         if profiler is not None:
             sys.setprofile(None)
         sys.settrace(trace)
+        asked.f_trace_opcodes = True
 
     def _disarm(self) -> None:
         """Cancel what would raise the exception later."""
@@ -234,6 +243,7 @@ class Ask:
             for handle in (*self._loop._ready.copy(), *self._loop._scheduled.copy()):
                 self._guard(handle)
         self._has_raised = True
+        self._due_at = None
         raise StopRequested(ASKED_EXIT_CODE)
 
     def _guard(self, handle: Any) -> None:
