@@ -425,6 +425,36 @@ ASKING_ITSELF = {
         "later\nout\n",
         143,
     ),
+    "in a signal handler that has interrupted a loop": (
+        """
+        import signal
+        signal.signal(signal.SIGALRM, lambda *args: signal.raise_signal(signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        try:
+            while True: pass
+        finally:
+            print("out")
+        """,
+        "out\n",
+        143,
+    ),
+    "in a signal handler that blocks": (
+        """
+        import signal, time
+        def handler(*args):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(0.11)
+                signal.raise_signal(signal.SIGURG)
+            finally:
+                print("out")
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        while True: pass
+        """,
+        "out\n",
+        143,
+    ),
     "while a task reports": (
         """
         import asyncio, signal, sys

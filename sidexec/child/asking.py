@@ -137,15 +137,14 @@ class Ask:
                 return
         if frame is not None and frame.f_code in self._hooks and frame.f_back is not None:
             self._raise_at_next_opcode(frame.f_back)  # what a hook raises is ignored
-        elif (
-            frame is not None
-            and not is_late
-            and (not at_once or frame.f_code.co_code[frame.f_lasti] in _backward_jumps())
-        ):
-            self._put_off()  # what observes the code may keep opcodes from being events
-            self._raise_at_next_opcode(frame)
         else:
-            self._raise()  # at once, or a blocking call would just be resumed
+            later = None if is_late else _at_a_jump(frame) if at_once else frame
+            if later is None:
+                self._raise()  # at once, or a blocking call would just be resumed
+            # What observes the code may keep opcodes from being events, or the user's handler
+            # of a signal, which has interrupted the loop there, may block.
+            self._put_off()
+            self._raise_at_next_opcode(later)
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
         """Handle the keeper's SIGURG, which interrupts a call that began just after the ask."""
@@ -287,6 +286,20 @@ class Ask:
             self._disarm()
             _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
         self._after_fork_in_parent()
+
+
+def _at_a_jump(frame: FrameType | None) -> FrameType | None:
+    """The frame that ends a loop's iteration: this one, or one that it has interrupted there.
+
+    What Python calls there (a signal's handler, a finalizer) would pass the exception on to
+    the jump.
+    """
+    jumps = _backward_jumps()
+    while frame is not None and jumps:
+        if frame.f_code.co_code[frame.f_lasti] in jumps:
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def _backward_jumps() -> set[int]:
