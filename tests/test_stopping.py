@@ -784,6 +784,33 @@ def test_what_the_main_task_cancels_itself_is_cancelled_once(manager, start, nam
         assert lines.index("out main") == (3 if ends_last else 1)
 
 
+GENERATORS = """
+import asyncio
+async def numbers():
+    try:
+        while True:
+            yield 1
+    finally:
+        await asyncio.sleep(0.01)
+        print("out")
+async def worker():
+    async for _ in numbers():
+        asyncio.get_running_loop().call_soon(print, "ready")
+        await asyncio.sleep(60)
+async def main():
+    task = asyncio.create_task(worker())
+    await asyncio.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("coroutine", ["worker", "main"])
+@pytest.mark.parametrize("call", ["await {}()", "asyncio.run({}())"])
+def test_an_async_generator_that_a_task_has_left_cleans_up(manager, start, coroutine, call):
+    data = manager.stop(start(GENERATORS + call.format(coroutine))).data
+    is_graceful(data)
+    assert data.output == "ready\nout\n"
+
+
 RANDOM = """
 import asyncio, os, sys
 WORK = params["work"]

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def cancel_all(loop: Any, main: Any, patience: float) -> None:
-    """Cancel all tasks, each of them once, and let them finish their cleanup.
+    """Cancel all tasks, and let them and the generators that they leave finish their cleanup."""
+    _finish_tasks(loop, main, patience)
+    _finish_generators(loop)  # now that no frame of ours refers to a task, and so to its own
+
+
+def _finish_tasks(loop: Any, main: Any, patience: float) -> None:
+    """Cancel all tasks, each of them once, and wait for them.
 
     A task group cancels its tasks when the task that it belongs to leaves it, and the main task
     may cancel the others in its cleanup: before that, they would be cancelled twice, and the
@@ -59,6 +65,24 @@ def cancel_all(loop: Any, main: Any, patience: float) -> None:
             message = "unhandled exception during the stop"
             context = {"message": message, "exception": task.exception(), "task": task}
             loop.call_exception_handler(context)
+
+
+def _finish_generators(loop: Any) -> None:
+    """Wait for the tasks in which asyncio closes asynchronous generators that were let go of."""
+    asyncio = sys.modules["asyncio"]
+    while True:
+        try:
+            loop.run_until_complete(asyncio.sleep(0))  # asyncio makes them in a callback
+            left = [each for each in asyncio.all_tasks(loop) if _closes_generator(each)]
+            if not left:
+                return
+            loop.run_until_complete(asyncio.wait(left))
+        except SystemExit:
+            pass  # passed on by a task
+
+
+def _closes_generator(task: Any) -> bool:
+    return type(task.get_coro()).__name__ == "async_generator_athrow"
 
 
 def _parent_of(task: Any, main: Any) -> Any:
