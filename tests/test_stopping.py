@@ -266,6 +266,22 @@ ASKED = {
         "out\nother\n",
         None,
     ),
+    "a hook for uncaught exceptions that takes its time is asked": (
+        """
+        import atexit, sys, time
+        atexit.register(print, "atexit")
+        def hook(*error):
+            try:
+                print("ready")
+                time.sleep(60)
+            finally:
+                print("out")
+        sys.excepthook = hook
+        1 / 0
+        """,
+        "out\natexit\n",
+        143,
+    ),
     "helpers that the cleanup needs are not signalled": (
         "import subprocess as s\nwork = 'read line; echo helped $line'\n"
         "helper = s.Popen(['sh', '-c', work], stdin=s.PIPE, text=True)\n"
@@ -349,6 +365,20 @@ ASKING_ITSELF = {
         def clean_up():
             os.kill(os.getpid(), signal.SIGTERM)
             print("clean")
+        """,
+        "clean\n",
+        0,
+    ),
+    # Nor must a short one be ended here.
+    "as a hook for uncaught exceptions has begun": (
+        """
+        import os, signal, sys
+        def hook(*error):
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("clean")
+            sys.exit(0)
+        sys.excepthook = hook
+        1 / 0
         """,
         "clean\n",
         0,

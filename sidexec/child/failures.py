@@ -12,7 +12,7 @@ from . import library
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .leaving import Observers
+    from collections.abc import Callable
 
 FILENAME = "<snippet>"
 
@@ -34,8 +34,11 @@ class Failures:
         text = (self.text or "").replace("\r\n", "\n").replace("\r", "\n")
         return [line + "\n" for line in text.split("\n")]
 
-    def report(self, error: BaseException, observers: Observers) -> str:
-        """Write an uncaught error to standard error; returns the text for the host."""
+    def report(self, error: BaseException, call_hook: Callable[[BaseException], object]) -> str:
+        """Write an uncaught error to standard error; returns the text for the host.
+
+        `call_hook` calls `sys.excepthook`, if that is the user's.
+        """
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
             trace = trace.tb_next
@@ -58,7 +61,7 @@ class Failures:
             # Without a traceback, the first line is the one that a user looks for.
             text = formatted if formatted.startswith(headline) else f"{headline}\n\n{formatted}"
             if sys.excepthook is not sys.__excepthook__:
-                formatted = self._call_excepthook(error, formatted, observers)
+                formatted = self._use_hook(call_hook, error, formatted)
             sys.stderr.write(formatted)
         except BaseException:
             pass  # its standard error is gone; the exit code still tells
@@ -81,11 +84,12 @@ class Failures:
             if error.lineno is not None and 0 < error.lineno <= len(lines):
                 error.text = lines[error.lineno - 1]
 
-    def _call_excepthook(self, error: BaseException, formatted: str, observers: Observers) -> str:
+    def _use_hook(
+        self, call_hook: Callable[[BaseException], object], error: BaseException, formatted: str
+    ) -> str:
         """Call the user's hook; returns what is still to be written."""
         try:
-            observers.take_signals()
-            sys.excepthook(type(error), error, error.__traceback__)
+            call_hook(error)
             return ""
         except SystemExit as another:
             self.exit = another
@@ -93,8 +97,6 @@ class Failures:
         except BaseException as another:
             failed = self._describe(another)[1]
             return f"Error in sys.excepthook:\n{failed}\nOriginal exception was:\n{formatted}"
-        finally:
-            observers.put_off_signals()
 
     def _describe(self, error: BaseException) -> tuple[str, str]:
         traceback = library.module("traceback")

@@ -18,7 +18,7 @@ import sys
 
 from ..protocol import ERROR, HEADER, MAX_ERROR, PROGRESS, RESULT
 from . import confinement, kernel, leaving, library, source
-from .asking import ASKED_EXIT_CODE, RUNNING, Ask, StopRequested
+from .asking import ASKED_EXIT_CODE, LEAVING, RUNNING, SETTLING, Ask, StopRequested
 from .channel import Channel
 from .failures import FILENAME, Failures
 from .results import to_json
@@ -142,7 +142,7 @@ class Snippet:
         if os.getpid() == self._pid:
             failure = self._send_result(failure)
         if failure is not None:
-            self._send_error(self._failures.report(failure, self.observers))
+            self._send_error(self._failures.report(failure, self._call_hook))
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             if self._failures.exit is not None:
                 exit_code, self._failures.exit = self._take_exit_code(self._failures.exit), None
@@ -151,6 +151,16 @@ class Snippet:
         leaving.leave(
             self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, self.observers
         )
+
+    def _call_hook(self, error: BaseException) -> None:
+        """Call the user's `sys.excepthook`, where signals and an ask come as in its code."""
+        try:
+            self.ask.phase = LEAVING
+            self.observers.take_signals()
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            self.ask.phase = SETTLING
+            self.observers.put_off_signals()
 
     def _take_globals(self) -> object:
         """Take what the user's code may have a reference to, for the caller to free."""
