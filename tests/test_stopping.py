@@ -814,6 +814,35 @@ def test_what_the_main_task_cancels_itself_is_cancelled_once(manager, start, nam
         assert lines.index("out main") == (3 if ends_last else 1)
 
 
+BLOCKING_MEANWHILE = """
+import asyncio, time
+async def worker(is_cleaning):
+    try:
+        await is_cleaning.wait()
+        time.sleep(60)
+    finally:
+        await asyncio.sleep(0)
+        print("out")
+async def main():
+    is_cleaning = asyncio.Event()
+    task = asyncio.create_task(worker(is_cleaning))
+    try:
+        asyncio.get_running_loop().call_soon(print, "ready")
+        await asyncio.sleep(60)
+    finally:
+        is_cleaning.set()
+        await asyncio.sleep(0.01)
+        print("out main")
+"""
+
+
+@pytest.mark.parametrize("call", ["await main()", "asyncio.run(main())"])
+def test_a_task_that_blocks_while_the_main_task_cleans_up_is_left(manager, start, call):
+    data = manager.stop(start(BLOCKING_MEANWHILE + call)).data
+    is_graceful(data)
+    assert sorted(data.output.splitlines()) == ["out", "out main", "ready"]
+
+
 GENERATORS = """
 import asyncio
 async def numbers():

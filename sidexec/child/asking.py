@@ -51,6 +51,8 @@ class Ask:
         self._has_raised = False
         self._loop: Any = None  # that runs when it is raised
         self._due_at: float | None = None  # when it is raised after all, where it was put off
+        self._spared: set[Any] = set()  # tasks, while those that may cancel them clean up
+        self._spared_until = 0.0
         self._undo_trace: Callable[[], None] | None = None
         self._hooks = (Ask._before_fork.__code__, Ask._after_fork_in_parent.__code__)
         self._fork_masks: dict[int, set[int]] = {}
@@ -152,7 +154,7 @@ class Ask:
         # the handler, callback or task holds it up, and may do so for ever.
         due_at = self._due_at
         is_due = self._is_scheduled if due_at is None else time.monotonic() >= due_at
-        if is_due and self.phase in MAY_RAISE:
+        if (is_due or self._is_held_up()) and self.phase in MAY_RAISE:
             self._due_at = None
             is_late = due_at is not None and self._undo_trace is not None
             try:
@@ -160,6 +162,16 @@ class Ask:
                 self._interrupt(frame, is_late=is_late)
             except RecursionError:  # see `_on_ask`
                 self._is_scheduled = True
+
+    def _spare(self, waiting: set[Any]) -> None:
+        self._spared = waiting
+        self._spared_until = time.monotonic() + 2 * PATIENCE
+
+    def _is_held_up(self) -> bool:
+        """Whether a task that was spared keeps the loop from cancelling it, as it blocks."""
+        if self._loop is None or not self._spared or time.monotonic() < self._spared_until:
+            return False
+        return sys.modules["asyncio"].current_task(self._loop) in self._spared
 
     def _put_off(self) -> None:
         self._due_at = time.monotonic() + PATIENCE
@@ -190,7 +202,7 @@ class Ask:
         runners = sys.modules.get("asyncio.runners")
         if hasattr(runners, "_cancel_all_tasks"):
             runners._cancel_all_tasks = (  # type: ignore[union-attr]
-                lambda loop: tasks.cancel_all(loop, main, PATIENCE)
+                lambda loop: tasks.cancel_all(loop, main, PATIENCE, self._spare)
             )
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:

@@ -10,16 +10,22 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
-def cancel_all(loop: Any, main: Any, patience: float) -> None:
-    """Cancel all tasks, and let them and the generators that they leave finish their cleanup."""
-    _finish_tasks(loop, main, patience)
+def cancel_all(loop: Any, main: Any, patience: float, spare: Callable[[set[Any]], object]) -> None:
+    """Cancel all tasks, and let them and the generators that they leave finish their cleanup.
+
+    `spare` is told each time which of them are not to be cancelled before `patience` is over.
+    """
+    _finish_tasks(loop, main, patience, spare)
     _finish_generators(loop)  # now that no frame of ours refers to a task, and so to its own
 
 
-def _finish_tasks(loop: Any, main: Any, patience: float) -> None:
+def _finish_tasks(
+    loop: Any, main: Any, patience: float, spare: Callable[[set[Any]], object]
+) -> None:
     """Cancel all tasks, each of them once, and wait for them.
 
     A task group cancels its tasks when the task that it belongs to leaves it, and the main task
@@ -41,6 +47,7 @@ def _finish_tasks(loop: Any, main: Any, patience: float) -> None:
             waiting.remove(task)
             if parents[task] is None or not task.cancelling():
                 task.cancel()
+        spare(waiting)
         if timer is not None:
             timer.cancel()
         timer = loop.call_later(patience, cancel_outermost) if waiting else None
