@@ -384,6 +384,7 @@ ALONE = {name for name in PROGRAMS if name.startswith(("processes", "interrupt")
 ALONE |= {"streams", "coding comment", "traced to the end", "profiled to the end"}
 ALONE |= {"profiled threads", "monitored to the end"}
 NOT_ASYNC = {"signals", "library", "async generator at the end", "no policy"}
+NOT_ASYNC |= {"monitored to the end"}
 
 # What a host hands over is of its own version, what a snippet finds of the other's.
 OTHERS = [
