@@ -269,7 +269,7 @@ def test_an_interpreter_that_is_none(make_manager, tmp_path, kind):
     "command", one_in(3, ["sleep 600\nexit", "exec sleep 600", "sleep 600 &\nexec cat"])
 )
 def test_an_interpreter_that_never_answers(make_manager, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(sidexec.engine.launcher, "BOOT_LIMIT", 2.0)
+    monkeypatch.setattr(sidexec.engine.launcher, "BOOT_LIMIT", 1.0)
     python = script(tmp_path, f"{PREFIX}echo > {tmp_path}/started\n{command}\n")
     mark = f"SIDEXEC_TEST_MARK={tmp_path}"  # of all that the script starts
     manager = make_manager(python=python, env=dict([mark.split("=")], **os.environ))
@@ -277,7 +277,7 @@ def test_an_interpreter_that_never_answers(make_manager, tmp_path, monkeypatch, 
     try:
         response = pool.submit(manager.start_with_code, "pass").result(15)
         assert not response.success
-        assert python in response.error and "2 s" in response.error
+        assert python in response.error and "1 s" in response.error
         assert os.path.exists(tmp_path / "started")
         eventually(lambda: marked(mark) == [], timeout=10)
     finally:

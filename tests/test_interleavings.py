@@ -120,8 +120,8 @@ def test_a_timeout_does_not_shorten_the_grace_of_a_stop(make_manager):
             print("busy")
             time.sleep(0.02)
     """)
-    until = time.monotonic() + 2.5
-    id = manager.start_with_code(code, {"until": until}, timeout=2.0).id
+    until = time.monotonic() + 1.6
+    id = manager.start_with_code(code, {"until": until}, timeout=1.2).id
     eventually(lambda: "ready\n" in manager.get_status(id).data.output)
     stopped = manager.stop(id, grace=60)
     assert (stopped.data.forced, stopped.data.exit_code) == (False, 143)
@@ -188,7 +188,7 @@ def test_a_start_that_comes_while_a_launcher_is_let_go_of_is_not_stopped(make_ma
     monkeypatch.setattr(Launcher, "retire", retire_late)
     manager.start_with_code("pass", env=own)
     assert is_late.wait(HANG)
-    id = manager.start_with_code("import time; time.sleep(1); return 5", env=own).id
+    id = manager.start_with_code("import time; time.sleep(0.3); return 5", env=own).id
     eventually(lambda: manager._engine.executions[id].state is State.RUNNING, HANG)
     has_begun.set()
     data = manager.wait(id).data
