@@ -3,8 +3,7 @@
 Every chunk is passed on, in order. While the callback is far behind, no more output is
 read, and the snippet waits as it would for any slow reader; but not once it is asked to
 stop, since that may have been done by this very callback, nor while this callback waits
-for the end. The bytes that are never passed
-on are counted in the log.
+for the end. The bytes that are never passed on are counted in the log.
 """
 
 from __future__ import annotations
