@@ -37,7 +37,7 @@ if os.name == "posix":  # elsewhere the constructor says so, not an import
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from typing_extensions import Unpack  # which type checkers bring
+    from .starting import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,8 @@ class ExecutionManager(Lifetime):
         """
         checks.options("run", options, StartOptions.__annotations__)
         checks.instance("check", check, bool)
-        request = Request(checks.text("code", code), None, (), params, timeout, **options)
+        given: dict[str, Any] = dict(options)
+        request = Request(checks.text("code", code), None, (), params, timeout, **given)
         try:
             started, execution = self._start(request)
             response = answering.status_of_none(started)

@@ -10,7 +10,7 @@ from .responses import GetSideExecutionStatusResponse
 from .starting import DEFAULT, Default, Path, StartOptions
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # which type checkers bring
+    from .starting import Unpack
 
 
 class RunOptions(StartOptions, total=False):

@@ -11,7 +11,7 @@ import marshal
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict, Union
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Union
 
 from . import checks
 from .confinement import Confinement
@@ -51,6 +51,14 @@ class StartOptions(TypedDict, total=False):
     input: str | bytes | None
     stdin: int | None
     stderr: int | None
+
+
+if TYPE_CHECKING:
+    if sys.version_info >= (3, 11):
+        from typing import Unpack as Unpack
+    else:  # there, a type checker takes any options
+        _T = TypeVar("_T")
+        Unpack = Union[Any, _T]
 
 
 # For `stdin`, from the command line alone: what this process has.

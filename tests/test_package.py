@@ -145,8 +145,8 @@ def test_only_the_standard_library_is_imported_and_itself_relatively():
                 wanted |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 wanted.add(node.module)
-    # `tomllib` has a way around it where it is missing; type checkers bring `typing_extensions`.
-    wanted -= {"tomllib", "__future__", "typing_extensions"}
+    # `tomllib` has a way around it where it is missing.
+    wanted -= {"tomllib", "__future__"}
     code = "import collections.abc, importlib.util\n"  # the one is no file of its own
     code += f"print([name for name in {sorted(wanted)} if importlib.util.find_spec(name) is None])"
     assert python("-I", "-S", code=code) == "[]\n"
