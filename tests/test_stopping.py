@@ -731,14 +731,16 @@ def test_async_code_cleans_up_all_its_tasks(manager, start, name, place):
     assert (without_unborn(errors) if name in MAKING_COROUTINES else errors) == ""
 
 
-GROUPS = """
+WORKER = """
 import asyncio
 async def worker(n):
     try:
         await asyncio.sleep(60)
     finally:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
         print(f"out {n}")
+"""
+GROUPS = f"""{WORKER}
 async def inner(n):
     async with asyncio.TaskGroup() as group:
         for each in range(n, n + 3): group.create_task(worker(each))
@@ -769,14 +771,7 @@ def test_the_cleanup_of_the_tasks_of_a_group_is_cut_short_by_nothing(manager, st
         assert sorted(data.output.splitlines()) == [*(f"out {n}" for n in range(6)), "ready"]
 
 
-CANCELLING = """
-import asyncio
-async def worker(n):
-    try:
-        await asyncio.sleep(60)
-    finally:
-        await asyncio.sleep(0.02)
-        print(f"out {n}")
+CANCELLING = f"""{WORKER}
 async def main():
     tasks = [asyncio.create_task(worker(n)) for n in range(2)]
     await asyncio.sleep(0)

@@ -37,7 +37,7 @@ class Failures:
     def report(self, error: BaseException, call_hook: Callable[[BaseException], object]) -> str:
         """Write an uncaught error to standard error; returns the text for the host.
 
-        `call_hook` calls `sys.excepthook`, if that is the user's.
+        `call_hook` calls `sys.excepthook`, as the user's code may have set it.
         """
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != self.filename:
@@ -56,7 +56,7 @@ class Failures:
             with library.OwnImports():
                 headline, formatted = self._describe(error)
         except Exception:
-            return self._report_plainly(error)
+            return self._report_plainly(call_hook, error)
         try:
             # Without a traceback, the first line is the one that a user looks for.
             text = formatted if formatted.startswith(headline) else f"{headline}\n\n{formatted}"
@@ -67,11 +67,13 @@ class Failures:
             pass  # its standard error is gone; the exit code still tells
         return text
 
-    def _report_plainly(self, error: BaseException) -> str:
+    def _report_plainly(
+        self, call_hook: Callable[[BaseException], object], error: BaseException
+    ) -> str:
         """The same with what there is: no file may be opened any more, or no memory be left."""
         text = type(error).__name__
         try:
-            sys.excepthook(type(error), error, error.__traceback__)
+            call_hook(error)
             text += f": {error}"
         except BaseException:
             pass
