@@ -717,7 +717,7 @@ def without_unborn(errors):
     return re.sub(r"Task was destroyed but it is pending!\ntask: .*(f|sleep)\(\).*\n", "", errors)
 
 
-MAKING_COROUTINES = ("busy creation of tasks", "busy tasks")  # again and again
+MAKING_COROUTINES = ("busy creation of tasks", "busy tasks", "busy threads")  # in each round
 
 
 @pytest.mark.parametrize("name, place", crossed(4, ASYNC, [in_module, in_run]))
