@@ -380,10 +380,10 @@ def test_an_environment_that_is_too_big(manager):
 
 @pytest.mark.parametrize("of", ["this version", "another"])
 def test_code_of_ours_that_can_not_be_read_is_an_answer(make_manager, monkeypatch, of):
-    def fail(as_source=False, load=payload.load):
+    def fail(as_source, load=payload.load):
         if as_source == (of == "another"):
             raise ImportError("the archive has been replaced")
-        return load()
+        return load(as_source)
 
     manager = make_manager()
     with monkeypatch.context() as patch:

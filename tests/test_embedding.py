@@ -144,6 +144,21 @@ with sidexec.ExecutionManager() as manager:
     assert run_as_host(code) == "['socket']\n"
 
 
+def test_the_code_for_launchers_is_loaded_once(make_manager, monkeypatch):
+    loaded = []
+    load = payload._load
+
+    def count(name, as_source):
+        loaded.append(name)
+        return load(name, as_source)
+
+    monkeypatch.setattr(payload, "_load", count)
+    payload.load.cache_clear()
+    for _ in range(2):
+        assert make_manager().start_with_code("pass").success
+    assert loaded == list(payload._MODULES)
+
+
 def launcher(**options):
     """A launcher that has only greeted its host: its process and the host's socket."""
     ours, theirs = socket.socketpair()

@@ -149,7 +149,7 @@ def pack(greeting: bytes, config: dict[str, Any]) -> bytes:
 
 
 @functools.lru_cache
-def load(as_source: bool = False) -> list[tuple[str, bool, CodeType | str]]:
+def load(as_source: bool) -> list[tuple[str, bool, CodeType | str]]:
     """The modules, whether each is a package, and their code."""
     packages = [(_ROOT, True, ""), (f"{_ROOT}.child", True, "")]
     return packages + [(f"{_ROOT}.{name}", False, _load(name, as_source)) for name in _MODULES]

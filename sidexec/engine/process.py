@@ -60,7 +60,7 @@ class Process:
         if self._pidfd is not None:
             self._poll.register(self._pidfd, select.POLLIN)
         with contextlib.suppress(Exception):  # which is told when it is sent
-            payload.load()  # meanwhile the interpreter comes up
+            payload.load(False)  # meanwhile the interpreter comes up
 
     def _spawn(self, environment: Environment, stdin: int, stderr: int) -> None:
         subprocess = native_subprocess()
