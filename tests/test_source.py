@@ -5,7 +5,7 @@ import re
 import tempfile
 
 import pytest
-from conftest import ENVIRONMENT, ahead, argument, completed, crossed, finish, one_in
+from conftest import ENVIRONMENT, ahead, argument, completed, crossed, eventually, finish, one_in
 from conftest import shared_manager as manager  # noqa: F401
 from small_programs import NEW, run_plain
 
@@ -324,6 +324,16 @@ def test_a_syntax_error_of_the_snippets_own_making(run, line):
     assert data.status == "failed"
     assert data.error.startswith("SyntaxError: bad")
     assert "sidexec" not in data.error_output and "IndexError" not in data.error_output
+
+
+def test_a_syntax_error_of_an_action_blocks_own_making(make_manager, tmp_path):
+    (tmp_path / "__main__.py").write_text("raise SyntaxError('bad', (__file__, 2, 1, None))")
+    manager = make_manager()
+    finish(manager, "pass")
+    (launcher,) = manager._engine._launchers
+    eventually(lambda: launcher.requests._spares)  # a snippet that rehearses
+    data = manager.wait(manager.start_with_action_block(tmp_path).id).data
+    assert data.error.endswith('__main__.py", line 2\nSyntaxError: bad\n')
 
 
 def test_lone_surrogates_are_written_as_by_a_plain_interpreter(run):

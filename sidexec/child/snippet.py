@@ -185,10 +185,10 @@ class Snippet:
         namespace["report_progress"] = self._report_progress
         namespace["report_result"] = self._report_result
         block: str | None = request["block"]
-        code: str | bytes
+        code: Any = request["code"]  # None for a block
+        self._failures.text = code
         if block is None:
             path = self._path
-            self._failures.text = code = request["code"]
             sys.argv[:] = ["-c"]
         else:
             file = os.path.join(block, "__main__.py") if os.path.isdir(block) else block
