@@ -27,6 +27,7 @@ from test_misbehaving_hosts import host  # noqa: F401
 from test_untrusted import CHANNEL
 
 from sidexec import starting
+from sidexec.engine import waiting
 from sidexec.engine.execution import State
 from sidexec.engine.input import Input
 from sidexec.engine.launcher import Launcher
@@ -289,6 +290,18 @@ def test_a_launcher_too_many_is_dropped_unless_it_is_used(make_manager):
     assert unused.is_gone and unused._process is None
     manager.close()
     assert set(children()) <= before
+
+
+def test_close_waits_for_no_thread_that_has_dropped_a_launcher(make_manager, monkeypatch):
+    monkeypatch.setattr(waiting, "MUST_JOIN", True)
+    manager = make_manager()
+    finish(manager, "pass")
+    (first,) = manager._engine._launchers
+    with ThreadPoolExecutor(1) as pool:
+        made = Launcher(first._settings, {}, first.identity, manager._engine._on_gone)
+        pool.submit(made.discard).result()
+        caller = pool.submit(threading.get_native_id).result()
+        assert made.is_gone and caller not in waiting._ending
 
 
 def test_what_has_ended_holds_no_more_than_its_output_and_result(make_manager):

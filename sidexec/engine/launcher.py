@@ -75,7 +75,7 @@ class Launcher:
         except IndexError:
             return
         self.is_up = False  # whoever has found it until now goes to another one
-        self._end()
+        self._leave()
 
     def submit(self, execution: Execution) -> bool:
         """Queue it; whether a pair has it that is ready.
@@ -133,7 +133,7 @@ class Launcher:
         try:
             self.boot()  # so that a thread is there to end it
         except RuntimeError:  # there are none left: so nothing has been started either
-            self._end()
+            self._leave()
             return
         self._let_go_of_spares()
         process = self._process
@@ -269,10 +269,14 @@ class Launcher:
                     pair.wake()
         finally:
             self._let_go_of_spares()
-            self._on_gone(self)
             note_end()
-            self.is_gone = True
-            self.changed.ring()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Say that it is gone; without a thread of its own, the caller's says so."""
+        self._on_gone(self)
+        self.is_gone = True
+        self.changed.ring()
 
     def _let_go_of_spares(self) -> None:
         self.requests.close()
