@@ -160,9 +160,10 @@ def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
         _run_exit_handlers()
     except BaseException as error:
         ask.phase = SETTLING
-        # Less this frame.
+        # Less this frame. Not to the user's hook, which may raise: an interpreter reports what
+        # ends the wait for threads, without that hook, and goes on.
         BaseException.with_traceback(error, error.__traceback__ and error.__traceback__.tb_next)
-        sys.excepthook(type(error), error, error.__traceback__)
+        sys.__excepthook__(type(error), error, error.__traceback__)
         _run_exit_handlers()  # those that are left, if the wait for threads has raised
     _set_profile(None)
     _set_trace(None)
