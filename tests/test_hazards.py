@@ -366,7 +366,11 @@ manager.close()
 os._exit(0)
 """
     command = [sys.executable, "-c", code]
-    assert subprocess.run(command, env=HOST_ENVIRONMENT, timeout=HANG).returncode == 0
+    done = subprocess.run(
+        command, env=HOST_ENVIRONMENT, timeout=HANG, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_a_snippet_that_stops_its_keeper_and_breaks_the_protocol_is_ended(

@@ -50,7 +50,9 @@ class Sender:
         self.socket.setblocking(False)
 
     def __del__(self) -> None:
-        self.socket.close()
+        # The host may have closed all its descriptors, also before there was a socket here.
+        with contextlib.suppress(OSError, AttributeError):
+            self.socket.close()
 
     def is_open(self) -> bool:
         try:
