@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # How old a figure of memory or processor use may be, in seconds, before it is read again.
 USAGE_AGE = 0.1
-# How long an execution may take to begin, in seconds, before none is known of it.
+# How long to wait for an execution to begin, in seconds, before its use is given as unknown.
 USAGE_PATIENCE = 1.0
 
 

@@ -1,7 +1,7 @@
 """The public methods: they check arguments, call the engine, and build responses.
 
-Only the engine talks to processes and changes executions. No
-method holds a lock, so that a signal handler may interrupt any of them and call any other.
+Only the engine talks to processes and changes executions. No method holds a lock, so that a
+signal handler may interrupt any of them and call any other.
 """
 
 from __future__ import annotations

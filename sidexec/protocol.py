@@ -26,8 +26,8 @@ SWEEPING = b"w"  # it kills what is left, and is not done yet: sent again and ag
 
 # keeper -> host
 READY = b"r"  # "<snippet pid> <1 if orphans come to the keeper, else 0>"
-# "<exit code or None> <1 if forced> <1 if its launcher has ended> <microseconds of processor
-# time> <bytes of memory> <pid that can't be killed>...", each 1 else 0
+# "<exit code or None> <1 if forced, else 0> <1 if its launcher has ended, else 0> <microseconds
+# of processor time> <bytes of memory> <pid that can't be killed>..."
 END = b"e"
 
 # host -> keeper

@@ -20,14 +20,15 @@
     execution.py  what is known about one execution, and how it is stopped
     output.py, delivery.py   its output, and passing that to `on_output`
     input.py      its standard input
+    results.py    checking the result that a snippet has sent
     waiting.py    waiting in a way that no signal handler can break
     payload.py    the other side's code, as it is sent to the launcher
 
 Requests go down, bytes come up. Nothing here imports the manager.
 
-What several threads change changes in one call of a built-in method, such as
-`dict.setdefault`, `deque.popleft` or `list.append`: without the GIL as well, where each of
-these holds a lock of the object's own. What is counted has one thread that counts it, and
-what others may change meanwhile is gone through in a copy (`list(a_dict.values())`, but
-`a_deque.copy()`: making a list of a deque is no single call without the GIL).
+State that several threads change is changed by one call of a built-in method, such as
+`dict.setdefault`, `deque.popleft` or `list.append`. These are atomic without the GIL, too: each
+takes the object's own lock. A counter is written by one thread only. What others may change
+meanwhile is copied before it is iterated over: `list(a_dict.values())`, but `a_deque.copy()`,
+since `list(a_deque)` is not atomic without the GIL.
 """

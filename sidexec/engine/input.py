@@ -25,9 +25,9 @@ class Input:
         self.closed_by = None if is_open else "`input` was all of its standard input"
         self.changed = Bell()  # when there is less of it
         self._arrived: deque[bytes] = deque([data] if data else [])
-        # These two are the execution's thread's own.
+        # Changed by the execution's thread alone.
         self._waiting: deque[memoryview] = deque()
-        self._size = 0
+        self._size = 0  # of what waits, in bytes
         self._has_lost = False
 
     # -- from any thread

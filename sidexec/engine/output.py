@@ -190,8 +190,8 @@ class Output:
     ) -> Iterator[OutputChunk]:
         """Yield what is kept, then what comes, until `is_over()` and all is yielded.
 
-        Raises `TimeoutError` when there is more to wait for at `deadline`, of
-        `time.monotonic()`.
+        Raises `TimeoutError` when there is more to wait for at `deadline`, a time of
+        `waiting.monotonic()`.
         """
         decoders = {stream: Decoder(stream) for stream in STREAMS}
         while True:
