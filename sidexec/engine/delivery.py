@@ -31,7 +31,7 @@ class Delivery:
         self._call = call
         self._queue: Any = native("queue", "SimpleQueue")()
         self._put = self._taken = self._dropped = 0
-        self._ends = {stream: 0 for stream in STREAMS}  # how much each has brought
+        self._ends = {stream: 0 for stream in STREAMS}  # how many bytes have come on each
         self._is_abandoned = False
         self._waits = False  # the callback, for the end of this very execution
         self.is_over = False
@@ -69,7 +69,7 @@ class Delivery:
     def end(self, when_over: Callable[[], object]) -> None:
         """No more output follows; `when_over` is called when all has been passed on."""
         self._when_over = when_over
-        if self.is_over:  # it was abandoned, perhaps before that: the caller sees it
+        if self.is_over:  # it was abandoned, perhaps before the line above: the caller checks
             self._when_over = None
         self._queue.put(None)
 
@@ -84,7 +84,10 @@ class Delivery:
 
     @contextlib.contextmanager
     def waited_for(self) -> Iterator[None]:
-        """The calling thread waits for the end; in its own thread, nothing makes room then."""
+        """Within it, the calling thread waits for the end.
+
+        Where that is the callback's own thread, nothing shrinks the backlog: reading goes on.
+        """
         is_own = self._is_own_thread()
         if is_own:
             self._waits = True

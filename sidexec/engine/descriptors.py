@@ -21,11 +21,11 @@ NO_SIGPIPE = getattr(_socket, "MSG_NOSIGNAL", 0)  # which may end the host
 class Descriptor:
     """A descriptor that several threads use; it closes when the last releases it.
 
-    Else a thread that is about to use it could use another file, which has been given the
-    same number.
+    If it closed earlier, a thread that is about to use it could use another file, which has
+    been given the same number.
 
-    Without the GIL this holds if the thread that made it also releases it: the references
-    to what another thread made are only settled when that thread runs again.
+    Without the GIL, the thread that made it should also be the last to release it: references
+    that other threads drop are only settled when the thread that made it runs again.
     """
 
     def __init__(self, fd: int) -> None:
@@ -113,7 +113,7 @@ class Wake:
 
 
 def _identity(fd: int) -> tuple[int, int]:
-    """What tells its file from others; of all that `fstat` says, each execution holds two."""
+    """What identifies its file; not all that `fstat` returns, as each execution holds two."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
 

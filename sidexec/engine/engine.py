@@ -88,7 +88,7 @@ class Engine:
         return True
 
     def _begin(self, execution: Execution, launcher: Launcher, until: float) -> bool:
-        """Have it begin on `launcher`, unless that is not up any more; whether a pair has it."""
+        """Have it begin on `launcher`, as long as that is up; returns whether a pair has it."""
         if not self._begins(execution, launcher.boot):
             return False
         is_placed = launcher.submit(execution)
@@ -197,7 +197,7 @@ class Engine:
         join_ending()
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
-        """Wait for `on_output` to get the rest, at most `grace` seconds; the rest is lost."""
+        """Wait until `on_output` has had everything, at most `grace` seconds; the rest is lost."""
         until = monotonic() + grace
         for execution in executions:
             delivery = execution.delivery
@@ -243,7 +243,7 @@ class Engine:
             self._launchers.remove(launcher)
 
     def _refuse(self, execution: Execution, reason: str) -> bool:
-        """Unless a pair has it already."""
+        """Refuse it, unless a pair has it already; returns whether that was done."""
         is_free = execution.claim(NOBODY)
         if is_free:
             execution.refuse(reason)

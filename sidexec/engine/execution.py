@@ -75,7 +75,7 @@ class Owner(Protocol):
     def wake(self) -> None: ...
 
 
-# Who owns an execution that no pair shall take any more, or that has ended: nothing runs then.
+# The owner of an execution that no pair may take any more, or that has ended.
 NOBODY = object()
 _BEGUN = object()
 
@@ -107,19 +107,20 @@ class Execution:
         self.started_at = monotonic()
         self.state = State.WAITING
         self.is_queued = False  # and so will begin, or be refused
-        self.deadlines: list[float] = []  # of stops, and perhaps of such as came before that
-        # Set by its start: what finds a pair for it, and may wait for one; and who keeps it.
+        self.deadlines: list[float] = []  # of stops since `promise`, for a pair that begins it
+        # Set by its start: `place` finds a pair for it, and may wait for one; the other two tell
+        # the engine.
         self.place: Callable[[], object] = bool
         self.on_begin: Callable[[Execution], object] = bool
         self.on_end: Callable[[Execution], object] = bool
         self.umask: int | None = None  # the host's at its start
-        self.is_counted = self.is_forgotten = False  # among those that have ended
+        self.is_counted = self.is_forgotten = False  # see `Engine.on_end`
         self.refusal: str | None = None  # why it could not be started
         self.progress: float | None = None
         self.reported: bytes | None = None  # JSON, checked once it has ended
         self.usage: Sample | None = None  # set by readers, for readers
         self.changed = Bell()  # when the state has changed
-        self._calls: list[tuple[set[int], Callable[[], object]]] = []  # with what signal mask
+        self._calls: list[tuple[set[int], Callable[[], object]]] = []  # each with a signal mask
         # Filled by `setdefault`, which is atomic: the first one is the one that counts. Only
         # the owner is replaced, at the end.
         self._claims: dict[str, object] = {}

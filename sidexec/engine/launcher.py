@@ -78,9 +78,9 @@ class Launcher:
         self._leave()
 
     def submit(self, execution: Execution) -> bool:
-        """Queue it; whether a pair has it that is ready.
+        """Hand it to a pair that is ready, or queue it; returns whether a pair has it.
 
-        It is begun or refused, or nobody's if this launcher is not up.
+        What is queued is begun or refused later; if this launcher is not up, perhaps neither.
         """
         self._running[execution.id] = execution
         process = self._process
@@ -121,7 +121,7 @@ class Launcher:
         return True
 
     def abandon(self, reason: str) -> None:
-        """Give up on it, as it does not answer; what runs on it may go on."""
+        """Give this launcher up, as it does not answer; what runs on it may go on."""
         pid = None if self._process is None else self._process.pid
         self._failure = self._failure or f"the launcher (pid {pid}) {reason}"
         self.is_up = self.requests.keeps_spare = False

@@ -73,7 +73,7 @@ class Pair:
         self._read_at = 0.0
         self._quick_reads = 0
         self._is_busy = False
-        # What can wait, and what can't.
+        # `_urgent` leaves out the channel and the output, whose reading may pause.
         self._everything = native("select", "poll")()
         self._urgent = native("select", "poll")()
 
@@ -306,7 +306,7 @@ class Pair:
     # -- closing
 
     def close(self) -> None:
-        """Close all of it, what another thread is about to write to as soon as it has."""
+        """Close everything; what another thread is just writing to closes once it has."""
         if self._channel is not None:
             self._open.discard(self.channel)  # which the sender closes
         close_all(self._open)

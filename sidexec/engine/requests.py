@@ -20,7 +20,7 @@ from .pair import Pair
 class Requests:
     def __init__(self, ask: Callable[[bytes], object]) -> None:
         """`ask` sends FORK and FORK_AHEAD to the launcher."""
-        self.keeps_spare = False  # and the launcher stays when nothing runs on it
+        self.keeps_spare = False  # if so, the launcher stays up when nothing runs on it
         self._ask = ask
         self._spares: deque[Pair] = deque()
         self._waiting: deque[Execution] = deque()
@@ -33,7 +33,7 @@ class Requests:
     # -- from any thread
 
     def put(self, execution: Execution) -> bool:
-        """Hand it to a spare pair, or let it wait for a pair; whether a spare one has it."""
+        """Hand it to a spare pair, or queue it; returns whether a spare pair has it."""
         while True:
             try:
                 pair = self._spares.popleft()
@@ -97,7 +97,7 @@ class Requests:
         if self._spares or not self.keeps_spare:
             return None
         self._spares.append(pair)
-        # Check again: a request that came just now has seen no spare, or an open launcher.
+        # Check again: a request or a `close` that came just before did not see this spare.
         if self._waiting or self._is_closed:
             with contextlib.suppress(ValueError):  # a call has taken it just now
                 self._spares.remove(pair)

@@ -27,8 +27,8 @@ from .waiting import log, monotonic
 
 logger = logging.getLogger(__name__)
 
-# How long past the grace period, or its last sign of a sweep, a keeper counts as one that
-# answers, and then the launcher that sweeps in its place.
+# How long to wait for END past the grace period, or past the last SWEEPING, in seconds, before
+# the keeper is killed; and then for the LOST of the launcher, which sweeps in its place.
 SWEEP_ALLOWANCE = 4.0
 
 
@@ -44,7 +44,7 @@ class Launcher(Protocol):
 
 
 class Keeper(enum.Enum):
-    """What this side waits for, of a keeper."""
+    """What has become of a keeper; each value says what this side still waits for."""
 
     AT_WORK = "its END"
     KILLED = "END or the launcher's LOST, as it did not answer, or the launcher has ended"

@@ -85,7 +85,7 @@ def mask() -> set[int]:
 
 @contextlib.contextmanager
 def masked(mask: set[int]) -> Iterator[None]:
-    """Have this mask, which threads and processes that are started meanwhile inherit."""
+    """Set this thread's signal mask; threads and processes started meanwhile inherit it."""
     before = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield
@@ -96,22 +96,22 @@ def masked(mask: set[int]) -> Iterator[None]:
 def log(
     logger: logging.Logger, level: int, message: str, *values: object, exc_info: bool = False
 ) -> None:
-    """Log where others wait for this thread: what a handler raises must not end what it does.
+    """Log in a thread that others wait for: what a logging handler raises must not end it.
 
-    The one of the standard library raises where `sys.stderr` is closed.
+    The standard library's own handlers raise where `sys.stderr` is closed.
     """
     with contextlib.suppress(Exception):
         logger.log(level, message, *values, exc_info=exc_info, stacklevel=2)
 
 
 def note_end() -> None:
-    """The calling thread is one of ours, and is about to say that it ends."""
+    """Note that the calling thread, one of ours, is about to end; before anybody is told."""
     if MUST_JOIN:
         _ending.append(_thread.get_native_id())
 
 
 def join_ending() -> None:
-    """Wait until threads that have said so have ended, where that makes a difference."""
+    """Wait until the threads that have called `note_end` have ended, if `MUST_JOIN`."""
     until = monotonic() + JOIN_LIMIT
     for id in set(_ending) - {_thread.get_native_id()}:
         while os.path.exists(f"/proc/self/task/{id}") and monotonic() < until:
