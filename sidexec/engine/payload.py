@@ -44,19 +44,21 @@ _MODULES = (
 # ignored its arguments: it is a program, and not the Python interpreter it was taken for.
 MARK = "EXECUTION_MANAGER_LAUNCHER"
 
-# What `python -c` is given. It makes a session, closes the descriptors that it inherited
-# (those without the close-on-exec flag, which Python sets on all that it opens but the file
-# of `PYTHON_PERF_JIT_SUPPORT`, and goes on writing to that number), says which interpreter
-# it is, takes the modules, and calls the launcher. The current directory
-# leaves the path meanwhile: a file there that is named like a module of the standard
-# library would be imported instead. What `options` has set is undone. The modules get the
-# built-in names in a copy of their own, since a snippet may change them. Where all imports
-# are lazy, theirs are not: they could not be found any more. In a snippet's process `main`
-# returns, and its code is called from here, so that this frame is the only one below it.
-# 3 is `asking.SETTLING`. What observes the code (a trace or profile function, a monitoring
-# tool) is then taken off, by calls that none of these sees, and signal handlers are put off:
-# what one raises would cost the result. That may take a second try, after what is due now,
-# and must have no loop in its `try`: what is raised where a loop jumps back can pass that by.
+# What `python -c` is given. Step by step:
+# - It makes a session, and closes the descriptors that it inherited: those without the
+#   close-on-exec flag, which Python sets on all that it opens but the file of
+#   `PYTHON_PERF_JIT_SUPPORT`, to whose number it goes on writing.
+# - It undoes what `options` has set, and takes the current directory off the path: a file there
+#   that is named like a module of the standard library would be imported instead.
+# - It says which interpreter it is, and takes the modules. They get the built-in names in a copy
+#   of their own, since a snippet may change them. Where all imports are lazy, theirs are not:
+#   they could not be found any more.
+# - It calls the launcher. In a snippet's process `main` returns, and the user's code is called
+#   from here, so that this frame is the only one below it. 3 is `asking.SETTLING`.
+# - It takes off what observes the code (a trace or profile function, a monitoring tool), by calls
+#   that none of these sees, and puts off signal handlers: what one raises would cost the result.
+#   That may take a second try, after what is due now, and must have no loop in its `try`: what
+#   is raised where a loop jumps back can pass that by.
 BOOT = (
     """\
 import sys
