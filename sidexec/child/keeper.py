@@ -187,7 +187,7 @@ class Keeper:
         self._nudge_at = now + min(2 * (waited + FIRST_NUDGE), LAST_NUDGE)
 
     def _ask_strays(self, strays: set[int]) -> None:
-        if self._deadline == NEVER and self._asked_at is None:  # else that is its grace period
+        if self._deadline == NEVER and self._asked_at is None:  # else a stop's grace period runs
             self._deadline = time.monotonic() + self._grace
         # The group as one, and once: a second SIGTERM would abort a member's cleanup.
         targets = {self._target(pid) for pid in strays} - self._asked_strays

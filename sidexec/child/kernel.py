@@ -13,8 +13,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PTRACE_DETACH = 17
-_PID_LIMIT = 2**22  # Linux gives no higher ones
-_PIDS_AT_FIRST = 2**15  # on small machines it gives no higher ones
+_PID_LIMIT = 2**22  # Linux gives no pid higher than this
+_PIDS_AT_FIRST = 2**15  # on small machines, none higher than this
 
 
 try:
@@ -38,7 +38,7 @@ _ADDRESSES = {name: _find(name) for name in ("prctl", "ptrace", "fflush", "sysca
 def call(name: str, *arguments: int | bytes | None) -> int:
     """What a function of the C library returns; -1 for an error, and where it can't be called.
 
-    `bytes` stand for where they are.
+    `bytes` are passed as their address.
     """
     address = _ADDRESSES[name]
     result: int = -1 if address is None else _ctypes.call_function(address, arguments)
@@ -111,9 +111,9 @@ def _find_children(known: set[int]) -> set[int]:
 
 
 def _search(own: int, youngest: int, known: set[int]) -> set[int]:
-    """Find the children of the process `own`: they are younger than it.
+    """Find the children of the process `own`: they are younger, and so have higher pids.
 
-    Once the numbers have gone round, they may be anywhere, and to try each takes 10 seconds.
+    Once pids have wrapped around, they may have any; to try each of them takes 10 seconds.
     """
     if own < youngest and (found := set(filter(_is_child, range(own + 1, youngest)))):
         return found

@@ -181,8 +181,8 @@ class Launcher:
             self._poll.unregister(self._socket.fileno())
             if self._host is not None:
                 self._poll.unregister(self._host)
-            # They block it, so that it stays pending, and shows that the host has ended, not
-            # the launcher alone: then nobody else reads the output.
+            # Keepers block SIGHUP: it stays pending, and tells them that the host has ended, and
+            # not the launcher alone, so that nobody else reads the output.
             for pid in self._keepers:
                 kernel.signal_process(pid, _signal.SIGHUP)
             os.close(self._lifeline_end)
@@ -281,7 +281,7 @@ class Launcher:
 def main(config: dict[str, Any], path: list[str]) -> Snippet | None:
     """Run the launcher on the socket that is its standard input.
 
-    In the process of a snippet this returns, with the request that has come for it.
+    In the process of a snippet this returns, with the snippet, whose request has come.
     """
     socket = _socket.socket(fileno=os.dup(0))
     devnull = os.open(os.devnull, os.O_RDWR)

@@ -40,9 +40,9 @@ _FILE = io.IOBase.__base__  # what all files are: it has the finalizer that clos
 # Not followed: through these, every object is reachable from every other.
 _OPAQUE = (type, type(sys), type(lambda: 0))
 
-# Frees what `take` returns, and what is garbage. What Python warns of meanwhile, such as a
-# coroutine that was never awaited, names the place that it names at an interpreter's own end,
-# where it can't import `tracemalloc` either, to advise using that.
+# Frees what `take` returns, and then collects garbage. A warning that this causes, such as of a
+# coroutine that was never awaited, names its file and line: they are those that such a warning
+# names at an interpreter's own end.
 _NOWHERE = ("<sys>", 0) if sys.version_info >= (3, 13) else ("sys", 1)
 _free = eval(
     compile("lambda take=bool: (take(), None)[1] or collect()", _NOWHERE[0], "eval"),
@@ -60,16 +60,16 @@ _set_events = _functools.partial(getattr(_monitoring, "set_events", bool))
 
 
 class Observers:
-    """What observes the code at its end, as `payload.BOOT` has found it, and taken off.
+    """What observed the code when it ended, and its signal handlers, to put back for exit handlers.
 
-    So are its signal handlers.
+    `payload.BOOT` takes the trace and profile functions and the monitoring tools off.
     """
 
     def __init__(self) -> None:
         self.trace: Any = None
         self.profile: Any = None
         self.tools: dict[int, int] = {}  # of `sys.monitoring`, and the events of each
-        self._handlers: dict[int, Any] = {}  # of signals, that are put off
+        self._handlers: dict[int, Any] = {}  # of the signals that are put off
         self._late: dict[int, object] = {}  # the signals that have come meanwhile
 
     def put_off_signals(self) -> None:
@@ -112,7 +112,8 @@ def leave(
     is_quick = not _thread._count()
     try:
         if is_quick:
-            sys.modules.setdefault("tracemalloc", None)  # type: ignore[arg-type]  # see `_free`
+            # At an interpreter's end its warnings can't import this, to advise using it.
+            sys.modules.setdefault("tracemalloc", None)  # type: ignore[arg-type]
             let_go(take_globals)
         else:
             take_globals()

@@ -25,11 +25,11 @@ _HOME = os.path.dirname(os.__file__)
 
 
 def _own_path(path: list[str]) -> list[str]:
-    """`path` from the standard library on: less what comes before, such as PYTHONPATH."""
+    """`path` from the standard library on, without what comes before it, such as PYTHONPATH."""
     if _HOME not in path:
         return [each for each in path if each]
     at = path.index(_HOME)
-    # Just before it stands where it would be if it were in a zip file.
+    # The entry before it is where the standard library would be in a zip file.
     return path[at - 1 if at and _is_zip(path[at - 1]) else at :]
 
 

@@ -163,7 +163,7 @@ class Snippet:
             self.observers.put_off_signals()
 
     def _take_globals(self) -> object:
-        """Take what the user's code may have a reference to, for the caller to free."""
+        """Take out all that may refer to objects of the user's code, for the caller to free."""
         held = (self._namespace, self._reported, self._coroutine, self.clean_up, self.returned)
         self._namespace, self.returned = {}, {}
         self._partial = self._reported = self._coroutine = self.clean_up = None

@@ -95,7 +95,7 @@ def _with_top_level_return(
 
 
 def _warn_of_the_rest(told: list[Any], parse: Callable[[], Any], filename: str) -> None:
-    """Warn of what the first attempt has not come to: it ended at the first `return`."""
+    """Warn of what the first attempt to compile did not reach: it ended at the first `return`."""
     with warnings.catch_warnings(record=True) as given:
         try:
             _compile(parse(), filename)
@@ -149,7 +149,7 @@ def _as_function(
 
 
 def _walruses(source: str | bytes, tree: ast.Module) -> list[str]:
-    """What `:=` binds; in a comprehension, only that one's own code object has the name."""
+    """The names that `:=` binds; one in a comprehension is only in that one's code object."""
     if b":=" not in source if isinstance(source, bytes) else ":=" not in source:
         return []  # a walk takes its time
     return [node.target.id for node in ast.walk(tree) if isinstance(node, ast.NamedExpr)]

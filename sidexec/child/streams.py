@@ -45,7 +45,10 @@ class Whole(io.FileIO):
 
 
 def _quicken(stream: io.TextIOWrapper, raw: Whole) -> None:
-    """Let `print`, which writes twice, call one function of ours, not the class's and then ours."""
+    """Give `stream` a `write` that does without the class's own, which calls ours.
+
+    `print` calls it twice, for the text and for its end.
+    """
     errors = stream.errors or "strict"
     quick: type | None = str
     encode = str.encode

@@ -29,10 +29,10 @@ def _finish_tasks(
     """Cancel all tasks, each of them once, and wait for them.
 
     A task group cancels its tasks when the task that it belongs to leaves it, and the main task
-    may cancel the others in its cleanup: before that, they would be cancelled twice, and the
-    second time would cut their cleanup short. Only where that task has not done so for a while,
-    to wait for the others or to clean up first, or the main task has ended, they are cancelled
-    here.
+    may cancel the others in its cleanup: if they were cancelled before that, they would be twice,
+    and the second time would cut their cleanup short. So they are cancelled here only if that
+    task has not done it for a while, as it waits for them or cleans up first, or if the main task
+    has ended.
     """
     tasks = sys.modules["asyncio"].all_tasks(loop)
     if main not in tasks or not hasattr(main, "cancelling"):
