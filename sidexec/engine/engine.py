@@ -164,7 +164,7 @@ class Engine:
             return
         for execution in executions:
             self.ask(execution, grace, caller)
-        self._give_up_what_is_cut_off()
+        self._abandon_what_is_cut_off()
         for execution in executions:
             execution.changed.wait_for(self.is_over(execution))
         self._wait_for_callbacks(executions, grace)
@@ -180,7 +180,7 @@ class Engine:
         running = self.running()
         for execution in running:
             execution.stop("closed", grace)
-        self._give_up_what_is_cut_off()
+        self._abandon_what_is_cut_off()
         # Before the waits: what a signal handler raises may end those, and nobody closes again.
         for launcher in list(self._launchers):
             launcher.let_go()
@@ -206,10 +206,10 @@ class Engine:
 
     # -- launchers
 
-    def _give_up_what_is_cut_off(self) -> None:
+    def _abandon_what_is_cut_off(self) -> None:
         """Where the host has closed all descriptors, nothing else wakes the threads in `poll`."""
         for each in list(self._launchers):
-            each.is_cut_off()
+            each.abandon_if_cut_off()
 
     def _launcher(self, environment: Environment, is_default: bool) -> Launcher:
         """One that is up and runs snippets as the host is now: user, limits, environment."""
@@ -219,7 +219,7 @@ class Engine:
         def find() -> Launcher | None:
             for each in list(self._launchers):
                 if each.environment == environment and each.identity == identity:
-                    if each.is_up and not each.is_cut_off():
+                    if each.is_up and not each.abandon_if_cut_off():
                         return each
             return None
 

@@ -163,8 +163,8 @@ class Execution:
         """Make `owner` the owner; false if another one was first."""
         return self._claims.setdefault("owner", owner) is owner
 
-    def is_stopped(self) -> bool:
-        """Whether it ends as stopped; if not, it can't be stopped from here on."""
+    def settle_stop(self) -> bool:
+        """Decide whether it ends as stopped, and say so; a stop from here on comes too late."""
         return self._claims.setdefault("stop", None) is not None
 
     def stop(self, reason: StopReason, grace: float, caller: object = None) -> None:
@@ -235,7 +235,7 @@ class Execution:
         refusal = object()
         if self._claims.setdefault("fate", refusal) is not refusal:
             return  # it runs, or was refused before
-        if self.is_stopped():
+        if self.settle_stop():
             self.finish(End("stopped"))
         elif self._claims.setdefault("promise", False):
             self.finish(End("failed", error=reason))

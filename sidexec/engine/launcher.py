@@ -109,14 +109,14 @@ class Launcher:
         process = self._process
         return process is not None and procfs.is_stopped(process.pid)
 
-    def is_cut_off(self) -> bool:
-        """Whether the host has closed all its descriptors; it is given up then."""
+    def abandon_if_cut_off(self) -> bool:
+        """Give this launcher up where the host has closed all descriptors; whether it has."""
         process = self._process
         if process is None or not process.is_cut_off():
             return False
         self.abandon("can't be reached: this process has closed its descriptors")
         process.kill()
-        # All that is left of it is closed by number, which may be the next one's by then.
+        # What is left of it is closed by number: the next one's files must not have that by then.
         self.changed.wait_for(self.is_through, EXIT_LIMIT)
         return True
 

@@ -49,7 +49,7 @@ class Process:
         stderr.close()
         self.pid: int = self._popen.pid
         self._socket = self._sender.socket
-        self._status = _open_status()
+        self._host_status = _open_host_status()
         os.set_blocking(self._errors.fd, False)
         self._poll = native("select", "poll")()
         self._poll.register(self._socket.fileno(), select.POLLIN)
@@ -89,7 +89,7 @@ class Process:
 
     def umask(self) -> int | None:
         """From any thread: the host's own, without setting it; None where that can't be told."""
-        status = self._status
+        status = self._host_status
         try:
             return None if status is None else procfs.umask_in(os.pread(status.fd, 4096, 0))
         except OSError:  # the host has closed all its descriptors
@@ -140,7 +140,7 @@ class Process:
             self._popen.returncode = -signal.SIGKILL  # or it would warn that it still runs
         while self._read_errors():
             pass
-        self._sender = self._status = None
+        self._sender = self._host_status = None
         self._errors.close()
         close_all(fd for fd in (self._pidfd, *self.fds) if fd is not None)
         return "it can't be killed" if code is None else describe_exit(code)
@@ -215,8 +215,8 @@ class Process:
         return bool(data)
 
 
-def _open_status() -> Descriptor | None:
-    """This process's file in /proc, read at each start: an open one costs it least."""
+def _open_host_status() -> Descriptor | None:
+    """The host's own status in /proc, for `umask`: each start costs less if it stays open."""
     if not procfs.is_ours():
         return None
     try:

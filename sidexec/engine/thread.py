@@ -267,7 +267,7 @@ class _Run:
             self._fault = self._launcher.why_ended()
         code, error = end.exit_code, self._fault
         status: Status
-        if execution.is_stopped():
+        if execution.settle_stop():
             status, error = "stopped", self._fault if self._keeper_fault else None
         elif error is None and code == 0:
             status = "completed"
