@@ -170,6 +170,30 @@ def test_an_integer_has_as_many_digits_as_any_interpreter_reads(run):
             assert data.output == (f"{limit}\n" if call == "report_result" else "")
 
 
+def test_reports_of_two_threads_leave_the_limit_of_digits_as_it_is(run):
+    code = """
+import sys, threading
+class Calls(dict):
+    def items(self):
+        self["call"]()
+        return [("a", 1)]
+def wait():
+    is_inside.set()
+    go_on.wait()
+def start():
+    thread.start()
+    is_inside.wait()
+is_inside, go_on = threading.Event(), threading.Event()
+thread = threading.Thread(target=report_result, args=[Calls(call=wait)])
+sys.set_int_max_str_digits(5000)
+report_result(Calls(call=start))
+go_on.set()
+thread.join()
+return sys.get_int_max_str_digits()
+"""
+    assert completed(run(code)).result == 5000
+
+
 @pytest.mark.parametrize("limit", [0, 5000, 4300])
 @pytest.mark.parametrize("value", ["10 ** 4300", "-(10 ** 4300)"])
 def test_an_integer_with_more_digits_is_no_result(run, limit, value):

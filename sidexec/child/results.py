@@ -42,9 +42,11 @@ def to_json(value: object, what: str) -> bytes:
     """What `json.dumps(value, allow_nan=False)` makes of a value."""
     encode_str = _json.encode_basestring_ascii
     encode = _json.make_encoder({}, _refuse, encode_str, None, ": ", ", ", False, False, False)
+    # One that another thread has set here is left to that thread, which sets the user's again.
     limit = _get_max_digits()
     try:
-        _set_max_digits(MAX_DIGITS)
+        if limit != MAX_DIGITS:
+            _set_max_digits(MAX_DIGITS)
         data = "".join(encode(value, 0)).encode()
         if is_too_deep(data):
             raise ValueError
@@ -55,7 +57,8 @@ def to_json(value: object, what: str) -> bytes:
             problem = str(error)
         raise TypeError(f"{what} must be JSON: {problem}") from None
     finally:
-        _set_max_digits(limit)
+        if limit != MAX_DIGITS:
+            _set_max_digits(limit)
     if len(data) > MAX_RESULT:
         raise ValueError(
             f"{what} takes {len(data)} bytes as JSON, more than {MAX_RESULT}:"
