@@ -32,8 +32,8 @@ _REFUSED = [
 _OF_A_PID = [(302, 261), (142, 118), (144, 119), (203, 122), (314, 274)]
 _PRIORITIES = [((141, 140), 0), ((251, 30), 1)]  # setpriority, ioprio_set: of one process, 0
 # chmod (-1: there is none on aarch64), fchmod, fchmodat, fchmodat2, open, creat, openat, mknod,
-# mknodat, and which argument is the mode: no set-user-id program is left for others, of a file
-# of its own or of the system's.
+# mknodat, and which argument is the mode. A set-user-id or set-group-id bit in it is refused: no
+# such program is left for others to run.
 _MODES = [
     *(((90, -1), 1), ((91, 52), 1), ((268, 53), 2), ((452, 452), 2)),
     *(((2, -1), 2), ((85, -1), 1), ((257, 56), 3), ((133, -1), 1), ((259, 33), 2)),

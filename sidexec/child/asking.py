@@ -30,8 +30,8 @@ LEAVING = 2  # exit handlers, joining threads: it raises in those that take long
 SETTLING = 3  # our own code at the end: nothing, until it is LEAVING
 MAY_RAISE = (RUNNING, LEAVING)
 
-# How long an exit handler or a callback that begins after the ask may take, in seconds. It
-# is over by then, or takes long.
+# How long an exit handler or a callback that begins after the ask may take, in seconds, before
+# the ask interrupts it, too.
 PATIENCE = 0.1
 
 

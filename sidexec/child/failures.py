@@ -70,7 +70,7 @@ class Failures:
     def _report_plainly(
         self, call_hook: Callable[[BaseException], object], error: BaseException
     ) -> str:
-        """The same with what there is: no file may be opened any more, or no memory be left."""
+        """Report it with less: perhaps no more files can be opened, or no memory is left."""
         text = type(error).__name__
         try:
             call_hook(error)

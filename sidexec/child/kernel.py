@@ -192,7 +192,7 @@ def set_limits(limits: dict[str, int]) -> list[tuple[int, tuple[int, int]]]:
 
 
 def keep_for_ever(objects: list[object]) -> None:
-    """Keep an interpreter's end from calling finalizers."""
+    """Keep the finalizers of `objects` from being called, at the interpreter's end as well."""
     if _ctypes is not None:
         for each in objects:
             _ctypes.Py_INCREF(each)

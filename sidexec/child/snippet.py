@@ -45,7 +45,7 @@ class Forked(BaseException):
 class Snippet:
     """What `payload.BOOT` runs in a process of its own.
 
-    It calls the user's code itself: no other frame of ours is below that.
+    BOOT calls the user's code itself, so that no other frame of ours is below that.
     """
 
     def __init__(self, channel: int, path: list[str], preloaded: list[Any]) -> None:

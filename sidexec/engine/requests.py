@@ -69,7 +69,8 @@ class Requests:
     def miss(self, is_ahead: bool, reason: str) -> None:
         """A pair that was asked for will not come: a request is refused for it.
 
-        Where one that came ahead of need has taken its request, those that wait have theirs.
+        None is refused if a pair that was forked ahead has taken one meanwhile, so that those
+        still to come are enough for the rest.
         """
         self._has_come(is_ahead)
         if not is_ahead and len(self._coming) + len(self._wanted) < len(self._waiting):
@@ -110,7 +111,7 @@ class Requests:
             self._may_fork_ahead.pop()
         except IndexError:
             return  # one is on its way
-        # Of those that come, one may find that its request has gone to another pair.
+        # If more pairs are to come than requests wait, one of them will be the spare.
         has_spare = self._spares or len(self._coming) > len(self._waiting)
         if self.keeps_spare and not has_spare:
             self._ask(FORK_AHEAD)
