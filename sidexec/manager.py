@@ -100,7 +100,7 @@ class ExecutionManager(Lifetime):
             grace=self._grace,
         )
         self._engine = Engine(settings, checks.count("max_history", max_history, 0))
-        self._texts: dict[Stream, tuple[object, int, str]] = {}
+        self._texts: dict[Stream, tuple[int, int, str]] = {}
 
     def start_with_code(
         self,

@@ -341,6 +341,13 @@ def test_what_begins_in_the_middle_of_a_character_begins_after_it(
     assert {chunk.dropped for chunk in got} == {0}
 
 
+def test_of_what_is_forgotten_no_output_is_held(make_manager):
+    manager = make_manager(max_history=0)
+    output = manager.run("import sys\nprint(1)\nprint(2, file=sys.stderr)").data
+    assert (output.output, output.error_output) == ("1\n", "2\n")
+    eventually(lambda: not manager._texts)
+
+
 def test_a_line_that_comes_in_many_chunks_takes_no_time_of_its_own():
     part, count = "x" * 16_384, 4000
     chunks = [OutputChunk("stdout", part)] * count

@@ -118,12 +118,19 @@ class _Kept:
 class Output:
     """Both streams of one execution, each kept to its newest `limit` bytes."""
 
-    def __init__(self, limit: int, texts: dict[Stream, tuple[object, int, str]]) -> None:
+    def __init__(self, limit: int, texts: dict[Stream, tuple[int, int, str]]) -> None:
         self._limit = limit
         self._kept = {stream: _Kept() for stream in STREAMS}
         self._sequence = 0
-        self._texts = texts  # the text that was last asked for, shared by all executions
+        # The text that was last asked for, shared by all executions: whose, as an `id`, up to
+        # where, and the text.
+        self._texts = texts
         self.changed = Bell()
+
+    def __del__(self) -> None:
+        for stream, (owner, _, _) in list(self._texts.items()):
+            if owner == id(self):
+                self._texts.pop(stream, None)
 
     # -- from the execution's thread
 
@@ -178,11 +185,11 @@ class Output:
         if not chunks:
             return ""
         end = chunks[-1].offset + len(chunks[-1].data)
-        owner, cached_end, text = self._texts.get(stream, (None, 0, ""))
-        if owner is not self or cached_end != end:
+        owner, cached_end, text = self._texts.get(stream, (0, 0, ""))
+        if owner != id(self) or cached_end != end:
             data = b"".join(chunk.data for chunk in chunks)[_torn(chunks[0]) :]
             text = data.decode("utf-8", "replace")
-            self._texts[stream] = (self, end, text)
+            self._texts[stream] = (id(self), end, text)
         return text
 
     def follow(
