@@ -19,9 +19,11 @@ What stands elsewhere:
 
 import concurrent.futures
 import contextlib
+import errno
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,7 +53,8 @@ from programs import (
 )
 
 from sidexec.child import masking
-from sidexec.engine import thread
+from sidexec.engine import pair, thread
+from sidexec.engine.descriptors import close_all
 
 HANG = 30.0
 ASKED = 128 + signal.SIGTERM
@@ -371,6 +374,27 @@ os._exit(0)
     )
     assert done.returncode == 0, done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_a_pair_that_can_not_be_set_up_closes_no_descriptor_twice(monkeypatch):
+    """By the second time another thread may have a file with that number."""
+    ends = [*socket.socketpair(), *socket.socketpair()]
+    control, channel, out, err = fds = [each.detach() for each in ends]
+
+    def sender(fd, sender=pair.Sender):
+        if fd == channel:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return sender(fd)
+
+    closed = []
+    monkeypatch.setattr(pair, "Sender", sender)
+    monkeypatch.setattr(pair, "close_all", lambda fds: closed.extend(fds) or close_all(fds))
+    made = pair.Pair(0, fds, False)
+    assert made.wait_until_ready() == pair.NO_DESCRIPTORS
+    made.close()
+    assert sorted(closed) == sorted([channel, out, err])
+    with pytest.raises(OSError):  # its sender has closed it
+        os.fstat(control)
 
 
 def test_a_snippet_that_stops_its_keeper_and_breaks_the_protocol_is_ended(

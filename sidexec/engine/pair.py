@@ -122,8 +122,8 @@ class Pair:
     def _set_up(self) -> None:
         """Make, in the thread that lets go of them, what several threads use."""
         self._control = Sender(self.control_fd)
+        self._open.discard(self.control_fd)  # which the sender closes, also if the next one fails
         self._channel = Sender(self.channel)
-        self._open.discard(self.control_fd)  # which the sender closes
         self._wake = Wake()
         for poll in (self._everything, self._urgent):
             poll.register(self.control_fd, select.POLLIN)
