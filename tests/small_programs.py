@@ -106,6 +106,8 @@ PROGRAMS = {
     "annotation is a walrus": "x: (y := 1)",
     "annotation yields": "x: (yield)",
     "annotated global": "global x\nx: int",
+    "annotated global, and functions": "def f(a: int) -> str: pass\nx: set\nclass C:\n    y: float\n"
+    "def g(b: dict): pass\nimport __main__\nprint(__main__.__annotations__, f.__annotations__)",
     "annotated tuple": "(x, y): int",
     "undefined annotation": "x: nothing\nprint('later')",
     "annotations as text": "from __future__ import annotations\ny: dict[str, 'A'] | (int, *z)\n"

@@ -224,7 +224,8 @@ class _Statements:
                 if node.lineno in numbers:  # else it is never reached
                     key.value = next(numbers[node.lineno], 0)
             codes = [each for each in plain.co_consts if isinstance(each, type(plain))]
-            annotate = next(each for each in codes if each.co_name == "__annotate__")
+            # The last: those of functions go before it, by the same name.
+            annotate = [each for each in codes if each.co_name == "__annotate__"][-1]
             self._namespace["__annotate__"] = FunctionType(annotate, self._namespace)
         if _CONDITIONAL in plain.co_names:  # also where no annotation is kept
             self._namespace.setdefault(_CONDITIONAL, set())
