@@ -262,6 +262,8 @@ ENDS = {
     "SIGKILL": "import os; os.kill(os.getpid(), 9)",
     "SIGUSR1": "import os; os.kill(os.getpid(), 10)",
     "SIGABRT": "import os; os.abort()",
+    "tracebacks of two calls": "import sys\nsys.tracebacklimit = 2\ndef f():\n    try: 1 / 0\n"
+    "    except ZeroDivisionError: raise ValueError\ndef g(): f()\ng()",
     "interrupt": "raise KeyboardInterrupt('now')",
     "interrupt by a signal": "import os, signal; os.kill(os.getpid(), signal.SIGINT)",
     "interrupt of a subclass": "class Interrupt(KeyboardInterrupt): pass\nraise Interrupt",

@@ -103,7 +103,10 @@ class Failures:
     def _describe(self, error: BaseException) -> tuple[str, str]:
         traceback = library.module("traceback")
         kind = type(error)
-        details = traceback.TracebackException(kind, error, error.__traceback__)
+        limit = getattr(sys, "tracebacklimit", None)
+        # The innermost calls, as the interpreter shows them: `traceback` has the outermost.
+        limit = -max(limit, 0) if isinstance(limit, int) else None
+        details = traceback.TracebackException(kind, error, error.__traceback__, limit=limit)
         pending = [details]
         while pending:
             each = pending.pop()
