@@ -262,6 +262,10 @@ ENDS = {
     "SIGKILL": "import os; os.kill(os.getpid(), 9)",
     "SIGUSR1": "import os; os.kill(os.getpid(), 10)",
     "SIGABRT": "import os; os.abort()",
+    "suggested name": "total = 1\ntry: tota\nexcept NameError: totl",
+    "suggested attribute": "class C: size = 1\nC().sise",
+    "suggested in its message": "raise NameError(\"x. Did you mean: 'y'?\")",
+    "suggested in a cause": "total = 1\ntry: tota\nexcept NameError as e: raise AttributeError('x') from e",
     "tracebacks of two calls": "import sys\nsys.tracebacklimit = 2\ndef f():\n    try: 1 / 0\n"
     "    except ZeroDivisionError: raise ValueError\ndef g(): f()\ng()",
     "interrupt": "raise KeyboardInterrupt('now')",

@@ -6,6 +6,7 @@ standard error. It sends nothing.
 
 from __future__ import annotations
 
+import _thread
 import sys
 
 from . import library
@@ -13,6 +14,7 @@ from . import library
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 FILENAME = "<snippet>"
 
@@ -107,18 +109,60 @@ class Failures:
         # The innermost calls, as the interpreter shows them: `traceback` has the outermost.
         limit = -max(limit, 0) if isinstance(limit, int) else None
         details = traceback.TracebackException(kind, error, error.__traceback__, limit=limit)
-        pending = [details]
+        pending: list[tuple[Any, Any]] = [(details, error)]
         while pending:
-            each = pending.pop()
+            each, told = pending.pop()
             each.stack[:] = [frame for frame in each.stack if not frame.filename.startswith(_OWN)]
-            linked = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
-            pending += [another for another in linked if another is not None]
+            if sys.version_info < (3, 12) and type(told) in (AttributeError, NameError):
+                each._str += _suggestion(told)
+            linked = [(each.__cause__, told.__cause__), (each.__context__, told.__context__)]
+            parts = getattr(each, "exceptions", None)
+            linked += zip(parts, told.exceptions) if parts else ()
+            pending += [pair for pair in linked if pair[0] is not None]
         lines = list(details.format_exception_only())
         name = kind.__qualname__
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
         headline = next((line for line in lines if line.startswith(name)), lines[-1])
         return headline.strip().partition("\n")[0], "".join(details.format())
+
+
+class _Catcher:
+    """What this thread writes to standard error; that of others goes there."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.stream: Any = getattr(sys, "stderr", None)  # it may be gone
+        self._thread = _thread.get_ident()
+
+    def write(self, text: str) -> object:
+        if _thread.get_ident() != self._thread:
+            return self.stream.write(text)
+        self.text += text
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _suggestion(error: Any) -> str:
+    """What name may be meant: before Python 3.12, only the interpreter's own hook says so."""
+    kind, trace = type(error), error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    # Of its own, with no message, context or calls: the hook would tell all of them.
+    bare = kind().with_traceback(trace)
+    bare.name = error.name
+    if kind is AttributeError:
+        bare.obj = error.obj
+    catcher: Any = _Catcher()
+    sys.stderr = catcher
+    try:
+        sys.__excepthook__(kind, bare, trace)
+    finally:
+        sys.stderr = catcher.stream
+    _, mark, name = catcher.text.rstrip().rpartition(". Did you mean: ")
+    return "" if "\n" in name else mark + name
 
 
 # How the files of this package begin, `protocol` too: their frames are left out.
