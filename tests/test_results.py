@@ -121,7 +121,7 @@ PLACES = {
         "x = {}\nx['self'] = [x]\nreturn x",
         "result['self'][0] contains itself: leave it out there",
     ),
-    "depth": (DEEP.format(101), "result is nested more than 100 deep: flatten it"),
+    "depth": (DEEP.format(100), "result is nested more than 100 deep: flatten it"),
     "great depth": (DEEP.format(100_000), "result is nested more than 100 deep: flatten it"),
     "complex": (
         "class C: __complex__ = 0\nreturn C()",

@@ -79,7 +79,7 @@ def _find_problem(value: object) -> str | None:
         if isinstance(each, (dict, list, tuple)):
             if id(each) in outer:
                 return f"{place} contains itself: leave it out there"
-            if len(outer) == MAX_DEPTH and each:
+            if len(outer) == MAX_DEPTH:
                 return f"result is nested more than {MAX_DEPTH} deep: flatten it"
             inner: list[tuple[Any, str, tuple[int, ...]]] = []
             for key, part in each.items() if isinstance(each, dict) else enumerate(each):
