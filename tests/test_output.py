@@ -9,12 +9,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 import pytest
 from conftest import FOREVER, alarm, begin, eventually, finish, within
 from conftest import swept_manager as manager  # noqa: F401
 from programs import when_asked
 
+from sidexec.engine import engine
 from sidexec.engine import pair as pairs
 from sidexec.engine.delivery import Delivery
 from sidexec.engine.output import OutputChunk, by_lines
@@ -387,6 +389,20 @@ def test_on_output_has_everything_when_a_stop_returns(make_manager, end):
     eventually(lambda: texts(got)[0] == "ready\n")
     getattr(manager, end)()
     assert texts(got) == ("ready\nbye\n", "")
+
+
+@pytest.mark.parametrize("options", [{"force": True}, {"grace": 0}], ids=repr)
+def test_on_output_has_everything_when_a_stop_without_grace_returns(
+    manager, monkeypatch, options
+):
+    monkeypatch.setattr(engine, "LEAST_FOR_CALLBACKS", 60)
+    got = []
+    code = "import time\nprint('a', end='')\ntime.sleep(60)"
+    on_output = lambda chunk: (time.sleep(0.1), got.append(chunk))
+    id = manager.start_with_code(code, on_output=on_output).id
+    eventually(lambda: manager.get_status(id).data.output == "a")
+    assert manager.stop(id, **options).data.status == "stopped"
+    assert texts(got) == ("a", "")
 
 
 def test_on_output_is_live_and_off_the_callers_thread_and_what_it_raises_is_logged(

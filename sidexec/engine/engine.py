@@ -27,6 +27,8 @@ CLOSED = "this manager is closed: make a new ExecutionManager"
 MAX_REMEMBERED_BYTES = 256 * 1024 * 1024
 # The longest that a start may take, whatever becomes of the processes that it needs.
 START_LIMIT = 60.0
+# What `on_output` has at least to take the rest, also after a stop that has no grace.
+LEAST_FOR_CALLBACKS = 0.25
 RESOURCES = {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}
 
 
@@ -197,8 +199,9 @@ class Engine:
         join_ending()
 
     def _wait_for_callbacks(self, executions: list[Execution], grace: float) -> None:
-        """Wait until `on_output` has had everything, at most `grace` seconds; the rest is lost."""
-        until = monotonic() + grace
+        """Wait until `on_output` has had everything, about `grace` seconds at most."""
+        # Even one that keeps up gets nothing in no time: its thread has to be scheduled.
+        until = monotonic() + max(grace, LEAST_FOR_CALLBACKS)
         for execution in executions:
             delivery = execution.delivery
             if delivery is not None and not delivery.wait(max(0.0, until - monotonic())):
