@@ -49,17 +49,20 @@ def find(path: str) -> ListActionBlocksResponse:
 
 
 def _walk(root: str) -> Iterator[ActionBlock]:
-    seen = {os.path.realpath(root)}
-    for directory, names, files in os.walk(root, followlinks=True):
-        if directory != root and MAIN in files and os.path.realpath(directory) != _OWN:
-            yield _describe(directory)
-        visible = []
-        for name in sorted(names):
-            real = os.path.realpath(os.path.join(directory, name))
-            if not name.startswith(".") and real not in seen:  # a link may lead back
-                seen.add(real)
-                visible.append(name)
-        names[:] = visible
+    """Each directory once, by its own path rather than by a link that leads to it."""
+    seen: set[str] = set()
+    starts = [root]
+    for start in starts:  # to which links are added: they come last
+        for directory, names, files in os.walk(start):
+            real = os.path.realpath(directory)
+            if real in seen:  # a link may lead back
+                names.clear()
+                continue
+            seen.add(real)
+            if directory != root and MAIN in files and real != _OWN:
+                yield _describe(directory)
+            names[:] = [name for name in sorted(names) if not name.startswith(".")]
+            starts += filter(os.path.islink, (os.path.join(directory, name) for name in names))
 
 
 def _describe(directory: str) -> ActionBlock:

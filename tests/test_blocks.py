@@ -94,6 +94,17 @@ def test_links_are_followed_but_never_in_a_loop(manager, make_block, tmp_path):
     assert real == [str(tmp_path / name / "block") for name in ("elsewhere/linked", "here")]
 
 
+def test_a_block_is_found_by_its_own_name_though_a_link_beside_or_above_leads_to_it(
+    manager, make_block, tmp_path
+):
+    make_block("versions/v1")
+    make_block("versions/v2")
+    (tmp_path / "current").symlink_to("versions")
+    (tmp_path / "versions" / "latest").symlink_to("v2")
+    found = manager.list_action_blocks(tmp_path).data.action_blocks
+    assert [block.path for block in found] == [str(tmp_path / "versions" / v) for v in ("v1", "v2")]
+
+
 def test_a_link_to_a_block_is_one_but_not_to_the_package_itself(manager, make_block, tmp_path):
     make_block("elsewhere/block")
     (tmp_path / "here").mkdir()
