@@ -199,7 +199,9 @@ class Run:
             code = data.exit_code or 0
             if code > 0:
                 return code, None
-            return (BY_SIGNAL - code if code else FAILED), data.error
+            # A traceback, of `KeyboardInterrupt`, is on standard error already.
+            line = None if "\n" in (data.error or "") else data.error
+            return (BY_SIGNAL - code if code else FAILED), line
         forced = self._manager.stop(data.side_execution_id).data.forced
         how = ", by force" if forced else ""
         if data.stop_reason == "timeout":

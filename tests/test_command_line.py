@@ -32,6 +32,11 @@ import sidexec
 # -- exit codes, and the line that says what happened
 
 
+INTERRUPTED = """
+import sys
+sys.excepthook = lambda kind, *_: print(kind.__name__, file=sys.stderr)
+raise KeyboardInterrupt
+"""
 BOTH = "import sys\nprint('out \u2713')\nprint('err', file=sys.stderr)"
 ENDINGS = [
     (HELLO, [], (0, "hello\n", "")),
@@ -41,6 +46,7 @@ ENDINGS = [
     ("import os; os._exit(125)", [], (125, "", "")),
     ("raise SystemExit('why')", [], (1, "", "why\n")),
     ("import os; os.kill(os.getpid(), 9)", [], (137, "", "sidexec: killed by SIGKILL\n")),
+    (INTERRUPTED, [], (130, "", "KeyboardInterrupt\n")),
 ]
 # The same of what is stopped, perhaps before it has printed anything.
 STOPS = [
