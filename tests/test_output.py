@@ -392,9 +392,7 @@ def test_on_output_has_everything_when_a_stop_returns(make_manager, end):
 
 
 @pytest.mark.parametrize("options", [{"force": True}, {"grace": 0}], ids=repr)
-def test_on_output_has_everything_when_a_stop_without_grace_returns(
-    manager, monkeypatch, options
-):
+def test_on_output_has_everything_when_a_stop_without_grace_returns(manager, monkeypatch, options):
     monkeypatch.setattr(engine, "LEAST_FOR_CALLBACKS", 60)
     got = []
     code = "import time\nprint('a', end='')\ntime.sleep(60)"
