@@ -62,7 +62,8 @@ def open_paths(confinement: Confinement) -> list[Descriptor]:
     found: list[Descriptor] = []
     for path, expected in zip(confinement._all_paths(), vars(confinement)["_found"]):
         try:
-            found.append(Descriptor(os.open(path, os.O_PATH | os.O_CLOEXEC)))
+            opened = Descriptor(functools.partial(os.open, path, os.O_PATH | os.O_CLOEXEC))
+            found.append(opened)
         except OSError as problem:
             raise OSError(f"could not be confined: {problem}") from None
         if not os.path.samestat(os.fstat(found[-1].fd), expected):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import marshal
 import os
 import sys
@@ -17,7 +18,7 @@ from . import checks
 from .confinement import Confinement
 from .engine import payload
 from .engine.delivery import Delivery
-from .engine.descriptors import Descriptor
+from .engine.descriptors import Descriptor, pipe
 from .engine.execution import Execution
 from .engine.input import Input
 from .engine.output import Output, OutputChunk
@@ -159,10 +160,10 @@ class Request:
         input = None
         takes_input = self.input is not None or self.stdin is not None
         if self.stdin is INHERITED:
-            descriptors.append(Descriptor(os.dup(0)))
+            descriptors.append(Descriptor(functools.partial(os.dup, 0)))
         elif takes_input:
             try:
-                reader, writer = map(Descriptor, os.pipe())
+                reader, writer = pipe()
             except OSError as problem:
                 raise OSError(f"could not make a pipe for its input: {problem}") from None
             descriptors.append(reader)

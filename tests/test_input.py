@@ -13,7 +13,7 @@ from conftest import begin, descriptors, eventually, within
 from conftest import swept_manager as manager  # noqa: F401
 
 import sidexec
-from sidexec.engine.descriptors import Descriptor
+from sidexec.engine.descriptors import pipe
 from sidexec.engine.input import MOST, Input
 
 
@@ -77,7 +77,7 @@ def test_what_is_never_read_is_not_said_to_be_sent(manager, tmp_path, first):
 
 
 def test_to_write_a_large_input_in_small_parts_copies_it_no_further(monkeypatch):
-    reader, writer = map(Descriptor, os.pipe())
+    reader, writer = pipe()
     written = bytearray()
 
     def write(fd, data):
@@ -150,7 +150,7 @@ def test_the_own_manager_of_a_run_takes_input():
 
 
 def test_how_much_waits_is_known_whoever_adds_to_it_at_once():
-    reader, writer = map(Descriptor, os.pipe())
+    reader, writer = pipe()
     input = Input(writer, b"", is_open=True)
 
     def add():
@@ -188,7 +188,7 @@ def test_what_comes_with_the_end_while_input_is_written_is_written_as_well():
                 return False
             return len(self) > 0
 
-    reader, writer = map(Descriptor, os.pipe())
+    reader, writer = pipe()
     input = Input(writer, b"", is_open=True)
     input._arrived = Arrived()
     input.write()

@@ -518,14 +518,14 @@ SLEEP = "import time\\ntime.sleep(600)"
 class Interrupt(Exception):
     pass
 
-def start(code=SLEEP):
-    return manager.start_with_code(code).id
+def start(code=SLEEP, **options):
+    return manager.start_with_code(code, **options).id
 
 def fresh():
     return sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=2)
 
 OPS = {
-    "start": lambda: start(),
+    "start": lambda: start(input="for its pipe"),
     "stop": lambda: manager.stop(id),
     "wait": lambda: manager.wait(id, timeout=0),
     "status": lambda: manager.get_status(id),
@@ -607,6 +607,8 @@ OPS = ["start", "stop", "wait", "status", "list", "stop_all"]
 # instruction in how many.
 PLACES = [
     *[("start", "raise", "", 27), ("stop", "start", "", 27), ("stop", "raise", "/engine/", 6)],
+    ("start", "raise", "/engine/descriptors", 1),
+    pytest.param("start", "raise", "/starting", 1, marks=SLOW),
     *[pytest.param("stop", act, "/engine/", 1, marks=SLOW) for act in ("stop", "start")],
     *[pytest.param(op, act, "", 3, marks=SLOW) for op in OPS for act in ("raise", "stop", "start")],
     pytest.param("close", "raise", "", 9, marks=SLOW),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import functools
+import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # How much to read at once. Without the GIL, an object of more than 128 KiB that is freed
 # stays in memory until every running thread has left the call of C code that it is in.
@@ -28,16 +30,40 @@ class Descriptor:
     that other threads drop are only settled when the thread that made it runs again.
     """
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._open = [fd]
+    _open: list[int]
+
+    def __init__(self, open: Callable[[], int]) -> None:
+        """What `open` opens belongs to this at once: a signal handler may raise after any call."""
+        self._open = []
+        self._open.extend(itertools.islice(iter(open, None), 1))
+        self.fd = self._open[0]
 
     def close(self) -> None:
         """Close it at once, which is for its only user."""
-        with contextlib.suppress(IndexError):
-            close_all([self._open.pop()])
+        # Nothing comes between taking it and closing it either.
+        try:
+            any(map(os.close, iter(self._open.pop, None)))
+        except (IndexError, AttributeError):
+            pass  # there is no more, or a handler that raised kept it from being opened
+        except OSError:
+            pass  # the host has closed all its descriptors
 
     __del__ = close
+
+
+class _Ends(Descriptor):
+    """Both ends of a pipe, until they have owners of their own."""
+
+    def __init__(self) -> None:
+        self._open = []
+        self._open.extend(itertools.chain.from_iterable(itertools.islice(iter(os.pipe, None), 1)))
+
+
+def pipe() -> tuple[Descriptor, Descriptor]:
+    """The end to read from, and the end to write to."""
+    ends = _Ends()
+    writer = Descriptor(ends._open.pop)
+    return Descriptor(ends._open.pop), writer
 
 
 class Sender:
@@ -96,11 +122,11 @@ class Wake:
 
     def __init__(self) -> None:
         """Raises `OSError` where there are no descriptors left."""
-        fds = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [Descriptor(fd) for fd in fds]
-        for fd in fds:
-            os.set_blocking(fd, False)
-        self.fd = fds[0]
+        eventfd = getattr(os, "eventfd", None)
+        self._ends = pipe() if eventfd is None else [Descriptor(functools.partial(eventfd, 0))]
+        for end in self._ends:
+            os.set_blocking(end.fd, False)
+        self.fd = self._ends[0].fd
 
     def set(self) -> None:
         try:

@@ -128,9 +128,10 @@ class Output:
         self.changed = Bell()
 
     def __del__(self) -> None:
-        for stream, (owner, _, _) in list(self._texts.items()):
+        texts = vars(self).get("_texts", {})  # a handler may have raised before there was one
+        for stream, (owner, _, _) in list(texts.items()):
             if owner == id(self):
-                self._texts.pop(stream, None)
+                texts.pop(stream, None)
 
     # -- from the execution's thread
 

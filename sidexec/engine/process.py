@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket
 import array
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 
 from .. import procfs, protocol
 from . import payload
-from .descriptors import Descriptor, Sender, close_all
+from .descriptors import Descriptor, Sender, close_all, pipe
 from .execution import describe_exit
 from .waiting import monotonic, native, native_subprocess
 
@@ -42,8 +43,8 @@ class Process:
         ours, theirs = _socket.socketpair()
         theirs.setblocking(True)  # the host may have set a default timeout
         self._sender: Sender | None = Sender(ours.detach())
-        stdin = Descriptor(theirs.detach())
-        self._errors, stderr = map(Descriptor, os.pipe())
+        stdin = Descriptor(theirs.detach)
+        self._errors, stderr = pipe()
         self._spawn(environment, stdin.fd, stderr.fd)
         stdin.close()
         stderr.close()
@@ -220,7 +221,9 @@ def _open_host_status() -> Descriptor | None:
     if not procfs.is_ours():
         return None
     try:
-        return Descriptor(os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC))
+        return Descriptor(
+            functools.partial(os.open, "/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+        )
     except OSError:
         return None
 
