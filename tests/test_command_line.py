@@ -302,6 +302,7 @@ def test_json_is_the_status_of_what_ended_by_itself(in_process):
     assert (data["result"], data["output"], data["errorOutput"]) == ({"n": 2}, "out\n", "err\n")
 
 
+@pytest.mark.slow
 def test_json_is_the_response_to_the_stop_of_what_was_stopped(in_process):
     code = f"results = [1]\n{WAITING}\nreturn results"
     returncode, response, err = as_json(in_process, "--stop-after", "1", "-c", code)
@@ -347,6 +348,7 @@ def test_an_interrupt_stops_it_gracefully_and_output_goes_on_meanwhile(cli, tmp_
     assert finish(process) == (130, " up\n", f"{STOPPING}\nsidexec: stopped\n")
 
 
+@pytest.mark.slow
 def test_signals_count_while_stop_after_is_stopping_it(cli):
     options = ["--json", "--grace", "600", "--stop-after", "1"]
     process = cli.start("run", *options, "-c", STUBBORN)

@@ -97,6 +97,7 @@ return size
     assert manager.wait(started.id, HANG).data.result == 3_000_000
 
 
+@pytest.mark.slow
 def test_what_has_ended_in_time_has_not_timed_out(make_manager, monkeypatch):
     look, has_slept = Pair.deadline, []
 
@@ -114,6 +115,7 @@ def test_what_has_ended_in_time_has_not_timed_out(make_manager, monkeypatch):
     assert (data.status, data.result, data.stop_reason) == ("completed", 5, None)
 
 
+@pytest.mark.slow
 def test_a_timeout_does_not_shorten_the_grace_of_a_stop(make_manager):
     manager = make_manager(grace_period=0.1)
     code = when_asked("""
