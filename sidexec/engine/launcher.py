@@ -290,6 +290,8 @@ class Launcher:
         if self._is_loaded:
             return f"the launcher (pid {process.pid}) of this execution is gone: {how}"
         said = f": {process.said}" if process.said else ""
+        if process.is_greeted and self._settings.preload:
+            return f"the launcher has ended while it imported the modules of preload ({how}){said}"
         return (
             f"the interpreter {self._settings.python!r} did not start ({how}); it must be a"
             f" Python 3.10 or newer{said}"
