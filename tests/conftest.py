@@ -91,12 +91,20 @@ def argument(item, name):
 
 def children(pid="self"):
     """The pids of a process's children."""
-    found = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children") as file:
-                found += map(int, file.read().split())
-    return found
+    while True:
+        try:
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            return []
+        found = []
+        # A thread that ends meanwhile hands its children over to another one.
+        with contextlib.suppress(OSError):
+            for thread in threads:
+                with open(f"/proc/{pid}/task/{thread}/children") as file:
+                    found += map(int, file.read().split())
+        with contextlib.suppress(OSError):
+            if os.listdir(f"/proc/{pid}/task") == threads:
+                return found
 
 
 def tree(pid):

@@ -225,10 +225,13 @@ def broken(name):
 
 
 def check_that_it_is_told(manager, fault, error, caplog):
-    manager.close()  # it is logged when everybody has been told
+    def logged():
+        return [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+
+    manager.close()
     assert "ZeroDivisionError('on purpose')" in error and f" {fault}" in error
-    logged = [each for each in caplog.records if each.levelname == "ERROR"]
-    assert [error in each.getMessage() for each in logged] == [True]
+    eventually(logged)  # which it is when everybody has been told
+    assert [error in each for each in logged()] == [True]
 
 
 @pytest.mark.parametrize(
