@@ -36,9 +36,11 @@ def report(value):
 OPEN_BEFORE = descriptors()
 THREADS_BEFORE = len(os.listdir("/proc/self/task"))
 
-def assert_nothing_left():
+def assert_nothing_left(lost=0):
+    # `lost`: how many descriptors there may be that nothing could close
     eventually(lambda: len(os.listdir("/proc/self/task")) <= THREADS_BEFORE)
-    assert descriptors().keys() == OPEN_BEFORE.keys(), descriptors()
+    left = descriptors()
+    assert left.keys() >= OPEN_BEFORE.keys() and len(left) <= len(OPEN_BEFORE) + lost, left
     eventually(lambda: not children())
 
 def status_of(started, manager):
@@ -419,11 +421,21 @@ KINDS = {  # the code, and the status and the exit code where nobody stops it
     "sleep": ("import time\\nprint('x' * 99, flush=True)\\ntime.sleep(600)", "never", None),
 }
 wins = collections.Counter()
-depth = calls = raised = 0
+depth = calls = raised = cut_short = 0
 armed = False
 
 class Interrupt(Exception):
     pass
+
+def count_interrupt(unraisable, shown=sys.unraisablehook):
+    # It can't leave a finalizer, but keeps that from closing its descriptor.
+    global cut_short
+    if unraisable.exc_type is Interrupt:
+        cut_short += 1
+    else:
+        shown(unraisable)
+
+sys.unraisablehook = count_interrupt
 
 def act():
     global calls
@@ -491,7 +503,7 @@ for each in known:
         assert least <= wins[each.side_execution_id] <= 1, (wins[each.side_execution_id], data)
 manager.close()
 took = time.monotonic() - at
-assert_nothing_left()
+assert_nothing_left(lost=cut_short)
 report({"known": len(known), "took": took, "raised": raised, "stopped": len(wins)})
 """
 
