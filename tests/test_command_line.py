@@ -25,7 +25,7 @@ from commands import (
     in_process,  # noqa: F401
     unread,
 )
-from conftest import eventually, is_alive, one_in, state_of
+from conftest import eventually, is_alive, state_of
 
 import sidexec
 
@@ -399,7 +399,8 @@ def impatient(code):
     return [sys.executable, "-c", f"{command}sys.exit(__main__.main())", "run", "-c", code]
 
 
-@pytest.mark.parametrize("stderr", one_in(2, [subprocess.PIPE, subprocess.STDOUT]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_two_signals_end_it_even_where_nobody_reads_its_output(cli, tmp_path, stderr):
     code = "import os\nprint('x' * 1_000_000)\nprint(os.getpid(), file=open('pid', 'w'))\n"
     process = cli.popen(impatient(code + WAITING), stderr=stderr)
@@ -428,6 +429,7 @@ select.select = ask_and_fill
 """
 
 
+@pytest.mark.slow
 def test_an_output_that_fills_up_just_now_does_not_hold_a_signal_up(cli, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FULL_ONCE_ASKED)
     cli.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"

@@ -618,7 +618,7 @@ OPS = ["start", "stop", "wait", "status", "list", "stop_all"]
 # What is interrupted, what the handler does, in which part of the package, and at one
 # instruction in how many.
 PLACES = [
-    *[("start", "raise", "", 27), ("stop", "start", "", 27), ("stop", "raise", "/engine/", 6)],
+    *[("start", "raise", "", 27), ("stop", "start", "", 27), ("stop", "raise", "/engine/", 12)],
     ("start", "raise", "/engine/descriptors", 3),
     pytest.param("start", "raise", "/engine/descriptors", 1, marks=SLOW),
     pytest.param("start", "raise", "/starting", 1, marks=SLOW),

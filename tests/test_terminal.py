@@ -131,6 +131,7 @@ def test_ctrl_c_is_answered_while_the_terminal_is_written_to(cli):
     assert returncode == 130 and STOPPING in lines
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_answered_where_nobody_reads_the_output(cli, tmp_path):
     # More than two pipes hold.
     code = f"print('line' * 50_000)\nopen('printed', 'w')\n{ENDLESS}"
