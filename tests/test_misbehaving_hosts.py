@@ -410,6 +410,25 @@ def test_forks_by_another_thread_at_any_time_hold_nothing_up(host, cores):
 
 # -- signal handlers that call, and that raise
 
+RAISING = (
+    PRELUDE
+    + """
+class Interrupt(Exception):
+    pass
+
+cut_short = 0
+def count_interrupt(unraisable, shown=sys.unraisablehook):
+    # It can't leave a finalizer, but keeps that from closing its descriptor.
+    global cut_short
+    if unraisable.exc_type is Interrupt:
+        cut_short += 1
+    else:
+        shown(unraisable)
+
+sys.unraisablehook = count_interrupt
+"""
+)
+
 STORM = """
 seed, rounds, raising = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "raise"
 rng = random.Random(seed)
@@ -421,21 +440,8 @@ KINDS = {  # the code, and the status and the exit code where nobody stops it
     "sleep": ("import time\\nprint('x' * 99, flush=True)\\ntime.sleep(600)", "never", None),
 }
 wins = collections.Counter()
-depth = calls = raised = cut_short = 0
+depth = calls = raised = 0
 armed = False
-
-class Interrupt(Exception):
-    pass
-
-def count_interrupt(unraisable, shown=sys.unraisablehook):
-    # It can't leave a finalizer, but keeps that from closing its descriptor.
-    global cut_short
-    if unraisable.exc_type is Interrupt:
-        cut_short += 1
-    else:
-        shown(unraisable)
-
-sys.unraisablehook = count_interrupt
 
 def act():
     global calls
@@ -513,7 +519,7 @@ report({"known": len(known), "took": took, "raised": raised, "stopped": len(wins
 def test_handlers_deadlock_nothing_and_lose_nothing_that(host, cores, rounds, mode):
     seed = random.randrange(2**32)
     print("seed", seed)
-    found = host(STORM, seed, rounds, mode, limit=1000)
+    found = host(STORM, seed, rounds, mode, limit=1000, prelude=RAISING)
     print(found)
     assert found["known"] > rounds / 50
     assert found["stopped"] > 0
@@ -526,9 +532,6 @@ EVERYWHERE = """
 op, act, part, step, place = *sys.argv[2:5], *map(int, sys.argv[5:7])
 home = os.path.dirname(sidexec.__file__) + part
 SLEEP = "import time\\ntime.sleep(600)"
-
-class Interrupt(Exception):
-    pass
 
 def start(code=SLEEP, **options):
     return manager.start_with_code(code, **options).id
@@ -584,11 +587,6 @@ def run_with_handler(call):
         sys.settrace(None)
     return count == place
 
-def ignore_interrupt(unraisable, shown=sys.unraisablehook):
-    if unraisable.exc_type is not Interrupt:  # it can't leave a finalizer
-        shown(unraisable)
-
-sys.unraisablehook = ignore_interrupt
 places = 0
 manager = fresh()
 while True:
@@ -638,4 +636,4 @@ PLACES = [
 def test_a_handler_may_come_between_any_two_instructions(host, op, act, part, step):
     place = 1 + random.randrange(step)
     print("place", place)
-    assert host(EVERYWHERE, op, act, part, step, place, limit=100) > 5
+    assert host(EVERYWHERE, op, act, part, step, place, limit=100, prelude=RAISING) > 5
