@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import answering, checks
 from .confinement import Confinement
-from .engine.output import Output, OutputChunk, Stream, by_lines
+from .engine.output import Output, OutputChunk, Texts, by_lines
 from .engine.waiting import monotonic
 from .lifetime import Lifetime
 from .limits import Limits
@@ -100,7 +100,7 @@ class ExecutionManager(Lifetime):
             grace=self._grace,
         )
         self._engine = Engine(settings, checks.count("max_history", max_history, 0))
-        self._texts: dict[Stream, tuple[int, int, str]] = {}
+        self._texts: Texts = {}
 
     def start_with_code(
         self,

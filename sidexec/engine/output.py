@@ -7,6 +7,7 @@ immutable and know their offset. Nothing here reads descriptors.
 from __future__ import annotations
 
 import codecs
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,6 +16,8 @@ from .waiting import Bell, monotonic
 
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
+# Of each stream the text that was last asked for: whose it is, up to where, and the text.
+Texts = dict[Stream, tuple["weakref.ref[Output]", int, str]]
 
 # Writes smaller than this are put together, so that a chunk's own cost stays small.
 SMALL = 4096
@@ -118,20 +121,12 @@ class _Kept:
 class Output:
     """Both streams of one execution, each kept to its newest `limit` bytes."""
 
-    def __init__(self, limit: int, texts: dict[Stream, tuple[int, int, str]]) -> None:
+    def __init__(self, limit: int, texts: Texts) -> None:
         self._limit = limit
         self._kept = {stream: _Kept() for stream in STREAMS}
         self._sequence = 0
-        # The text that was last asked for, shared by all executions: whose, as an `id`, up to
-        # where, and the text.
-        self._texts = texts
+        self._texts = texts  # shared by all executions
         self.changed = Bell()
-
-    def __del__(self) -> None:
-        texts = vars(self).get("_texts", {})  # a handler may have raised before there was one
-        for stream, (owner, _, _) in list(texts.items()):
-            if owner == id(self):
-                texts.pop(stream, None)
 
     # -- from the execution's thread
 
@@ -186,11 +181,14 @@ class Output:
         if not chunks:
             return ""
         end = chunks[-1].offset + len(chunks[-1].data)
-        owner, cached_end, text = self._texts.get(stream, (0, 0, ""))
-        if owner != id(self) or cached_end != end:
-            data = b"".join(chunk.data for chunk in chunks)[_torn(chunks[0]) :]
-            text = data.decode("utf-8", "replace")
-            self._texts[stream] = (id(self), end, text)
+        texts = self._texts
+        cached = texts.get(stream)
+        if cached is not None and cached[0]() is self and cached[1] == end:
+            return cached[2]
+        data = b"".join(chunk.data for chunk in chunks)[_torn(chunks[0]) :]
+        text = data.decode("utf-8", "replace")
+        owner = weakref.ref(self, lambda _: texts.pop(stream, None))  # once it is forgotten
+        texts[stream] = (owner, end, text)
         return text
 
     def follow(
