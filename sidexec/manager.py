@@ -257,15 +257,15 @@ class ExecutionManager(Lifetime):
         Blocks between chunks until there is more. With `lines`, every chunk is a whole
         line with its newline, the last one perhaps without. Past `timeout` seconds from
         the call on, the iterator raises `TimeoutError`. Every call has an iterator of its
-        own. A chunk's `dropped` says how many bytes are missing before it, where it was
-        read too slowly for `max_output`. Raises `SideExecutionError` at the call for an
-        unknown id.
+        own. A chunk's `dropped` counts the bytes missing before it, where it was read too
+        slowly for `max_output`. An unknown id raises `SideExecutionError` at the call.
         """
-        execution = self._known(side_execution_id)
         limit = checks.seconds_or_none("timeout", timeout)
+        checks.instance("lines", lines, bool)
+        execution = self._known(side_execution_id)
         deadline = None if limit is None else monotonic() + limit
         chunks = execution.output.follow(self._engine.is_over(execution), deadline)
-        return by_lines(chunks) if checks.instance("lines", lines, bool) else chunks
+        return by_lines(chunks) if lines else chunks
 
     def send_input(
         self, side_execution_id: str, text: str | bytes, *, close: bool = False

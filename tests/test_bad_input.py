@@ -3,6 +3,7 @@
 import concurrent.futures
 import enum
 import errno
+import functools
 import glob
 import importlib.util
 import os
@@ -138,13 +139,16 @@ def test_what_can_not_be_raises_at_the_call(make_manager, call, argument, value)
     assert tree("self") == []
 
 
-def test_the_times_and_the_force_of_a_wait_and_a_stop(manager, start):
+def test_the_options_of_a_wait_a_stop_and_a_follow(manager, start):
     id = start(FOREVER)
+    follows = [functools.partial(manager.follow, each) for each in (id, "unknown")]
     for calls, argument, values in (
         ([lambda **given: manager.wait(id, **given)], "timeout", TIMES),
         ([lambda **given: manager.stop(id, **given), manager.stop_all], "force", ("yes", 1, None)),
         ([lambda **given: manager.stop(id, **given), manager.stop_all], "grace", TIMES),
         ([manager.close], "grace", TIMES),
+        (follows, "timeout", TIMES),
+        (follows, "lines", ("yes", 1, None)),
     ):
         for call in calls:
             for value in values:
