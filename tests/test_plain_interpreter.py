@@ -159,6 +159,11 @@ def test_a_program_in_a_loop_does_what_it_does_in_a_plain_interpreter(
     assert snippet(with_asyncio, name, "await", lines=False) == plain_ones[name]
 
 
+def test_an_ignored_error_has_the_lines_that_a_plain_interpreter_shows(shared):
+    name = "exception in __del__"
+    assert snippet(shared, name) == plain(PROGRAMS[name])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["plain", "return"])
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ENDS])

@@ -201,7 +201,8 @@ class Snippet:
             namespace["__loader__"] = loaders.SourceFileLoader("__main__", file)
             sys.argv[:] = [block, *request["args"]]
         program, self._partial = source.prepare(code, self._failures.filename, namespace)
-        if isinstance(code, str) and "import" in code:
+        # From 3.15 on, the interpreter shows lines of what it ignores, which needs no import.
+        if isinstance(code, str) and ("import" in code or sys.version_info >= (3, 15)):
             self._failures.show_source()
         sys.path[:] = path  # last, so that no file of the user's shadows our imports
         return program
