@@ -645,6 +645,20 @@ def test_the_progress_of_one_that_runs_is_there_and_may_go_back(manager, start):
     assert manager.get_status(id).data.progress == 25
 
 
+def test_progress_may_go_back_after_another_process_has_reported_its_own(run):
+    code = """
+    import os
+    report_progress(50)
+    if (pid := os.fork()) == 0:
+        report_progress(60)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    report_progress(50)
+    """
+    data = run(code)
+    assert (data.status, data.progress) == ("completed", 50), data.error
+
+
 @pytest.mark.parametrize(
     "kind, calls",
     [

@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 
-from ..protocol import PROGRESS, pack
+from ..protocol import pack
 from . import kernel
 from .masking import Masked
 
@@ -30,7 +30,6 @@ class Channel:
         self._is_shared = False  # this is a process that the snippet has forked
         self._lock = _thread.RLock()
         self._unsent: list[bytes] = []
-        self._progress = b""  # the one that was sent last
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def _after_fork_in_child(self) -> None:
@@ -79,12 +78,7 @@ class Channel:
 
     def _send_all(self) -> None:
         while self._unsent:
-            frame = self._unsent[0]
-            # Checked with the lock, as another thread may have sent a progress.
-            if frame != self._progress:
-                self._write(frame)
-            if frame[:1] == PROGRESS:
-                self._progress = frame
+            self._write(self._unsent[0])
             del self._unsent[0]
 
     def _write(self, frame: bytes) -> None:
