@@ -69,19 +69,6 @@ class Ask:
             after_in_child=self._after_fork_in_child,
         )
 
-    def rehearse(self, frame: FrameType) -> None:
-        """Raise what an ask raises, and leave nothing changed.
-
-        Another `Ask` raises it, so that a real ask at this moment still ends the process.
-        """
-        report = sys.unraisablehook
-        another = Ask()
-        another.phase = RUNNING
-        try:
-            another._on_ask(_signal.SIGTERM, frame)
-        finally:
-            sys.unraisablehook = report
-
     def _on_ask(self, signum: int, frame: FrameType | None) -> None:
         if self.has_come:
             return  # a second one would abort the cleanup

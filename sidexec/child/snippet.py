@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 REHEARSAL: dict[str, Any] = {
-    "code": "try:\n import sys\n params['ask'](sys._getframe())\nfinally: print(end='')",
+    "code": "import sys\nprint(end='')",
+    "params": {},
     "block": None,
     "cwd": None,
 }
@@ -75,11 +76,8 @@ class Snippet:
             # The pages that this writes to need not be copied when the request comes,
             # which then runs in a third of the time.
             path = sys.path[:]
-            code = self._load({**REHEARSAL, "params": {"ask": self.ask.rehearse}})
-            try:
-                eval(code, self._namespace)
-            except StopRequested:
-                pass
+            code = self._load(REHEARSAL)
+            eval(code, self._namespace)
             leaving.let_go(self._take_globals)
             leaving.finish([], may_close=True)
             kernel.flush_c()
