@@ -7,8 +7,7 @@ of memory and processor use.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from . import procfs
 from .engine.execution import NOT_ENDED, Execution, Sample, State
@@ -99,37 +98,29 @@ def not_sent(
     return dataclasses.replace(response, success=False, error=response.error or problem)
 
 
-@functools.cache  # a class holds itself, and so all that it refers to, until a collection
-def _future_class() -> Any:
-    from concurrent.futures import Future
-
-    class StatusFuture(Future[GetSideExecutionStatusResponse]):
-        stop: Callable[[], object]
-
-        def cancel(self) -> bool:
-            self.stop()
-            return False
-
-    return StatusFuture
-
-
 def future_of(
     execution: Execution, stop: Callable[[], object]
 ) -> Future[GetSideExecutionStatusResponse]:
     """A future of its status at its end, whose `cancel` calls `stop`."""
-    future = _future_class()()
-    future.stop = stop
+    from concurrent.futures import Future
+
+    future: Future[GetSideExecutionStatusResponse] = Future()
     future.set_running_or_notify_cancel()
 
+    def cancel() -> bool:
+        stop()
+        return False
+
     def finish() -> None:
-        future.stop = bool  # it holds the execution
+        del future.cancel  # which holds the execution
         if execution.end is None:  # it could not be started
             future.set_exception(SideExecutionError(status_of(execution.id, None, None)))
         else:
             future.set_result(status_of(execution.id, execution, None))
 
+    future.cancel = cancel  # type: ignore[method-assign]
     execution.when_through(finish)
-    return cast("Future[GetSideExecutionStatusResponse]", future)
+    return future
 
 
 def stop_of(
