@@ -70,7 +70,7 @@ class Keeper:
         In the process of the snippet this returns.
         """
         try:
-            wake_end = self._fork()
+            self._fork()
             if self._leader == 0:
                 return
             kernel.close_all(snippet_fds)
@@ -79,15 +79,14 @@ class Keeper:
             for fd in self._watched:
                 self._poll.register(fd, select.POLLIN)
             if rehearse and not self._poll.poll(REHEARSE_AFTER):
-                self._rehearse(wake_end)
+                self._rehearse()
             self._serve()
             os._exit(0)
         except BaseException as error:
             self._send(FAULT, kernel.describe(error))
             os._exit(1)  # for the launcher to sweep
 
-    def _fork(self) -> int:
-        """Fork the snippet; returns what wakes this process."""
+    def _fork(self) -> None:
         kernel.set_name(b"sidexec-keeper")
         self._has_tree = kernel.become_subreaper()
         self._children = kernel.open_children()
@@ -111,7 +110,6 @@ class Keeper:
             os.setsid()
             kernel.set_name(b"sidexec-snippet")
             kernel.close_all([*self._watched, *self._outputs, self._children, wake_end])
-        return wake_end
 
     def _serve(self) -> None:
         """From READY to END, and a moment longer."""
@@ -133,23 +131,12 @@ class Keeper:
         numbers = (self._exit_code, *flags, round(seconds * 1e6), peak, *stuck)
         return " ".join(map(str, numbers))
 
-    def _rehearse(self, wake_end: int) -> None:
-        """Go through a stop, without signalling the snippet or telling the host.
-
-        The pages that this writes to need not be copied later, while somebody waits.
-        """
-        self._obey(pack(STOP, b"0"))
-        self._deadline = NEVER
+    def _rehearse(self) -> None:
+        """Wait and reap as at an end, which then need not copy the pages that this writes to."""
         kernel.signal_process(os.getpid(), _signal.SIGCHLD)
-        control, self._control = self._control, wake_end
-        self._send(END, self._describe_end([]))
-        self._control = control
         self._wait()
         self._reap()
-        try:
-            os.waitpid(os.getpid(), os.WNOHANG)  # the same as if there were no child
-        except ChildProcessError:
-            os.waitstatus_to_exitcode(0)
+        self._describe_end([])
 
     def _look_after(self) -> bool:
         """Wait until nothing is left, or time is up; returns whether nothing is left."""
@@ -234,15 +221,12 @@ class Keeper:
 
     def _hear_host(self) -> None:
         data = _read(self._control) or b""
-        self._obey(data)
-        if not data:
-            self._poll.unregister(self._control)
-            self._stop(self._grace)
-
-    def _obey(self, data: bytes) -> None:
         for kind, payload in self._inbox.feed(data):
             if kind == STOP:
                 self._stop(float(payload))
+        if not data:
+            self._poll.unregister(self._control)
+            self._stop(self._grace)
 
     def _drain_for_host(self) -> None:
         """Read and discard the output, as the host no longer does.
