@@ -61,14 +61,10 @@ class Engine:
                 execution.place()
             if not execution.promise():
                 execution.changed.wait_for(execution.is_decided)
-        except BaseException:
-            if execution.is_queued:
+        except BaseException:  # a signal handler's
+            if execution.is_queued or not self._refuse(execution, "its start was interrupted"):
                 self.know(execution)  # or nobody could stop it
             raise
-        finally:
-            if not execution.is_queued:  # a signal handler raised, and nobody may take it
-                execution.claim(NOBODY)  # or a pair that another waits for would take it
-                execution.refuse("its start was interrupted")
 
     def _place(self, execution: Execution, environment: Environment, is_default: bool) -> None:
         """Hand it to a pair that is ready, or wait until one has begun it."""

@@ -77,7 +77,6 @@ class Owner(Protocol):
 
 # The owner of an execution that no pair may take any more, or that has ended.
 NOBODY = object()
-_BEGUN = object()
 
 
 class Execution:
@@ -220,21 +219,16 @@ class Execution:
             each.close()
         self.descriptors = ()
 
-    def begin(self) -> bool:
-        """False if it has been refused, since its start was interrupted."""
-        # No reference to this: what has ended is to be freed at once, its output too.
-        if self._claims.setdefault("fate", _BEGUN) is not _BEGUN:
-            return False
+    def begin(self) -> None:
         self.place = bool  # it holds an environment
         self.on_begin(self)
         self.state = State.RUNNING
         self.changed.ring()
-        return True
 
     def refuse(self, reason: str) -> None:
-        refusal = object()
-        if self._claims.setdefault("fate", refusal) is not refusal:
-            return  # it runs, or was refused before
+        """For whoever has claimed it for nobody; what has ended or was refused stays as it is."""
+        if self.is_through():
+            return
         if self.settle_stop():
             self.finish(End("stopped"))
         elif self._claims.setdefault("promise", False):

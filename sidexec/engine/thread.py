@@ -91,8 +91,7 @@ class _Run:
     def run(self) -> None:
         execution, pair = self._execution, self._pair
         delivery = execution.delivery
-        if not execution.begin():
-            return
+        execution.begin()
         pair.send(execution)
         for deadline in list(execution.deadlines):
             pair.ask(max(0.0, deadline - monotonic()))
