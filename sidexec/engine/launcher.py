@@ -130,11 +130,7 @@ class Launcher:
     def retire(self) -> None:
         """End it once its keepers have ended; the bell rings when it has."""
         self.is_up = self.requests.keeps_spare = False
-        try:
-            self.boot()  # so that a thread is there to end it
-        except RuntimeError:  # there are none left: so nothing has been started either
-            self._leave()
-            return
+        self.discard()
         self._let_go_of_spares()
         process = self._process
         # Else a start has come in between: `withdraw` sees to it once that has ended.
