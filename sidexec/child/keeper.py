@@ -64,7 +64,7 @@ class Keeper:
         self._forced = False
         self._is_orphaned = False  # its launcher or its host has ended
 
-    def run(self, snippet_fds: list[int], *, rehearse: bool) -> None:
+    def run(self, snippet_fds: list[int]) -> None:
         """Fork the snippet, look after it until nothing of it is left, and leave.
 
         In the process of the snippet this returns.
@@ -78,7 +78,7 @@ class Keeper:
             self._wake_poll.register(self._wake, select.POLLIN)
             for fd in self._watched:
                 self._poll.register(fd, select.POLLIN)
-            if rehearse and not self._poll.poll(REHEARSE_AFTER):
+            if not self._poll.poll(REHEARSE_AFTER):
                 self._rehearse()
             self._serve()
             os._exit(0)

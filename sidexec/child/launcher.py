@@ -221,11 +221,11 @@ class Launcher:
             keeper = Keeper(
                 keeper_control, self._lifeline, self._host, [out, err], self._config["grace"]
             )
-            # The first one is waited for as it is.
-            keeper.run([snippet_channel, snippet_out, snippet_err], rehearse=not self._cold)
+            keeper.run([snippet_channel, snippet_out, snippet_err])
             os.dup2(snippet_out, 1)
             os.dup2(snippet_err, 2)
             kernel.close_all([snippet_out, snippet_err])
+            # The first one is waited for as it is.
             raise Forked(Snippet(snippet_channel, self._path, self._preloaded), not self._cold)
         self._keepers.add(pid)
         for_host = (control, channel, out, err)
