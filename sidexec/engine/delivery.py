@@ -32,7 +32,6 @@ class Delivery:
         self._queue: Any = native("queue", "SimpleQueue")()
         self._put = self._taken = self._dropped = 0
         self._ends = {stream: 0 for stream in STREAMS}  # how many bytes have come on each
-        self._is_abandoned = False
         self._waits = False  # the callback, for the end of this very execution
         self.is_over = False
         self._when_over: Callable[[], object] | None = None
@@ -106,8 +105,8 @@ class Delivery:
 
     def abandon(self) -> None:
         """Pass on nothing more once the callback returns, and log that."""
-        if not self._is_abandoned:
-            self._is_abandoned = True
+        if not self.is_over:
+            self.is_over = True  # first: what is taken from here on is not passed on
             self._finish()
             self._log_loss(self._put - self._taken)
 
@@ -129,13 +128,13 @@ class Delivery:
             if item is None:
                 break
             stream, offset, data = item
-            if self._is_abandoned:
+            if self.is_over:
                 continue
             self._taken += len(data)
             self._hand_over(decoders[stream].feed(offset, data))
             if self._backlog <= PAUSE_AT // 2:
                 self._wake_reader()
-        if not self._is_abandoned:
+        if not self.is_over:
             for stream, decoder in decoders.items():
                 self._hand_over(decoder.feed(self._ends[stream], b"", final=True))
             note_end()
