@@ -30,9 +30,9 @@ FIRST_NUDGE = 0.005
 LAST_NUDGE = 1.0
 MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 NEVER = float("inf")
-# How long a keeper stays after its END, in milliseconds: ending a process costs about 0.5 ms
-# of CPU time, and the host has just been woken on this very processor.
-LINGER = 1
+# How long a keeper stays after its END, in seconds: ending a process costs about 0.5 ms of
+# CPU time, and the host has just been woken on this very processor.
+LINGER = 0.001
 # When to rehearse, in milliseconds: when nobody waits for anything.
 REHEARSE_AFTER = 20
 
@@ -121,9 +121,7 @@ class Keeper:
         if self._is_orphaned and os.getppid() == self._launcher:
             # The snippet may have stopped it again since the kernel has continued it.
             kernel.signal_process(self._launcher, _signal.SIGCONT)
-        lifeline = select.poll()
-        lifeline.register(self._lifeline, select.POLLIN)
-        lifeline.poll(LINGER)
+        time.sleep(LINGER)
 
     def _describe_end(self, stuck: list[int]) -> str:
         seconds, peak = kernel.used_by_children()
