@@ -530,6 +530,18 @@ def test_where_read_is_given_the_interpreter_still_works_and_nothing_else_is_rea
     assert run(manager, code, {"d": str(tmp_path)}, confinement=confinement) == ["given", 8]
 
 
+def test_a_manager_works_in_a_child_that_may_not_read_its_own_entry_in_proc(manager):
+    program = """
+try: open("/proc/self/status")
+except PermissionError: import sidexec; print(sidexec.run("return 1").check().data.result)
+"""
+    home = str(pathlib.Path(sidexec.__file__).parent.parent)
+    code = "import subprocess, sys\ncommand = [sys.executable, '-c', params['program']]\n"
+    code += "return subprocess.check_output(command, cwd=params['home'], text=True)"
+    params = {"program": program, "home": home}
+    assert run(manager, code, params, confinement=Confinement(read=[home])) == "1\n"
+
+
 @pytest.mark.parametrize("entry", ["{home}/", "{home}/..", "{link}"])
 def test_a_home_directory_on_the_path_of_modules_is_not_read(make_manager, tmp_path, entry):
     home, link = tmp_path / "home", tmp_path / "link"
