@@ -17,6 +17,8 @@ from .engine.waiting import monotonic
 from .responses import (
     ExecutionSummary,
     GetSideExecutionStatusResponse,
+    ListExecutionsData,
+    ListSideExecutionsResponse,
     SideExecutionError,
     StartSideExecutionResponse,
     StatusData,
@@ -26,7 +28,7 @@ from .responses import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
 # How old a figure of memory or processor use may be, in seconds, before it is read again.
@@ -158,16 +160,23 @@ def stop_of(
     )
 
 
-def summary_of(execution: Execution) -> ExecutionSummary:
-    end = execution.end or NOT_ENDED
-    return ExecutionSummary(
-        execution.id,
-        end.status,
-        execution.start_time,
-        end.time,
-        execution.stop_reason,
-        execution.action_block,
-    )
+def list_of(executions: Iterable[Execution], status: str | None) -> ListSideExecutionsResponse:
+    """Those with the status `status`, or all of them."""
+    found = []
+    for each in executions:
+        end = each.end or NOT_ENDED  # read once: it may end meanwhile
+        # Before a summary is made: most of what is known has ended, and nobody asks for it.
+        if status in (None, end.status):
+            summary = ExecutionSummary(
+                each.id,
+                end.status,
+                each.start_time,
+                end.time,
+                each.stop_reason,
+                each.action_block,
+            )
+            found.append(summary)
+    return ListSideExecutionsResponse(ListExecutionsData(tuple(found), len(found)))
 
 
 def _unknown(id: str) -> str:

@@ -21,7 +21,6 @@ from .limits import Limits
 from .responses import (
     GetSideExecutionStatusResponse,
     ListActionBlocksResponse,
-    ListExecutionsData,
     ListSideExecutionsResponse,
     SideExecutionError,
     StartSideExecutionResponse,
@@ -297,9 +296,7 @@ class ExecutionManager(Lifetime):
         """The executions that are known, or only those with the status `status`."""
         if status is not None and checks.text("status", status) not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
-        found = [answering.summary_of(each) for each in list(self._engine.executions.values())]
-        found = [each for each in found if status in (None, each.status)]
-        return ListSideExecutionsResponse(ListExecutionsData(tuple(found), len(found)))
+        return answering.list_of(list(self._engine.executions.values()), status)
 
     def list_action_blocks(self, path: Path = ".") -> ListActionBlocksResponse:
         """The directories below `path` that have a `__main__.py`; runs nothing.
