@@ -106,13 +106,12 @@ class Delivery:
     def abandon(self) -> None:
         """Pass on nothing more once the callback returns, and log that."""
         if not self.is_over:
-            self.is_over = True  # first: what is taken from here on is not passed on
             self._finish()
             self._log_loss(self._put - self._taken)
 
     def _finish(self) -> None:
+        self.is_over = True  # first: what is taken from here on is not passed on
         self._call = bool  # which the execution would keep as long as it is remembered
-        self.is_over = True
         self._over.ring()
         when_over, self._when_over = self._when_over, None  # it holds the execution
         if when_over is not None:
