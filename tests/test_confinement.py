@@ -18,7 +18,17 @@ import types
 import programs
 import pytest
 from commands import in_process  # noqa: F401
-from conftest import FOREVER, begin, children, eventually, is_alive, one_in, run_as_host, stat_of
+from conftest import (
+    FOREVER,
+    ROOT,
+    begin,
+    children,
+    eventually,
+    is_alive,
+    one_in,
+    run_as_host,
+    stat_of,
+)
 from conftest import swept_manager as manager  # noqa: F401
 from test_no_survivors import ENDS, GRACE, bring_to_its_end
 
@@ -535,11 +545,13 @@ def test_a_manager_works_in_a_child_that_may_not_read_its_own_entry_in_proc(mana
 try: open("/proc/self/status")
 except PermissionError: import sidexec; print(sidexec.run("return 1").check().data.result)
 """
-    home = str(pathlib.Path(sidexec.__file__).parent.parent)
-    code = "import subprocess, sys\ncommand = [sys.executable, '-c', params['program']]\n"
-    code += "return subprocess.check_output(command, cwd=params['home'], text=True)"
-    params = {"program": program, "home": home}
-    assert run(manager, code, params, confinement=Confinement(read=[home])) == "1\n"
+    code = """
+    import subprocess, sys
+    command = [sys.executable, "-c", params["program"]]
+    return subprocess.check_output(command, cwd=params["root"], text=True)
+    """
+    params = {"program": program, "root": ROOT}
+    assert run(manager, code, params, confinement=Confinement(read=[ROOT])) == "1\n"
 
 
 @pytest.mark.parametrize("entry", ["{home}/", "{home}/..", "{link}"])
