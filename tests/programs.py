@@ -268,18 +268,16 @@ def _pids():
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+# It waits for signals that are blocked: one that came before a sleep would wait for its end.
 BYSTANDER = """
-import os, signal, sys, time
+import os, signal, sys
+signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def note(text): os.write(log, f"{text}\\n".encode())
-for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-    try:
-        signal.signal(signum, lambda signum, frame: note(int(signum)))
-    except (OSError, ValueError):
-        pass
 note("ready")
 while True:
-    time.sleep(60)
+    note(int(signal.sigwait(signals)))
 """
 
 
