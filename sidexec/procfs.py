@@ -49,6 +49,12 @@ def is_stopped(pid: int) -> bool:
     return fields is not None and fields[0] in (b"T", b"t")
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process's main thread uses a processor or is waiting for one."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] == b"R"
+
+
 def now() -> float:
     """The time by the clock of `began_at`; infinite where there is none."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)

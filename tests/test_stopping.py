@@ -235,6 +235,25 @@ ASKED = {
         "out\n",
         0,
     ),
+    # asyncio closes the descriptor to which Python writes signals before it takes it back.
+    "its loop is being closed": (
+        """
+        import asyncio, signal, time
+        loop, stop = asyncio.new_event_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        def remove(signum, remove=loop.remove_signal_handler):
+            until = time.monotonic() + 0.03
+            while time.monotonic() < until: pass
+            remove(signum)
+        loop.remove_signal_handler = remove
+        print("ready")
+        loop.run_until_complete(stop.wait())
+        loop.close()
+        print("closed")
+        """,
+        "closed\n",
+        0,
+    ),
     "the default handler ends it at once": (
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_DFL)\n" + POLITE,
         "",

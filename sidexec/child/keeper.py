@@ -28,6 +28,8 @@ GROUP_INTERVAL = 0.05
 # When to send the first SIGURG after an ask, and the longest interval between two.
 FIRST_NUDGE = 0.005
 LAST_NUDGE = 1.0
+# How long after an ask a snippet is left alone while it computes, in seconds.
+UNDISTURBED = 0.1
 MAX_TIMEOUT = 86400.0  # the most that `poll` takes
 NEVER = float("inf")
 # How long a keeper stays after its END, in seconds: ending a process costs about 0.5 ms of
@@ -166,9 +168,13 @@ class Keeper:
         """Interrupt the system call that the snippet is in, in case it has missed the ask.
 
         Python only notes a signal, and checks for it between opcodes: one that comes
-        after such a check and before a system call waits for that call to end.
+        after such a check and before a system call waits for that call to end. While the
+        snippet computes, it is in no call, and may be closing an asyncio loop: a signal then
+        makes Python report that the loop's descriptor for signals is closed. But a callback
+        that holds up the ask may compute for ever.
         """
-        kernel.signal_process(self._leader, _signal.SIGURG)
+        if waited >= UNDISTURBED or not procfs.is_running(self._leader):
+            kernel.signal_process(self._leader, _signal.SIGURG)
         self._nudge_at = now + min(2 * (waited + FIRST_NUDGE), LAST_NUDGE)
 
     def _ask_strays(self, strays: set[int]) -> None:
