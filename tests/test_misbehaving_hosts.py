@@ -536,12 +536,26 @@ SLEEP = "import time\\ntime.sleep(600)"
 def start(code=SLEEP, **options):
     return manager.start_with_code(code, **options).id
 
+def start_that_waits():
+    # Its launcher is not up yet when its start is interrupted: the stop finds it in the queue.
+    def interrupt(signum, frame):
+        raise Interrupt
+    signal.signal(signal.SIGALRM, interrupt)
+    while True:
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
+        with contextlib.suppress(Interrupt):
+            start()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for each in manager.list_executions("running").data.executions:
+            return each.side_execution_id
+
 def fresh():
     return sidexec.ExecutionManager(grace_period=10, default_timeout=None, max_history=2)
 
 OPS = {
     "start": lambda: start(input="for its pipe"),
     "stop": lambda: manager.stop(id),
+    "stop_waiting": lambda: manager.stop(id),
     "wait": lambda: manager.wait(id, timeout=0),
     "status": lambda: manager.get_status(id),
     "list": lambda: manager.list_executions(),
@@ -590,14 +604,16 @@ def run_with_handler(call):
 places = 0
 manager = fresh()
 while True:
-    if op not in ("start", "close"):
+    if op == "stop_waiting":
+        id = start_that_waits()
+    elif op not in ("start", "close"):
         id = start()
     if act == "stop":
         other = start()
     if not run_with_handler(OPS[op]):
         break
     places += 1
-    if act == "close" or op == "close":
+    if act == "close" or op in ("close", "stop_waiting"):
         manager.close()
         running = manager.list_executions("running").data.executions
         assert not running, (place, sys.version, running)
@@ -618,6 +634,8 @@ OPS = ["start", "stop", "wait", "status", "list", "stop_all"]
 PLACES = [
     *[("start", "raise", "", 27), ("stop", "start", "", 27), ("stop", "raise", "/engine/", 12)],
     ("start", "raise", "/engine/descriptors", 3),
+    ("stop_waiting", "raise", "/engine/execution", 9),
+    pytest.param("stop_waiting", "raise", "/engine/", 1, marks=SLOW),
     pytest.param("start", "raise", "/engine/descriptors", 1, marks=SLOW),
     pytest.param("start", "raise", "/starting", 1, marks=SLOW),
     *[pytest.param("stop", act, "/engine/", 1, marks=SLOW) for act in ("stop", "start")],

@@ -235,15 +235,22 @@ class Execution:
             self.finish(End("failed", error=reason))
         else:
             self.refusal = reason
-            self.state = State.REFUSED
-            self._tell()
+            self._come_to(State.REFUSED)
 
     def finish(self, end: End) -> None:
         """Set how it ended; the first call counts, and every call wakes those who wait."""
         duration = monotonic() - self.started_at
         self._claims.setdefault("end", end._replace(time=now(), duration=duration))
-        self.state = State.ENDED
-        self._tell()
+        self._come_to(State.ENDED)
+
+    def _come_to(self, last: State) -> None:
+        try:
+            self.state = last
+            self._tell()
+        except BaseException:  # a signal handler's: who waits would never hear the rest
+            self.state = last
+            self._tell()
+            raise
 
     def _tell(self) -> None:
         is_nobodys = self._claims.get("owner") is NOBODY
