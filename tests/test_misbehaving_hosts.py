@@ -542,8 +542,8 @@ def start_that_waits():
         raise Interrupt
     signal.signal(signal.SIGALRM, interrupt)
     while True:
-        signal.setitimer(signal.ITIMER_REAL, 0.005)
         with contextlib.suppress(Interrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
             start()
             signal.setitimer(signal.ITIMER_REAL, 0)
         for each in manager.list_executions("running").data.executions:
