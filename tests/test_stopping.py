@@ -478,8 +478,8 @@ ASKING_ITSELF = {
         """
         import signal
         signal.signal(signal.SIGALRM, lambda *args: signal.raise_signal(signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
         try:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
             while True: pass
         finally:
             print("out")
