@@ -35,14 +35,23 @@ def why_not_runnable(path: str) -> str | None:
         return f"no such action block: {path!r}; pass a .py file or a directory with a {MAIN}"
     elif not path.endswith(".py"):
         return f"no such action block: {path!r} is not a .py file"
-    return None
+    main = os.path.join(path, MAIN) if os.path.isdir(path) else path
+    return None if checks.is_allowed(main, os.R_OK) else _unreadable(main)
+
+
+def _unreadable(path: str) -> str:
+    return f"can't read {path!r}: check its permissions"
 
 
 def find(path: str) -> ListActionBlocksResponse:
     """The action blocks below `path`, by path."""
     root = checks.absolute(path)
+    error = None
     if not checks.is_directory(root):
         error = f"no such directory: {root!r}; pass one that exists"
+    elif not checks.is_allowed(root, os.R_OK | os.X_OK):
+        error = _unreadable(root)
+    if error is not None:
         return ListActionBlocksResponse(ListActionBlocksData((), 0, root), False, None, error)
     found = tuple(sorted(_walk(root), key=lambda block: block.path))
     return ListActionBlocksResponse(ListActionBlocksData(found, len(found), root))

@@ -58,6 +58,11 @@ def is_directory(path: str) -> bool:
     return os.path.isabs(path) and os.path.isdir(path)
 
 
+def is_allowed(path: str, mode: int) -> bool:
+    """Whether this process may use it so, as the user that it now is."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
 def seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")

@@ -28,6 +28,8 @@ from .responses import StartData, StartSideExecutionResponse
 
 # As `subprocess` has them, which is not needed here for anything else.
 PIPE, STDOUT = -1, -2
+# How a directory is opened that need not be read, where the system can do that.
+DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY)
 
 Path = Union[str, "os.PathLike[str]"]
 
@@ -142,6 +144,8 @@ class Request:
             )
         if self.cwd is not None and not checks.is_directory(self.cwd):
             return f"no such directory: {self.cwd!r}; cwd must be one that exists"
+        if self.cwd is not None and not checks.is_allowed(self.cwd, os.X_OK):
+            return f"can't enter the directory {self.cwd!r}: check its permissions"
         if self.block is not None:
             from .blocks import why_not_runnable
 
@@ -168,6 +172,10 @@ class Request:
                 raise OSError(f"could not make a pipe for its input: {problem}") from None
             descriptors.append(reader)
             input = Input(writer, self.input or b"", is_open=self.stdin is not None)
+        cwd = self.cwd or _current_directory()
+        if cwd is None:
+            open_it = functools.partial(os.open, ".", DIRECTORY | os.O_CLOEXEC)
+            descriptors.append(Descriptor(open_it))
         confinement = None
         if self.confinement is not None:
             from .confining import open_paths, to_request
@@ -179,7 +187,7 @@ class Request:
             "block": None if self.block is None else checks.absolute(self.block),
             "args": self.args,
             "params": self.params,
-            "cwd": self.cwd or _current_directory(),
+            "cwd": cwd,  # None for the first descriptor after that of the input
             "descriptors": len(descriptors),
             "has_input": takes_input,
             "joins_stderr": self.stderr is not None,

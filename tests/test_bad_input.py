@@ -7,7 +7,9 @@ import functools
 import glob
 import importlib.util
 import os
+import pathlib
 import sys
+import tempfile
 import textwrap
 
 import pytest
@@ -440,6 +442,60 @@ def test_a_relative_path_in_a_directory_that_is_gone_is_an_answer(
     other = make_manager(cwd="here")
     assert "no such directory" in other.start_with_code("pass").error
     assert manager.start_with_code("pass").success
+
+
+@pytest.mark.parametrize("options", [{}, {"input": "x"}, {"confinement": Confinement()}], ids=list)
+def test_a_current_directory_that_is_gone_is_the_snippet_s_as_well(
+    make_manager, monkeypatch, tmp_path, options
+):
+    manager = make_manager()
+    for name in ("old", "gone"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        here = os.stat(".").st_ino
+        if name == "gone":
+            (tmp_path / name).rmdir()
+        for _ in range(2):  # the second one in a pair that was forked ahead
+            code = "import os, sys\nreturn os.stat('.').st_ino, sys.stdin.read()"
+            assert finish(manager, code, **options).result == [here, options.get("input", "")]
+    assert finish(manager, "open('lost', 'w')", **options).error.startswith("FileNotFoundError")
+
+
+@pytest.fixture
+def forbidden():
+    """Make of a name what this process may not read, also where it runs as root."""
+    with tempfile.TemporaryDirectory() as place:  # not below that of pytest, which is root's alone
+        os.chmod(place, 0o755)
+
+        def make(name):
+            path = pathlib.Path(place, name)
+            path.touch(0) if name.endswith(".py") else path.mkdir(0)
+            return path
+
+        user = os.geteuid()
+        try:
+            yield make
+        finally:
+            os.seteuid(user)
+
+
+def become_another_user():
+    if os.geteuid() == 0:
+        os.seteuid(1234)
+
+
+def test_what_may_not_be_read_is_no_start(manager, forbidden):
+    block, directory = forbidden("block.py"), forbidden("directory")
+    manager.list_action_blocks(block.parent / "missing")  # all is imported that the answers take
+    become_another_user()
+    start = lambda: manager.start_with_action_block(block)
+    assert leaves_nothing(start) == f"can't read {str(block)!r}: check its permissions"
+    start = lambda: manager.start_with_code("pass", cwd=directory)
+    told = f"can't enter the directory {str(directory)!r}: check its permissions"
+    assert leaves_nothing(start) == told
+    listed = manager.list_action_blocks(directory)
+    assert (listed.success, listed.data.count) == (False, 0)
+    assert listed.error == f"can't read {str(directory)!r}: check its permissions"
 
 
 def test_params_whose_own_code_fails_name_the_argument(manager):

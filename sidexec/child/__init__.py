@@ -24,8 +24,8 @@ through the launcher. `protocol` says what each frame contains. An execution, in
    READY. FORK_AHEAD is the same ahead of need, so that a pair is most often there; the
    snippet then also rehearses. REFUSED says which resource was not available.
 2. RUN goes straight to the snippet, which takes it as soon as it waits for it. With its first
-   bytes come descriptors: of standard input, and of the paths of a confinement, which the
-   snippet sets before it runs the code.
+   bytes come descriptors: of standard input, of the current directory if that has been
+   removed, and of the paths of a confinement, which the snippet sets before it runs the code.
 3. PROGRESS and RESULT come as the code reports them, and RESULT or ERROR at its end.
 4. STOP has the keeper ask the snippet, by SIGTERM and once, and kill it when the grace
    period is over. So do the end of the control socket, of the launcher and of the host.

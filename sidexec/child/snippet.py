@@ -33,7 +33,6 @@ REHEARSAL: dict[str, Any] = {
     "code": "import sys\nprint(end='')",
     "params": {},
     "block": None,
-    "cwd": None,
 }
 
 
@@ -95,12 +94,17 @@ class Snippet:
     def begin(self) -> None:
         """Prepare `returned`: reading its item 0 calls the user's code."""
         request = self._request
-        code = self._load(request)
         if len(self._descriptors) != request["descriptors"]:
             raise OSError("its descriptors did not come: too many may be on their way or open")
         if request["has_input"]:
             os.dup2(self._descriptors[0], 0)
             os.close(self._descriptors.pop(0))
+        if request["cwd"] is None:  # the host's, which has been removed
+            os.fchdir(self._descriptors[0])
+            os.close(self._descriptors.pop(0))
+        else:
+            os.chdir(request["cwd"])
+        code = self._load(request)
         if request["confinement"] is not None:
             confinement.confine(request["confinement"], self._descriptors)
         self._lifted = kernel.set_limits(request["limits"])
@@ -171,8 +175,6 @@ class Snippet:
     # -- what the user's code finds
 
     def _load(self, request: dict[str, Any]) -> CodeType:
-        if request["cwd"] is not None:
-            os.chdir(request["cwd"])
         sys.modules["__main__"] = main = type(sys)("__main__")
         self._namespace = namespace = vars(main)
         namespace["__builtins__"] = sys.modules["builtins"]
