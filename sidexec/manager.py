@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import answering, checks
 from .confinement import Confinement
-from .engine.output import Output, OutputChunk, Texts, by_lines
+from .engine.output import Output, OutputChunk, Texts
 from .engine.waiting import monotonic
 from .lifetime import Lifetime
 from .limits import Limits
@@ -257,14 +257,15 @@ class ExecutionManager(Lifetime):
         line with its newline, the last one perhaps without. Past `timeout` seconds from
         the call on, the iterator raises `TimeoutError`. Every call has an iterator of its
         own. A chunk's `dropped` counts the bytes missing before it, where it was read too
-        slowly for `max_output`. An unknown id raises `SideExecutionError` at the call.
+        slowly for `max_output`; with `lines`, all bytes of a line that misses some. An
+        unknown id raises `SideExecutionError` at the call.
         """
         limit = checks.seconds_or_none("timeout", timeout)
         checks.instance("lines", lines, bool)
         execution = self._known(side_execution_id)
         deadline = None if limit is None else monotonic() + limit
-        chunks = execution.output.follow(self._engine.is_over(execution), deadline)
-        return by_lines(chunks) if lines else chunks
+        is_over = self._engine.is_over(execution)
+        return execution.output.follow(is_over, deadline, lines=lines)
 
     def send_input(
         self, side_execution_id: str, text: str | bytes, *, close: bool = False

@@ -19,7 +19,7 @@ from programs import when_asked
 from sidexec.engine import engine
 from sidexec.engine import pair as pairs
 from sidexec.engine.delivery import Delivery
-from sidexec.engine.output import OutputChunk, by_lines
+from sidexec.engine.output import Lines, OutputChunk
 from sidexec.engine.pair import Pair
 
 POLITE = "import time\ntry: print('ready'); time.sleep(600)\nfinally: print('bye')"
@@ -343,6 +343,28 @@ def test_what_begins_in_the_middle_of_a_character_begins_after_it(
     assert {chunk.dropped for chunk in got} == {0}
 
 
+@pytest.mark.parametrize("has_read", [False, True], ids=["from the start", "from the middle"])
+@pytest.mark.parametrize("sizes", [[60] * 5, [60, 90, 7], [250, 60], [1, 300]], ids=str)
+def test_a_line_is_whole_or_counts_as_dropped(make_manager, tmp_path, sizes, has_read):
+    manager = make_manager(max_output=100)
+    # Of what is no UTF-8 each byte becomes a character of three.
+    rest = b"".join(b"\xff" * (size - 1) + b"\n" for size in sizes)
+    id = in_steps(manager, tmp_path, [(1, b"whole\nbegun"), (1, rest)])
+    lines = manager.follow(id, lines=True)
+    if has_read:
+        assert next(lines) == OutputChunk("stdout", "whole\n")
+    eventually(lambda: "begun" in manager.get_status(id).data.output)
+    go_on(tmp_path, 0, 1)
+    manager.wait(id)
+    _, *whole = rest[-100:-1].split(b"\n")
+    dropped = len(b"begun" + rest) - sum(len(line) + 1 for line in whole)
+    dropped += 0 if has_read else len(b"whole\n")
+    first, *others = lines
+    expected = [line.decode("utf-8", "replace") + "\n" for line in whole] or [""]
+    assert first == OutputChunk("stdout", expected[0], dropped)
+    assert others == [OutputChunk("stdout", text) for text in expected[1:]]
+
+
 def test_of_what_is_forgotten_no_output_is_held(make_manager):
     manager = make_manager(max_history=0)
     output = manager.run("import sys\nprint(1)\nprint(2, file=sys.stderr)").data
@@ -351,18 +373,13 @@ def test_of_what_is_forgotten_no_output_is_held(make_manager):
 
 
 def test_a_line_that_comes_in_many_chunks_takes_no_time_of_its_own():
-    part, count = "x" * 16_384, 4000
-    chunks = [OutputChunk("stdout", part)] * count
+    part, count = b"x" * 16_384, 4000
+    lines = Lines("stdout")
     with within(10):  # minutes, where what has come of it is copied with each chunk
-        (line,) = by_lines(chunks)
-    assert line == OutputChunk("stdout", part * count)
-    ends = [OutputChunk("stdout", "\n", 1), OutputChunk("stderr", "a\nb"), chunks[0]]
-    assert [*by_lines([*chunks, *ends])] == [
-        OutputChunk("stdout", part * count + "\n", 1),
-        OutputChunk("stderr", "a\n"),
-        OutputChunk("stdout", part),
-        OutputChunk("stderr", "b"),
-    ]
+        for number in range(count):
+            assert not [*lines.feed(number * len(part), part)]
+        (line,) = lines.feed(count * len(part), b"\n")
+    assert line == OutputChunk("stdout", part.decode() * count + "\n")
 
 
 # -- on_output

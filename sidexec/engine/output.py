@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -66,27 +66,43 @@ class Decoder:
             yield OutputChunk(self._stream, text, dropped)
 
 
-def by_lines(chunks: Iterable[OutputChunk]) -> Iterator[OutputChunk]:
-    """The same output in whole lines, the last of each stream perhaps without its newline."""
-    begun: dict[Stream, list[str]] = {stream: [] for stream in STREAMS}
-    dropped = {stream: 0 for stream in STREAMS}
+class Lines:
+    """Makes whole lines of one stream's bytes as they come, the last perhaps unfinished.
 
-    def take(stream: Stream, *rest: str) -> OutputChunk:
-        parts, begun[stream] = begun[stream], []
-        count, dropped[stream] = dropped[stream], 0
-        return OutputChunk(stream, "".join((*parts, *rest)), count)
+    A line of which a part is missing counts as missing.
+    """
 
-    for chunk in chunks:
-        stream = chunk.stream
-        dropped[stream] += chunk.dropped
-        *lines, rest = chunk.text.split("\n")
+    def __init__(self, stream: Stream) -> None:
+        self._stream: Stream = stream
+        self._begun: list[bytes] = []
+        self._is_torn = False  # and so what comes is left out up to the next newline
+        self._dropped = 0
+        self.position = 0  # of what comes next, in bytes
+
+    def feed(self, offset: int, data: bytes, *, final: bool = False) -> Iterator[OutputChunk]:
+        """The lines that `data` ends; with `final`, what was kept back."""
+        if offset > self.position:
+            self._dropped += sum(map(len, self._begun)) + offset - self.position
+            self._begun.clear()
+            self._is_torn = True
+        self.position = offset + len(data)
+        if self._is_torn:
+            torn, newline, data = data.partition(b"\n")
+            self._dropped += len(torn + newline)
+            self._is_torn = not newline
+        *lines, rest = data.split(b"\n")
         for line in lines:
-            yield take(stream, line, "\n")
+            yield self._take(line, b"\n")
         if rest:
-            begun[stream].append(rest)
-    for stream in STREAMS:
-        if begun[stream] or dropped[stream]:
-            yield take(stream)
+            self._begun.append(rest)
+        if final and (self._begun or self._dropped):
+            yield self._take()
+
+    def _take(self, *rest: bytes) -> OutputChunk:
+        text = b"".join((*self._begun, *rest)).decode("utf-8", "replace")
+        dropped, self._dropped = self._dropped, 0
+        self._begun.clear()
+        return OutputChunk(self._stream, text, dropped)
 
 
 class _Chunk(NamedTuple):
@@ -192,14 +208,14 @@ class Output:
         return text
 
     def follow(
-        self, is_over: Callable[[], bool], deadline: float | None = None
+        self, is_over: Callable[[], bool], deadline: float | None, *, lines: bool
     ) -> Iterator[OutputChunk]:
         """Yield what is kept, then what comes, until `is_over()` and all is yielded.
 
         Raises `TimeoutError` when there is more to wait for at `deadline`, a time of
         `waiting.monotonic()`.
         """
-        decoders = {stream: Decoder(stream) for stream in STREAMS}
+        decoders = {stream: Lines(stream) if lines else Decoder(stream) for stream in STREAMS}
         while True:
             over = is_over()  # checked first: what came before the end is then there
             news = sorted(
@@ -218,7 +234,7 @@ class Output:
         for decoder in decoders.values():
             yield from decoder.feed(decoder.position, b"", final=True)
 
-    def _is_news(self, decoders: dict[Stream, Decoder]) -> bool:
+    def _is_news(self, decoders: Mapping[Stream, Decoder | Lines]) -> bool:
         return any(self._kept[stream].end > decoders[stream].position for stream in STREAMS)
 
     def _since(self, stream: Stream, position: int) -> list[_Chunk]:
