@@ -101,10 +101,16 @@ def not_sent(
 
 
 def future_of(
-    execution: Execution, stop: Callable[[], object]
+    execution: Execution, foreign: str | None, stop: Callable[[], object]
 ) -> Future[GetSideExecutionStatusResponse]:
-    """A future of its status at its end, whose `cancel` calls `stop`."""
+    """A future of its status at its end, whose `cancel` calls `stop`.
+
+    Raises `SideExecutionError` if it runs in the process of a `foreign` manager, see above.
+    """
     from concurrent.futures import Future
+
+    if foreign is not None and not execution.is_through():
+        raise SideExecutionError(status_of(execution.id, execution, foreign))
 
     future: Future[GetSideExecutionStatusResponse] = Future()
     future.set_running_or_notify_cancel()

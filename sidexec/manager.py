@@ -243,10 +243,11 @@ class ExecutionManager(Lifetime):
         It works with `concurrent.futures.wait` and `as_completed`, and with
         `asyncio.wrap_future`. Its `cancel` asks the execution to stop, without waiting,
         and returns false: the result still comes. Every call has a future of its own.
-        Raises `SideExecutionError` at the call for an unknown id.
+        An unknown id raises `SideExecutionError` at the call; in a forked process, so does
+        one that runs.
         """
         execution, engine, grace = self._known(side_execution_id), self._engine, self._grace
-        return answering.future_of(execution, lambda: engine.ask(execution, grace))
+        return answering.future_of(execution, engine.foreign, lambda: engine.ask(execution, grace))
 
     def follow(
         self, side_execution_id: str, *, lines: bool = False, timeout: float | None = None

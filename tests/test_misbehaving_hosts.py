@@ -294,6 +294,13 @@ def test_a_forked_worker_is_answered_by_every_method_and_can_have_its_own_manage
                 assert not each.success and "forked" in each.error, each
             assert "".join(chunk.text for chunk in manager.follow(id)) == "ready\\n"
             assert list(manager.follow(done)) == []
+            assert manager.future(done).result(timeout=0).data.result == 4
+            try:
+                manager.future(id)
+            except sidexec.SideExecutionError as error:
+                assert "forked" in str(error)
+            else:
+                raise AssertionError("a future that nobody would set")
             answers = [
                 manager.start_with_code("pass").success,
                 manager.wait(id).data.status,
