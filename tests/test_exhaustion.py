@@ -254,7 +254,7 @@ def _fork():
 '''
 payload._load = patched
 process = "a keeper" if where == "child.launcher" else "the snippet"
-WORDS = [f"could not fork {process}: Resource temporarily unavailable"]
+WORDS = [f"could not fork {process}: Resource temporarily unavailable (see `ulimit -a`)"]
 """
 
 

@@ -101,7 +101,7 @@ class Keeper:
         try:
             self._leader = os.fork()
         except OSError as error:
-            self._send(REFUSED, f"could not fork the snippet: {error.strerror}")
+            self._send(REFUSED, f"could not fork the snippet: {error.strerror} (see `ulimit -a`)")
             os._exit(0)
         self._watched = [self._wake, self._control, self._lifeline]
         if self._host is not None:

@@ -212,7 +212,8 @@ class Launcher:
             pid = os.fork()
         except OSError as error:
             kernel.close_all(fds)
-            self.send(REFUSED, f"{int(ahead)} could not fork a keeper: {error.strerror}".encode())
+            reason = f"could not fork a keeper: {error.strerror} (see `ulimit -a`)"
+            self.send(REFUSED, f"{int(ahead)} {reason}".encode())
             return
         control, keeper_control, channel, snippet_channel, out, snippet_out, err, snippet_err = fds
         if pid == 0:
