@@ -154,6 +154,20 @@ GRACEFUL = {
         "    t.cancel()\n    loop.run_until_complete(asyncio.gather(t, return_exceptions=True))\n"
         "    loop.close()"
     ),
+    "a task of a loop of its own cleans up": OWN_LOOP + "loop.run_until_complete(task())",
+    "and awaits in its cleanup": (
+        OWN_LOOP + "async def late():\n    try: await asyncio.sleep(60)\n"
+        "    finally: await asyncio.sleep(0.01); print('out')\n"
+        "loop.call_soon(print, 'ready')\nt = loop.create_task(late())\nloop.run_forever()"
+    ),
+    "and so do those of a runner that nobody closes": (
+        OWN_LOOP
+        + "async def main():\n    t = asyncio.create_task(task())\n    await asyncio.sleep(60)\n"
+        "(asyncio.Runner().run if hasattr(asyncio, 'Runner') else loop.run_until_complete)(main())"
+    ),
+    "a task of a loop that is closed before it can be cancelled": (
+        OWN_LOOP + "try: loop.run_until_complete(task())\nfinally: loop.close()"
+    ),
     "the cleanup may run loops, new ones and old ones": (
         OWN_LOOP
         + "loop.run_until_complete(asyncio.sleep(0))\n"
@@ -877,7 +891,10 @@ async def main():
 
 
 @pytest.mark.parametrize("coroutine", ["worker", "main"])
-@pytest.mark.parametrize("call", ["await {}()", "asyncio.run({}())"])
+@pytest.mark.parametrize(
+    "call",
+    ["await {}()", "asyncio.run({}())", "asyncio.new_event_loop().run_until_complete({}())"],
+)
 def test_an_async_generator_that_a_task_has_left_cleans_up(manager, start, coroutine, call):
     data = manager.stop(start(GENERATORS + call.format(coroutine))).data
     is_graceful(data)

@@ -7,6 +7,7 @@ twice. It never ends the process by itself while user code runs, and never sends
 
 from __future__ import annotations
 
+import _functools  # type: ignore[import-not-found]
 import _signal  # type: ignore[import-not-found]  # `signal` costs 5 ms, for its enums
 import _thread
 import os
@@ -49,7 +50,10 @@ class Ask:
         self.has_come = False
         self._is_scheduled = False
         self._has_raised = False
+        # What is left to clean up once the code has ended: `payload.BOOT` calls it.
+        self.clean_up: Callable[[], object] | None = None
         self._loop: Any = None  # that runs when it is raised
+        self._main_task: Any = None  # for whose end it runs
         self._due_at: float | None = None  # when it is raised after all, where it was put off
         self._spared: set[Any] = set()  # tasks, while those that may cancel them clean up
         self._spared_until = 0.0
@@ -109,7 +113,8 @@ class Ask:
             running = events._get_running_loop()
             loop = running or loops.loop_about_to_run(frame)
             if loop is not None:
-                self._prepare_loop(loop, loops.main_task_of(frame))
+                self._main_task = loops.main_task_of(frame)
+                self._prepare_loop(loop)
             caller = frame
             while caller is not None and caller.f_globals.get("__name__") == "selectors":
                 caller = caller.f_back  # the loop's, or the code's own
@@ -167,7 +172,7 @@ class Ask:
         if self._is_scheduled:
             self._raise()
 
-    def _prepare_loop(self, loop: Any, main: Any) -> None:
+    def _prepare_loop(self, loop: Any) -> None:
         """Let every task finish its cleanup, whichever of them was asked.
 
         The task in which the exception is raised ends with it, and passes it on to
@@ -188,9 +193,24 @@ class Ask:
             pass  # a loop that is no Python object
         runners = sys.modules.get("asyncio.runners")
         if hasattr(runners, "_cancel_all_tasks"):
-            runners._cancel_all_tasks = (  # type: ignore[union-attr]
-                lambda loop: tasks.cancel_all(loop, main, PATIENCE, self._spare)
-            )
+            runners._cancel_all_tasks = self._cancel_all  # type: ignore[union-attr]
+        if self.clean_up is None:
+            self.clean_up = _functools.partial(self._leave_loop, loop)
+
+    def _cancel_all(self, loop: Any) -> None:
+        tasks.cancel_all(loop, self._main_task, PATIENCE, self._spare)
+
+    def _leave_loop(self, loop: Any) -> None:
+        """End the tasks of a loop that the code has run itself, instead of by `asyncio.run`."""
+        if not loop.is_closed() and not loop.is_running():
+            self._cancel_all(loop)
+
+    def take_loop(self) -> object:
+        """Take out all that may refer to objects of the user's code, for the caller to free."""
+        held = self.clean_up, self._loop, self._main_task, self._spared
+        self.clean_up = self._loop = self._main_task = None
+        self._spared = set()
+        return held
 
     def _raise_at_next_opcode(self, asked: FrameType) -> None:
         """Raise at the next opcode, not at the jump that ends a loop's iteration.

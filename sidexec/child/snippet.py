@@ -51,7 +51,6 @@ class Snippet:
     def __init__(self, channel: int, path: list[str], preloaded: list[Any]) -> None:
         self.ask = Ask()
         self.returned: dict[int, object] = {}
-        self.clean_up: Callable[[], object] | None = None
         self.failure: BaseException | None = None
         self.observers = leaving.Observers()
         self._channel = Channel(channel)
@@ -112,7 +111,7 @@ class Snippet:
         if code.co_flags & source.CO_COROUTINE:
             asyncio = library.module("asyncio")
             self._failures.show_source()
-            run, self.clean_up = _run_and_close(asyncio)
+            run, self.ask.clean_up = _run_and_close(asyncio)
             self._coroutine = call()
             call = _functools.partial(run, self._coroutine)
         # It calls the code and keeps what that returns in one opcode: between two opcodes, an
@@ -166,11 +165,11 @@ class Snippet:
 
     def _take_globals(self) -> object:
         """Take out all that may refer to objects of the user's code, for the caller to free."""
-        held = (self._namespace, self._reported, self._coroutine, self.clean_up, self.returned)
+        held = (self._namespace, self._reported, self._coroutine, self.returned)
         self._namespace, self.returned = {}, {}
-        self._partial = self._reported = self._coroutine = self.clean_up = None
+        self._partial = self._reported = self._coroutine = None
         self._request.clear()
-        return held
+        return held, self.ask.take_loop()
 
     # -- what the user's code finds
 

@@ -112,7 +112,7 @@ if t:
  try:
   try:
    try:t.begin();t.returned[0]
-   finally:t.clean_up and t.clean_up()
+   finally:t.ask.clean_up and t.ask.clean_up()
   finally:t.ask.phase=3
  except b["BaseException"]as e:t.failure=e
  for x in 0,1,2:
