@@ -319,6 +319,15 @@ ENDS = {
     "print after end of file": "import os\nprint('x', flush=True)\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint('y')",
 }
 PROGRAMS |= ENDS
+HELD = {
+    "never awaited, where it fails": "async def f(): pass\ndef g():\n    c = f()\n    1/0\ng()",
+    "never awaited, where it exits": "async def f(): pass\ndef g():\n    c = f()\n    exit(0)\ng()",
+    "left open, where it fails": "import warnings\nwarnings.simplefilter('always')\n"
+    "def g():\n    f = open('/dev/null')\n    1/0\ng()",
+    "left open, where it exits": "import warnings\nwarnings.simplefilter('always')\n"
+    "def g():\n    f = open('/dev/null')\n    exit(3)\ng()",
+}
+PROGRAMS |= HELD
 if NEW >= (3, 11):
     PROGRAMS |= {
         "except*": "try: raise ExceptionGroup('g', [ValueError(1), KeyError(2), OSError(3)])\n"
@@ -391,8 +400,9 @@ if NEW >= (3, 15):
 ALONE = {name for name in PROGRAMS if name.startswith(("processes", "interrupt"))}
 ALONE |= {"streams", "coding comment", "traced to the end", "profiled to the end"}
 ALONE |= {"profiled threads", "monitored to the end"}
+ALONE |= {name for name in HELD if name.endswith("exits")}
 NOT_ASYNC = {"signals", "library", "async generator at the end", "no policy"}
-NOT_ASYNC |= {"monitored to the end"}
+NOT_ASYNC |= {"monitored to the end", *HELD}
 
 # What a host hands over is of its own version, what a snippet finds of the other's.
 OTHERS = [

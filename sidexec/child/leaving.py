@@ -40,12 +40,12 @@ _FILE = io.IOBase.__base__  # what all files are: it has the finalizer that clos
 # Not followed: through these, every object is reachable from every other.
 _OPAQUE = (type, type(sys), type(lambda: 0))
 
-# Frees what `take` returns, and then collects garbage. A warning that this causes, such as of a
-# coroutine that was never awaited, names its file and line: they are those that such a warning
-# names at an interpreter's own end.
+# Frees what `take` returns, and then collects garbage, unless told otherwise. A warning that
+# this causes, such as of a coroutine that was never awaited, names its file and line: they are
+# those that such a warning names at an interpreter's own end.
 _NOWHERE = ("<sys>", 0) if sys.version_info >= (3, 13) else ("sys", 1)
 _free = eval(
-    compile("lambda take=bool: (take(), None)[1] or collect()", _NOWHERE[0], "eval"),
+    compile("lambda take=bool, then=collect: (take(), None)[1] or then()", _NOWHERE[0], "eval"),
     {"collect": gc.collect},
 )
 _free.__code__ = _free.__code__.replace(co_firstlineno=_NOWHERE[1])
@@ -106,14 +106,15 @@ def leave(
     """
     _shut_down(ask, observers, is_snippet)
     ask.phase = SETTLING
-    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
-        vars(sys).pop(name, None)  # as the interpreter does: their frames hold the globals
     # Not while threads run, which would lose their globals: the interpreter's end waits for them.
     is_quick = not _thread._count()
     try:
         if is_quick:
             # At an interpreter's end its warnings can't import this, to advise using it.
             sys.modules.setdefault("tracemalloc", None)  # type: ignore[arg-type]
+            # As the interpreter does: their frames hold the globals.
+            names = ("last_exc", "last_type", "last_value", "last_traceback")
+            drop([vars(sys).pop(name, None) for name in names])
             let_go(take_globals)
         else:
             take_globals()
@@ -171,6 +172,11 @@ def _shut_down(ask: Ask, observers: Observers, is_snippet: bool) -> None:
     for tool in observers.tools:
         if _get_tool(tool):
             _set_events(tool, 0)
+
+
+def drop(held: list[Any]) -> None:
+    """Free what `held` holds."""
+    _free(held.clear, bool)
 
 
 def let_go(take_globals: Callable[[], object]) -> None:

@@ -130,10 +130,12 @@ class Snippet:
                 self._coroutine.close()  # if it has not begun
             except BaseException as error:
                 failure = failure or error
-        if isinstance(failure, StopRequested):
-            exit_code, failure = ASKED_EXIT_CODE, None
-        elif isinstance(failure, SystemExit):
-            exit_code, failure = self._take_exit_code(failure), None
+        if isinstance(failure, SystemExit):
+            is_asked = isinstance(failure, StopRequested)
+            exit_code = ASKED_EXIT_CODE if is_asked else self._take_exit_code(failure)
+            ended_by: list[Any] = [failure]
+            failure = None
+            leaving.drop(ended_by)
         for kind, limits in self._lifted:
             try:
                 resource.setrlimit(kind, limits)
@@ -147,7 +149,8 @@ class Snippet:
             exit_code = leaving.INTERRUPTED if _is_interrupt(failure) else 1
             if self._failures.exit is not None:
                 exit_code, self._failures.exit = self._take_exit_code(self._failures.exit), None
-            failure = None  # its traceback holds the globals
+            ended_by, failure = [failure], None  # its traceback holds the globals
+            leaving.drop(ended_by)
         is_snippet = os.getpid() == self._pid
         leaving.leave(
             self.ask, self._take_globals, self._preloaded, is_snippet, exit_code, self.observers
