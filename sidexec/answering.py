@@ -7,6 +7,7 @@ of memory and processor use.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import procfs
@@ -207,7 +208,7 @@ def _usage(execution: Execution) -> tuple[int | None, float | None]:
     # A pair that is ready may not have begun it yet.
     execution.changed.wait_for(execution.is_decided, USAGE_PATIENCE)
     owner = execution.owner
-    if owner is None:
+    if owner is None or sys.is_finalizing():  # when `open` may be gone
         return None, None
     at = monotonic()
     last = execution.usage

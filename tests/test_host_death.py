@@ -273,14 +273,16 @@ def end():
 def call(manager=manager, id=begin(), say=say):
     answer = manager.stop(id)
     say(answer.success or answer.error)
+    say(manager.get_status(id).data.status)
     manager.wait(id)
     manager.stop_all()
     manager.close()
     say("gone through")
+time.sleep(0.2)  # figures of what it uses that are this old are not answered again
 last = Last(call)
 """,
         "the interpreter is shutting down: its executions are stopped when it has ended\n"
-        "gone through\n",
+        "running\ngone through\n",
     ),
     "a start at the interpreter's teardown": ("last = Last(start)\nbegin()", "answered\n"),
     "the first start in an exit handler": ("atexit.register(start)", "answered\n"),
