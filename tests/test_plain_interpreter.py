@@ -252,6 +252,17 @@ def test_what_the_environment_says_to_the_interpreter_holds_for_a_snippet(name):
             assert snippet(manager, FLAGS, mode) == plain(FLAGS, **variables)
 
 
+@pytest.mark.parametrize("option", ["-I", "-E", "-P"])
+def test_what_a_script_says_to_the_interpreter_holds_for_a_snippet(tmp_path, option):
+    if option == "-P" and sys.version_info < (3, 11):
+        pytest.skip("there is no such option yet")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {option} "$@"\n')
+    python.chmod(0o755)
+    with nothing_left(), sidexec.ExecutionManager(env=ENVIRONMENT, python=python) as manager:
+        assert snippet(manager, FLAGS) == plain(FLAGS, str(python))
+
+
 def test_the_environment_has_imports_timed():
     env = {**ENVIRONMENT, "PYTHONPROFILEIMPORTTIME": "1"}
     with nothing_left(), sidexec.ExecutionManager(env=env, default_timeout=60) as manager:

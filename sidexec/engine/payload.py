@@ -77,7 +77,7 @@ for x in map(int,f):
   if p and"/jit-%%d."%%os.getpid()in os.readlink("/proc/self/fd/%%d"%%x):continue
   os.close(x)
  except OSError:pass
-if getattr(sys.flags,"safe_path",0)and not os.environ.get("PYTHONSAFEPATH"):
+if sys.orig_argv[-3]=="-P"and not(sys.flags.isolated or os.environ.get("PYTHONSAFEPATH")):
  sys.path.insert(0,"")
  sys.flags=sys.flags.__replace__(safe_path=False)
 p=sys.path[:]
