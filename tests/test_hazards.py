@@ -52,6 +52,7 @@ from programs import (
     with_descendant,
 )
 
+from sidexec import procfs
 from sidexec.child import masking
 from sidexec.engine import pair, thread
 from sidexec.engine.descriptors import close_all
@@ -166,6 +167,9 @@ def test_whoever_gets_the_pid_of_a_leader_whose_group_is_gone_is_not_touched(
         manager = make_manager(grace_period=30.0 if killed else 0.6)
         id = leave_a_deaf_stray(manager, trace, "daemon")
         (launcher,) = set(children()) - before
+        # Who begins within the same tick of /proc as the snippet can't be told from that.
+        next_tick = procfs.now() + 1 / os.sysconf("SC_CLK_TCK")
+        eventually(lambda: procfs.now() > next_tick)
         # A leader too, so that a signal to the old group would reach it.
         other = Bystander.with_pid(tmp_path / "log", trace.noted("snippet")[0].pid, tries=10)
         with other or contextlib.nullcontext():
