@@ -380,6 +380,8 @@ def test_a_line_that_comes_in_many_chunks_takes_no_time_of_its_own():
             assert not [*lines.feed(number * len(part), part)]
         (line,) = lines.feed(count * len(part), b"\n")
     assert line == OutputChunk("stdout", part.decode() * count + "\n")
+    texts = [each.text for each in lines.feed(lines.position, b"a\nb", final=True)]
+    assert texts == ["a\n", "b"]
 
 
 # -- on_output
