@@ -28,14 +28,15 @@ _TABLE = re.compile(r"(?m)^\[")
 
 def why_not_runnable(path: str) -> str | None:
     """Why `path` is not an action block, as an error message; None if it is one."""
+    main = path
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, MAIN)):
+        main = os.path.join(path, MAIN)
+        if not os.path.isfile(main):
             return f"no such action block: {path!r} is a directory without a {MAIN}"
     elif not os.path.isfile(path):
         return f"no such action block: {path!r}; pass a .py file or a directory with a {MAIN}"
     elif not path.endswith(".py"):
         return f"no such action block: {path!r} is not a .py file"
-    main = os.path.join(path, MAIN) if os.path.isdir(path) else path
     return None if checks.is_allowed(main, os.R_OK) else _unreadable(main)
 
 

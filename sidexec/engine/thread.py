@@ -241,8 +241,8 @@ class _Run:
         """All that can be done on systems without subreapers, once a keeper has been killed.
 
         The keeper may have reaped the leader of a group that had no other member, and
-        its number may have gone to somebody else: who then began after the snippet, in a later
-        tick of /proc, unless that took less than 10 ms.
+        its number may have gone to somebody else: who then began after the snippet, which can
+        be told where it was in a later tick of /proc.
         """
         leader = self._pair.snippet_pid
         if (procfs.began_at(leader) or 0.0) > self._pair.ready_at:
