@@ -193,6 +193,26 @@ def test_a_graceful_stop_and_a_first_execution_write_it_too(tmp_path, manager, s
     assert content(tmp_path / "another") == b"kept " * 600
 
 
+@pytest.mark.parametrize("holder", ["sys.modules['__main__']", "json"])
+def test_thousands_beside_a_finalizer_are_closed_before_what_they_write_to(run, holder):
+    # However they lie in memory, which is the order of a free-threaded collector.
+    code = (
+        "import io, json, os, sys\n"
+        "class Writer(io.BufferedWriter):\n"
+        "    def close(self):\n"
+        "        if not self.closed:\n"
+        "            self.write(b'the end')\n"
+        "            self.flush()\n"
+        "            os.write(1, b'x')\n"
+        "        super().close()\n"
+        "class C:\n"
+        "    def __del__(self): pass\n"
+        f"{holder}.c = C()\n"
+        f"{holder}.files = [Writer(io.BytesIO(), 64) for _ in range(5000)]\n"
+    )
+    assert len(run(code).output) == 5000
+
+
 PRELOADED = {
     "text": "file = open({!r}, 'w')",
     "gzip": "import gzip\nfile = gzip.open({!r}, 'wt')",

@@ -120,6 +120,10 @@ def leave(
             take_globals()
         flush([getattr(sys, name, None) for name in ("stdout", "stderr")])
         is_done = finish(preloaded, may_close=is_quick)
+        if not is_done and is_quick and "t" in sys.abiflags:
+            # A free-threaded interpreter's end loses what is buffered for many of these, since
+            # its collector takes them as they lie in memory.
+            _close(list(filter(_is_file, find_open())))
     except MemoryError:
         is_done = False
     if not is_done:
@@ -180,32 +184,61 @@ def drop(held: list[Any]) -> None:
 
 
 def let_go(take_globals: Callable[[], object]) -> None:
-    """Run the finalizers of globals, in the order that an interpreter runs them in."""
-    if not finish([], may_close=True):
-        # A collection reorders its objects: the next one then finds a buffer before the file
-        # that it writes to.
-        _free()
+    """Run the finalizers of globals."""
+    kept = [] if finish([], may_close=True) else _apart_from_globals(find_open())
     sys.modules.pop("__main__", None)
     _free(take_globals)  # only their own functions still refer to them
+    kept.clear()
+
+
+def _apart_from_globals(objects: list[Any]) -> list[Any]:
+    """The files among these and their parts, less those whose classes hold globals.
+
+    A collector closes files, and what they write to, in an order of its own. While these are
+    kept from it, whatever else is freed can still write to them.
+    """
+    found: list[Any] = []
+    bound: set[int] = set()
+    for each in _from_inside_out(list(filter(_is_file, objects))):
+        if _is_of_library(type(each)) and bound.isdisjoint(map(id, gc.get_referents(each))):
+            found.append(each)
+        else:
+            bound.add(id(each))
+    return found
+
+
+def _is_of_library(kind: type) -> bool:
+    try:
+        module = type.__getattribute__(kind, "__module__")
+    except AttributeError:
+        return False
+    return type(module) is str and module.partition(".")[0] in sys.stdlib_module_names
 
 
 def finish(preloaded: list[Any], *, may_close: bool) -> bool:
     """Write what is still open; returns false if there are finalizers left to run."""
     left = find_open() + [each for each in preloaded if _is_file(each) and not _is_done(each)]
     flush_buffers(left)
-    special = {id(each) for each in left if id(type(each)) not in _BUFFERS}
-    if special and not (may_close and all(map(_is_file, left))):
-        return False  # which may still write to these
-    # A collector finds them in an order of its own, and may close a file before what is
-    # buffered for it is written.
-    for each in reversed(_from_inside_out(left) if special else []):
+    if not all(id(type(each)) in _BUFFERS for each in left):
+        if not (may_close and all(map(_is_file, left))):
+            return False  # which may still write to these
+        _close(left)
+    return True
+
+
+def _close(files: list[Any]) -> None:
+    """Close what is no mere buffer, and flush those.
+
+    Each before what it writes to: a collector has an order of its own.
+    """
+    special = {id(each) for each in files if id(type(each)) not in _BUFFERS}
+    for each in reversed(_from_inside_out(files)):
         if id(each) in special:
             try:
                 each.close()
             except Exception:
                 pass  # an interpreter's own end would pass over it, too
-    flush_buffers(left)
-    return True
+    flush_buffers(files)
 
 
 def _from_inside_out(objects: list[Any]) -> list[Any]:
