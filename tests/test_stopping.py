@@ -156,9 +156,10 @@ GRACEFUL = {
     ),
     "a task of a loop of its own cleans up": OWN_LOOP + "loop.run_until_complete(task())",
     "and awaits in its cleanup": (
-        OWN_LOOP + "async def late():\n    try: await asyncio.sleep(60)\n"
+        OWN_LOOP
+        + "async def late():\n    try: loop.call_soon(print, 'ready'); await asyncio.sleep(60)\n"
         "    finally: await asyncio.sleep(0.01); print('out')\n"
-        "loop.call_soon(print, 'ready')\nt = loop.create_task(late())\nloop.run_forever()"
+        "t = loop.create_task(late())\nloop.run_forever()"
     ),
     "and so do those of a runner that nobody closes": (
         OWN_LOOP
