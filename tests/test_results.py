@@ -123,6 +123,10 @@ PLACES = {
     ),
     "depth": (DEEP.format(100), "result is nested more than 100 deep: flatten it"),
     "great depth": (DEEP.format(100_000), "result is nested more than 100 deep: flatten it"),
+    "frozen": (
+        "frozen = getattr(__import__('builtins'), 'frozendict', dict)\nreturn frozen(a={1})",
+        "result['a'] is a set: convert it with list()",
+    ),
     "complex": (
         "class C: __complex__ = 0\nreturn C()",
         "result is a C: convert it with float() or str()",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _json  # `json` would cost a first result some milliseconds
+import builtins
 import sys
 
 from ..protocol import MAX_DEPTH, MAX_RESULT, is_too_deep
@@ -28,6 +29,7 @@ _CONVERSIONS = (
     ("__iter__", "convert it with list()"),
 )
 _OTHERWISE = "use dict, list, str, int, float, bool or None"
+_DICTS = (dict, getattr(builtins, "frozendict", dict))  # CPython 3.15 has the second
 _KEYS = (str, int, float, bool, type(None))
 
 # How many digits an interpreter reads in an integer, unless it is told otherwise: the host, too.
@@ -76,13 +78,13 @@ def _find_problem(value: object) -> str | None:
     pending: list[tuple[Any, str, tuple[int, ...]]] = [(value, "result", ())]
     while pending:
         each, place, outer = pending.pop()
-        if isinstance(each, (dict, list, tuple)):
+        if isinstance(each, (*_DICTS, list, tuple)):
             if id(each) in outer:
                 return f"{place} contains itself: leave it out there"
             if len(outer) == MAX_DEPTH:
                 return f"result is nested more than {MAX_DEPTH} deep: flatten it"
             inner: list[tuple[Any, str, tuple[int, ...]]] = []
-            for key, part in each.items() if isinstance(each, dict) else enumerate(each):
+            for key, part in each.items() if isinstance(each, _DICTS) else enumerate(each):
                 if not isinstance(key, _KEYS):
                     kind = _name(type(key))
                     return f"{place} has {kind} as a key, {_short(key)}: use str keys"
