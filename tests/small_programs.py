@@ -326,6 +326,10 @@ HELD = {
     "def g():\n    f = open('/dev/null')\n    1/0\ng()",
     "left open, where it exits": "import warnings\nwarnings.simplefilter('always')\n"
     "def g():\n    f = open('/dev/null')\n    exit(3)\ng()",
+    "left open beside a __del__": "import warnings\nwarnings.simplefilter('always')\n"
+    "class C:\n    def __del__(self): print('del')\nc = C()\nf = open('/dev/null')",
+    "left open beside a generator": "import warnings\nwarnings.simplefilter('always')\n"
+    "def g():\n    try: yield\n    finally: print('end')\ni = g()\nnext(i)\nf = open('/dev/null')",
 }
 PROGRAMS |= HELD
 if NEW >= (3, 11):

@@ -93,6 +93,8 @@ OTHERS = {
     "json.c = C()",
     "__del__ that writes to a global": "f = open(path, 'w')\nclass C:\n    def __del__(self): f.write('late')\nc = C()",
     "gzip, and a __del__": "import gzip\nclass C:\n    def __del__(self): pass\nc = C()\nf = gzip.open(path, 'wt')\nf.write(DATA)",
+    "written by the __del__ of what holds it": f"{CLOSING_WRITER}class C:\n    def __init__(self): self.f = Writer(io.FileIO(path, 'w'))\n"
+    "    def __del__(self): self.f.write(b'del')\nsys.c = C()",
     "lzma in a class, and a __del__": "import lzma\nclass C:\n    f = lzma.open(path, 'wt')\n    def __del__(self): pass\n"
     "c = C()\nC.f.write(DATA)",
     "gzip in a module, and a __del__": "import gzip, json\nclass C:\n    def __del__(self): pass\njson.c = C()\n"

@@ -123,7 +123,7 @@ def leave(
         if not is_done and is_quick and "t" in sys.abiflags:
             # A free-threaded interpreter's end loses what is buffered for many of these, since
             # its collector takes them as they lie in memory.
-            _close(list(filter(_is_file, find_open())))
+            _close(_without_finalizer(find_open()))
     except MemoryError:
         is_done = False
     if not is_done:
@@ -188,7 +188,7 @@ def let_go(take_globals: Callable[[], object]) -> None:
     kept = [] if finish([], may_close=True) else _apart_from_globals(find_open())
     sys.modules.pop("__main__", None)
     _free(take_globals)  # only their own functions still refer to them
-    kept.clear()
+    drop(kept)
 
 
 def _apart_from_globals(objects: list[Any]) -> list[Any]:
@@ -205,6 +205,13 @@ def _apart_from_globals(objects: list[Any]) -> list[Any]:
         else:
             bound.add(id(each))
     return found
+
+
+def _without_finalizer(objects: list[Any]) -> list[Any]:
+    """The files among these, less those of objects whose finalizers may still use them."""
+    others = [each for each in objects if not _is_file(each)]
+    used = set(map(id, _from_inside_out(others)))
+    return [each for each in objects if _is_file(each) and id(each) not in used]
 
 
 def _is_of_library(kind: type) -> bool:
