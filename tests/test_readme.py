@@ -41,8 +41,11 @@ def test_there_are_examples():
 
 @pytest.fixture(scope="module")
 def examples(request, tmp_path_factory):
+    base = tmp_path_factory.mktemp("examples")
+
     def run(number):
-        script = tmp_path_factory.mktemp("example") / "example.py"
+        script = base / str(number) / "example.py"
+        script.parent.mkdir()
         code = RUNNABLE[number]
         if IS_FREE_THREADED:
             code = re.sub(r"memory=\w+, ", "", code)  # as the README says
