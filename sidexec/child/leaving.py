@@ -119,7 +119,7 @@ def leave(
         else:
             take_globals()
         flush([getattr(sys, name, None) for name in ("stdout", "stderr")])
-        is_done = finish(preloaded, may_close=is_quick)
+        is_done = not finish(preloaded, may_close=is_quick)
         if not is_done and is_quick and "t" in sys.abiflags:
             # A free-threaded interpreter's end loses what is buffered for many of these, since
             # its collector takes them as they lie in memory.
@@ -185,7 +185,7 @@ def drop(held: list[Any]) -> None:
 
 def let_go(take_globals: Callable[[], object]) -> None:
     """Run the finalizers of globals."""
-    kept = [] if finish([], may_close=True) else _apart_from_globals(find_open())
+    kept = _apart_from_globals(finish([], may_close=True))
     sys.modules.pop("__main__", None)
     _free(take_globals)  # only their own functions still refer to them
     drop(kept)
@@ -222,15 +222,15 @@ def _is_of_library(kind: type) -> bool:
     return type(module) is str and module.partition(".")[0] in sys.stdlib_module_names
 
 
-def finish(preloaded: list[Any], *, may_close: bool) -> bool:
-    """Write what is still open; returns false if there are finalizers left to run."""
+def finish(preloaded: list[Any], *, may_close: bool) -> list[Any]:
+    """Write what is still open; returns all of it if there are finalizers left to run."""
     left = find_open() + [each for each in preloaded if _is_file(each) and not _is_done(each)]
     flush_buffers(left)
     if not all(id(type(each)) in _BUFFERS for each in left):
         if not (may_close and all(map(_is_file, left))):
-            return False  # which may still write to these
+            return left  # finalizers may still write to these
         _close(left)
-    return True
+    return []
 
 
 def _close(files: list[Any]) -> None:
