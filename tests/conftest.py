@@ -42,7 +42,7 @@ limits_memory = pytest.mark.skipif(IS_FREE_THREADED, reason="can't be limited wi
 FOREVER = "import time\nprint('ready', flush=True)\nwhile True: time.sleep(60)"
 
 
-def eventually(condition, timeout=20.0):
+def eventually(condition, timeout=100.0):
     """Wait until `condition()` is true, and return what it returned.
 
     The timeout is one that only a hang reaches.
@@ -166,7 +166,7 @@ def nothing_left():
     yield
     # The thread that closed everything ends a moment after it has said so. What `ahead` runs
     # beside the test comes and goes.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     now = look()
     while not all(map(operator.le, now, before)) and time.monotonic() < deadline:
         time.sleep(0.005)

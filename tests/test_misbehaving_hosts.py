@@ -106,7 +106,7 @@ class HostFailed(AssertionError):
     pass
 
 
-def run_host(directory, script, *args, limit=30.0, prelude=PRELUDE):
+def run_host(directory, script, *args, limit=300.0, prelude=PRELUDE):
     """Run a script as a host: what it reported. Checks that none of its processes is left."""
     mark = uuid.uuid4().hex
     path = os.path.join(str(directory), mark)
@@ -530,7 +530,7 @@ def test_handlers_deadlock_nothing_and_lose_nothing_that(host, cores, rounds, mo
     print(found)
     assert found["known"] > rounds / 50
     assert found["stopped"] > 0
-    assert found["took"] < 20
+    assert found["took"] < 100
     assert mode == "call" or found["raised"] > 0
 
 
@@ -626,7 +626,7 @@ while True:
         assert not running, (place, sys.version, running)
         manager = fresh()
     else:
-        assert manager.wait(start("pass"), timeout=10).data.status == "completed", place
+        assert manager.wait(start("pass"), timeout=100).data.status == "completed", place
         for each in manager.stop_all():
             assert each.success, (place, each)
     place += step
@@ -661,4 +661,4 @@ PLACES = [
 def test_a_handler_may_come_between_any_two_instructions(host, op, act, part, step):
     place = 1 + random.randrange(step)
     print("place", place)
-    assert host(EVERYWHERE, op, act, part, step, place, limit=100, prelude=RAISING) > 5
+    assert host(EVERYWHERE, op, act, part, step, place, limit=1000, prelude=RAISING) > 5

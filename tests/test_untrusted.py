@@ -316,7 +316,7 @@ SLOW = pytest.mark.slow
 
 
 def memory(tmp_path, code, max_output=MIB, beside=""):
-    return run_host(tmp_path, MEMORY, CHANNEL + code, max_output, beside, limit=60)
+    return run_host(tmp_path, MEMORY, CHANNEL + code, max_output, beside)
 
 
 WRITES = "data = b'x' * 65536\nfor _ in range({}): os.write(1, data)"
