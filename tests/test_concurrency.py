@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import math
 import random
 import sys
 import threading
@@ -57,6 +58,7 @@ class Ledger:
         self.seen = collections.defaultdict(list)  # id: (began, ended, final data or None)
         self.stops = collections.defaultdict(list)  # id: stop responses
         self.followed = collections.defaultdict(list)  # id: what was followed to the end
+        self.has_stopped = False
         self.failures = []
 
     def saw(self, began, response):
@@ -75,6 +77,8 @@ class Ledger:
         assert response.success is data.status.endswith("stopped"), response
         assert response.success is (response.error is None), response
         self.stops[data.side_execution_id].append(response)
+        if data.status == "stopped":
+            self.has_stopped = True
 
 
 def act(manager, rng, ledger):
@@ -180,12 +184,12 @@ def check_end(manager, ledger):
 
 def run_threads(manager, seconds, seed):
     ledger = Ledger()
-    deadline = time.monotonic() + seconds
+    deadline = math.inf  # until all have started, which takes long on a busy machine
 
     def work(number):
         rng = random.Random(f"{seed} {number}")
         try:
-            while time.monotonic() < deadline and not ledger.failures:
+            while not ledger.failures and (time.monotonic() < deadline or not ledger.has_stopped):
                 act(manager, rng, ledger)
         except BaseException as error:
             ledger.failures.append(error)
@@ -193,9 +197,10 @@ def run_threads(manager, seconds, seed):
     threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(THREADS)]
     for each in threads:
         each.start()
+    deadline = time.monotonic() + seconds
     # Whoever follows or waits for what nobody stops any more is let go by this.
     time.sleep(seconds)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 100
     while any(each.is_alive() for each in threads):
         for response in manager.stop_all(grace=1.0):
             ledger.stopped(response)
