@@ -163,7 +163,7 @@ time.sleep(600)
     ),
 )
 def test_sessions_within_sessions(manager, start, trace, levels, victim):
-    id = start(NESTED, {**trace.params, "levels": levels}, ready=None)
+    id = start(NESTED, {**trace.params, "levels": levels}, ready=None, timeout=600)
     assert next(manager.follow(id)).text == "ready\n"
     if victim == "keeper":
         trace.noted("keeper")[0].kill()
