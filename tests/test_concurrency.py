@@ -5,7 +5,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import math
 import random
 import sys
 import threading
@@ -184,10 +183,12 @@ def check_end(manager, ledger):
 
 def run_threads(manager, seconds, seed):
     ledger = Ledger()
-    deadline = math.inf  # until all have started, which takes long on a busy machine
+    barrier = threading.Barrier(THREADS)  # on a busy machine they take long to start
 
     def work(number):
         rng = random.Random(f"{seed} {number}")
+        barrier.wait()
+        deadline = time.monotonic() + seconds
         try:
             while not ledger.failures and (time.monotonic() < deadline or not ledger.has_stopped):
                 act(manager, rng, ledger)
@@ -197,7 +198,6 @@ def run_threads(manager, seconds, seed):
     threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(THREADS)]
     for each in threads:
         each.start()
-    deadline = time.monotonic() + seconds
     # Whoever follows or waits for what nobody stops any more is let go by this.
     time.sleep(seconds)
     until = time.monotonic() + 100

@@ -349,7 +349,7 @@ def test_only_the_end_of_the_lifeline_ends_an_execution(manager, start, pids):
     assert manager.wait(id, 0.3).data.status == "running"
     assert manager.wait(other, 0).data.status == "running"
     # It does not spin.
-    eventually(lambda: all(state_of(keeper) == "S" for _ in range(20)))
+    eventually(lambda: all(state_of(keeper) == "S" for _ in range(20)), timeout=5)
 
 
 def test_the_processes_have_names_and_sessions(pids):
